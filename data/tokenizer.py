@@ -1,0 +1,214 @@
+"""Tokenizers: one FSQ autoencoder for all image-like modalities, one tiktoken encoding for all scene texts.
+
+Image tokens: a small convolutional autoencoder with finite scalar quantisation (arXiv:2309.15505): 8x downsampling, four
+digits of eight levels each, so a vocabulary of 4096. A 64 px picture is 8x8 tokens, a 128 px picture 16x16.
+
+    python data/tokenizer.py train                   # about 45 minutes on 2 CPU cores -> data/frozen/tokenizer.safetensors
+    python data/tokenizer.py text                    # the text encoding (needs rustbpe) -> data/frozen/text.tiktoken
+    python data/tokenizer.py report                  # PSNR per modality -> data/frozen/README.md, samples/tokenizer.png
+"""
+import argparse
+import base64
+import math
+import random
+import time
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+FROZEN = Path(__file__).resolve().parent / "frozen"
+WEIGHTS, TEXT = FROZEN / "tokenizer.safetensors", FROZEN / "text.tiktoken"
+LEVELS, DIGITS = 8, 4
+VOCAB = LEVELS ** DIGITS
+TEXT_VOCAB = 512
+# pieces of text that merges never cross: words with a colon, x= and y=, numbers of two digits, single marks
+TEXT_PATTERN = r" ?[xy]=| ?[A-Za-z]+:?| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Image tokenizer
+
+class Block(nn.Module):
+    """Pre-activation residual block: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, dim), nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, dim), nn.Conv2d(dim, dim, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class Tokenizer(nn.Module):
+    """FSQ autoencoder of pictures (B, 3, H, W) in [0, 1], H and W multiples of 8."""
+
+    def __init__(self, fine=48, mid=96, dim=160):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(4), nn.Conv2d(48, mid, 3, padding=1), Block(mid),
+            nn.Conv2d(mid, dim, 3, stride=2, padding=1), Block(dim),
+            nn.GroupNorm(8, dim), nn.SiLU(), nn.Conv2d(dim, DIGITS, 1))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(DIGITS, dim, 3, padding=1), Block(dim), Block(dim),
+            nn.Conv2d(dim, 4 * mid, 1), nn.PixelShuffle(2), Block(mid), Block(mid),
+            nn.Conv2d(mid, 4 * fine, 1), nn.PixelShuffle(2), Block(fine),
+            nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, 12, 3, padding=1), nn.PixelShuffle(2))
+
+    def quantise(self, images):
+        """Digits (B, 4, H/8, W/8), floats holding 0..7; the gradient passes straight through the rounding."""
+        x = (LEVELS - 1) * torch.sigmoid(self.encoder(images * 2 - 1).float())
+        return x + (x.round() - x).detach()
+
+    def reconstruct(self, digits):
+        """Pictures (B, 3, H, W), about [0, 1], of digits (B, 4, H/8, W/8)."""
+        return self.decoder(digits * (2 / (LEVELS - 1)) - 1) * 0.5 + 0.5
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Token ids (B, H/8, W/8), int64 in 0..4095, of pictures (B, 3, H, W) in [0, 1]."""
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % 8 or images.shape[3] % 8:
+            raise ValueError(f"encode takes (B, 3, H, W) with H and W multiples of 8, not {tuple(images.shape)}")
+        power = LEVELS ** torch.arange(DIGITS, device=images.device).view(1, -1, 1, 1)
+        return (self.quantise(images).round().long() * power).sum(1)
+
+    @torch.no_grad()
+    def decode(self, ids):
+        """Pictures (B, 3, 8h, 8w) in [0, 1] of token ids (B, h, w)."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < VOCAB:
+            raise ValueError(f"image tokens lie in 0..{VOCAB - 1}, found {int(ids.min())}..{int(ids.max())}")
+        power = LEVELS ** torch.arange(DIGITS, device=ids.device).view(1, -1, 1, 1)
+        return self.reconstruct((ids.long()[:, None] // power % LEVELS).float()).float().clamp(0, 1)
+
+
+def load_tokenizer(device="cpu", path=WEIGHTS):
+    """The trained tokenizer, frozen, in float32."""
+    model = Tokenizer()
+    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text encoding
+
+def load_text():
+    """The scenes' tiktoken.Encoding, vocabulary TEXT_VOCAB with <|end|> and <|pad|> as its last two ids."""
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, TEXT.read_text().splitlines())}
+    return tiktoken.Encoding("scenes", pat_str=TEXT_PATTERN, mergeable_ranks=ranks,
+                             special_tokens={"<|end|>": TEXT_VOCAB - 2, "<|pad|>": TEXT_VOCAB - 1})
+
+
+def text_tokens(encoding, text, length):
+    """Token ids of a text, the end token, padding up to length. Raises ValueError when the text does not fit."""
+    row = encoding.encode_ordinary(text) + [TEXT_VOCAB - 2]
+    if len(row) > length:
+        raise ValueError(f"a text of {len(row)} tokens does not fit {length}: {text!r}")
+    return row + [TEXT_VOCAB - 1] * (length - len(row))
+
+
+def decode_text(encoding, row):
+    """The text of a token row up to its end token; unknown ids are left out."""
+    row = [int(v) for v in row]
+    row = row[:row.index(TEXT_VOCAB - 2)] if TEXT_VOCAB - 2 in row else row
+    return encoding.decode([v for v in row if v < TEXT_VOCAB - 2], errors="ignore")
+
+
+def train_text():
+    """Learn the merges on 20,000 scenes' texts with rustbpe and write them in tiktoken's format."""
+    import rustbpe
+    import scenes as world
+    scenes, rng = world.sample_scenes(20000, seed=1 << 40), random.Random(0)
+    objects = world.facts(scenes, torch.zeros(20000, 1, 1, dtype=torch.long))
+    texts = [text for o in objects for text in (world.describe(o), world.caption(o, rng))]
+    bpe = rustbpe.Tokenizer()
+    bpe.train_from_iterator(iter(texts), TEXT_VOCAB - 2, pattern=TEXT_PATTERN)
+    ranks = sorted((rank, bytes(token)) for token, rank in bpe.get_mergeable_ranks())
+    TEXT.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks))
+    encoding = load_text()
+    lengths = torch.tensor([[len(encoding.encode_ordinary(t)) + 1 for t in texts[i::2]] for i in (0, 1)]).float()
+    print(f"{len(ranks)} tokens; desc mean {lengths[0].mean():.1f} max {lengths[0].max():.0f}, "
+          f"caption mean {lengths[1].mean():.1f} max {lengths[1].max():.0f}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training and report
+
+def train(minutes, num=8000, batch=80, peak=2e-3, seed=0):
+    """Train for a number of minutes on fresh scenes, a fifth of the batches as crops of 128 px renderings."""
+    import scenes as world
+    torch.manual_seed(seed)
+    small = world.render(world.sample_scenes(num, seed=2 << 40), 64)[0]
+    large = world.render(world.sample_scenes(num // 4, seed=3 << 40), 128)[0]
+    pool = {size: {m: (images[m] * 255).round().byte() for m in world.IMAGES}
+            for size, images in ((64, small), (128, large))}
+    test = world.render(world.sample_scenes(500, seed=4 << 40), 64)[0]
+    del small, large
+    model = Tokenizer().to(memory_format=torch.channels_last)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    # what a modality's squared error counts: less where pictures are flat colours or thin lines that cost many bits
+    weight = torch.tensor([1.5, 2.5, 1.0, 0.3, 0.3]).repeat_interleave(batch // 5).view(-1, 1, 1, 1)
+    start, step, bar = time.time(), 0, tqdm(total=round(minutes * 60), unit="s")
+    while (progress := (time.time() - start) / (60 * minutes)) < 1:
+        optimizer.param_groups[0]["lr"] = peak * min(1, step / 200, 1.02 - progress)
+        source, parts = pool[128 if step % 5 == 0 else 64], []
+        for m in world.IMAGES:
+            images = source[m][torch.randint(len(source[m]), (batch // 5,))]
+            if step % 5 == 0:
+                i, j = (8 * torch.randint(9, (2,))).tolist()
+                images = images[:, :, i:i + 64, j:j + 64]
+            parts.append(images)
+        images = torch.cat(parts).float().div(255).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model.reconstruct(model.quantise(images))
+        error = output.float() - images
+        loss = (weight * (error.square() + 0.02 * error.abs())).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 100 == 0:
+            bar.n = int(time.time() - start)
+            bar.set_postfix(step=step, loss=f"{loss.item():.5f}")
+        if step % 1000 == 0 or progress > 0.999:
+            print(f"\nstep {step} {time.time() - start:.0f} s:", quality(model, test)[0], flush=True)
+            save(model)
+    save(model)
+    print("final:", *quality(load_tokenizer(), test), flush=True)
+
+
+def save(model):
+    """Write the weights, in half precision, under a temporary name first."""
+    part = WEIGHTS.with_suffix(".part")
+    save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, part)
+    part.replace(WEIGHTS)
+
+
+def quality(model, images):
+    """PSNR in dB (of the mean squared error) per modality and the share of the 4096 codes that each uses."""
+    psnr, used = {}, {}
+    for m, pictures in images.items():
+        ids = torch.cat([model.encode(part) for part in pictures.split(100)])
+        output = torch.cat([model.decode(part) for part in ids.split(100)])
+        psnr[m] = round(-10 * math.log10((output - pictures).square().mean().item()), 2)
+        used[m] = round(ids.unique().numel() / VOCAB, 3)
+    return psnr, used
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("train", "text", "report"))
+    parser.add_argument("--minutes", type=float, default=45, help="training time of `train`")
+    arguments = parser.parse_args()
+    if arguments.job == "train":
+        train(arguments.minutes)
+    elif arguments.job == "text":
+        train_text()
