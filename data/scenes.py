@@ -1,20 +1,19 @@
 """The scenes world: a procedural, CLEVR-style world in which every modality is exact and aligned.
 
-A scene is a camera, a lamp and 1-4 objects on a ground plane. A batched ray caster in torch renders rgb, depth, normal and
-seg; edge is Canny on the rgb; desc, caption and bbox are written from the scene itself. Image-like modalities are stored as
+A scene is a camera, a lamp and 1-4 objects on a ground plane. data/raycaster.py renders rgb, depth, normal, seg and edge;
+desc, caption and bbox are written from the scene itself. Image-like modalities are stored as
 tokens of data/tokenizer.py, texts as tokens of its text encoding.
 
     python data/scenes.py                            # 20,000 training scenes at 64 px -> data/scenes64/train
     python data/scenes.py --size=128 --num=200000    # the gpu track's set            -> data/scenes128/train
     python data/scenes.py --preview                  # a contact sheet                -> samples/scenes.png
     python data/scenes.py --frozen                   # remake data/frozen/scenes<size>.npz (maintainers only)
-
-World frame: x right, y away from the camera, z up, ground at z = 0. Camera frame: x right, y up, z towards the viewer.
 """
 import argparse
 import hashlib
 import json
 import math
+import random
 import re
 import shutil
 import sys
@@ -22,51 +21,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
+
+import draw
+import tokenizer
+from raycaster import COLORS, HALF, MAX_OBJECTS, SHAPES, primary_rays, project, render, trace
 
 VERSION = 1  # of everything that decides the content of a scene; raise it and every frozen number is void
 ROOT = Path(__file__).resolve().parent
-SHAPES = ("cube", "sphere", "cylinder")
 MATERIALS = ("rubber", "metal")
 SIZES = ("small", "large")
-COLORS = {"gray": (87, 87, 87), "red": (173, 35, 35), "blue": (42, 75, 215), "green": (29, 125, 20),
-          "brown": (129, 74, 25), "purple": (129, 38, 192), "cyan": (41, 208, 208), "yellow": (255, 238, 51)}
-SEG_PALETTE = ((24, 26, 32), (235, 94, 85), (76, 161, 242), (250, 200, 80))  # ground, then SHAPES
 RADIUS = (0.72, 1.05)  # world units of a small / large object's bounding sphere
-HALF = (0.74, 0.92, 0.80)  # cube half side, sphere radius, cylinder radius and half height, in units of RADIUS
-MAX_OBJECTS = 4
 MIN_VISIBLE = 0.012  # of the frame's pixels every described object shows at least
-FOV = math.radians(34)
-NEAR, FAR = 6.0, 25.0  # z-depths drawn as 1 and 0: pictures of depth are linear in 1 / z, as a ground plane is
 IMAGES = ("rgb", "depth", "normal", "seg", "edge")
 BBOX_BINS = 64  # coordinate tokens per side, one set for each of xmin, ymin, xmax, ymax, as in 4M
 BBOX_PAD, BBOX_EOS, BBOX_VOCAB = 0, 1, 2 + 4 * BBOX_BINS + len(SHAPES)
 LENGTHS = {"desc": 64, "caption": 48, "bbox": 5 * MAX_OBJECTS + 1}  # tokens with the end token; images: (size / 8)^2
-CHUNK, RENDER_BATCH = 1000, 50  # scenes made between two points of resumption; scenes rendered at once
+CHUNK = 1000  # scenes made between two points of resumption
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The world: sampling scenes
-
-def camera_frame(scenes):
-    """Position and axes of each scene's camera: (B, 3) tensors origin, right, up, forward."""
-    azimuth, elevation, distance = scenes["camera"][:, :3].unbind(1)
-    zero = torch.zeros_like(azimuth)
-    outward = torch.stack([azimuth.sin() * elevation.cos(), -azimuth.cos() * elevation.cos(), elevation.sin()], 1)
-    target = torch.stack([scenes["camera"][:, 3], scenes["camera"][:, 4], zero + 0.4], 1)
-    right = torch.stack([azimuth.cos(), azimuth.sin(), zero], 1)
-    return target + distance[:, None] * outward, right, torch.linalg.cross(outward, right), -outward
-
-
-def project(scenes):
-    """Image position (x right, y down, both in [0, 1]) and z-depth of every object's centre: three (B, 4) tensors."""
-    origin, right, up, forward = camera_frame(scenes)
-    offset = scenes["center"] - origin[:, None]  # (B, 4, 3)
-    x, y, z = (torch.einsum("bkc,bc->bk", offset, axis) for axis in (right, up, forward))
-    scale = 2 * math.tan(FOV / 2) * z
-    return 0.5 + x / scale, 0.5 - y / scale, z
-
 
 def sample_scenes(n, seed, device="cpu"):
     """n valid scenes as a dict of tensors, the same for the same seed.
@@ -92,14 +67,15 @@ def sample_scenes(n, seed, device="cpu"):
         s["center"], ok = place_objects(s, exists, height, uniform)
         angle = uniform(0, 2 * math.pi)
         s["lamp"] = torch.stack([4.5 * angle.cos(), 4.5 * angle.sin() - 1.5, uniform(5.5, 7.5)], 1)
-        ids = trace(s, *primary_rays(s, 32))[1]
-        share = torch.stack([(ids == k).float().mean(1) for k in range(K)], 1)
-        ok = (ok & ((share > MIN_VISIBLE) | ~exists).all(1)).view(4, -1)
-        done = ok.any(0)
-        rows = (ok.float().argmax(0) * len(pending) + torch.arange(len(pending)))[done]  # the first attempt that holds
+        rows = ok.view(4, -1).float().argmax(0) * len(pending) + torch.arange(len(pending))  # the first that found places
+        s = {name: value[rows] for name, value in s.items()}
+        placed = {name: value.to(device) for name, value in s.items()}
+        ids = trace(placed, *primary_rays(placed, 32))[1]
+        share = torch.stack([(ids == k).float().mean(1) for k in range(K)], 1).cpu()
+        done = ok[rows] & ((share > MIN_VISIBLE) | (s["shape"] < 0)).all(1)
         result = result or {name: value.new_zeros(n, *value.shape[1:]) for name, value in s.items()}
         for name, value in s.items():
-            result[name][pending[done]] = value[rows]
+            result[name][pending[done]] = value[done]
         pending = pending[~done]
     return {name: value.to(device) for name, value in result.items()}
 
@@ -121,182 +97,6 @@ def place_objects(s, exists, height, uniform, tries=16):
         center[:, k] = spots[torch.arange(B), free.float().argmax(1)]
         found &= free.any(1) | ~exists[:, k]
     return center, found
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The ray caster. Vectors are tuples of three (B, P) tensors: separate components fuse into one compiled loop.
-
-def dot(a, b):
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-
-
-def primary_rays(scenes, pixels):
-    """Camera rays through the centres of pixels x pixels: origin (three (B, 1)) and unit directions (three (B, P))."""
-    origin, right, up, forward = camera_frame(scenes)
-    grid = ((torch.arange(pixels, device=origin.device) + 0.5) / pixels * 2 - 1) * math.tan(FOV / 2)
-    x, y = grid.repeat(pixels), -grid.repeat_interleave(pixels)
-    d = [forward[:, c, None] + x * right[:, c, None] + y * up[:, c, None] for c in range(3)]
-    norm = torch.rsqrt(dot(d, d))
-    return tuple(origin[:, c, None] for c in range(3)), tuple(c * norm for c in d)
-
-
-def intersect(scenes, k, o, d):
-    """Ray parameter t (inf: no hit) and world normal (three (B, P)) of the rays' first hit with object k."""
-    column = lambda name: scenes[name][:, k, None]
-    cos, sin, shape = column("theta").cos(), column("theta").sin(), column("shape")
-    half = column("radius") * torch.where(shape == 0, HALF[0], torch.where(shape == 1, HALF[1], HALF[2]))
-    p = [o[c] - scenes["center"][:, k, c, None] for c in range(3)]
-    px, py, pz = cos * p[0] + sin * p[1], cos * p[1] - sin * p[0], p[2]  # into the object's frame
-    dx, dy, dz = cos * d[0] + sin * d[1], cos * d[1] - sin * d[0], d[2]
-    # slabs |x|, |y|, |z| < half: entry and exit per axis
-    safe = lambda v: torch.where(v.abs() < 1e-9, 1e-9, v)
-    ix, iy, iz = 1 / safe(dx), 1 / safe(dy), 1 / safe(dz)
-    x0, y0, z0 = (-half * i.abs() - q * i for q, i in ((px, ix), (py, iy), (pz, iz)))
-    x1, y1, z1 = (half * i.abs() - q * i for q, i in ((px, ix), (py, iy), (pz, iz)))
-    # quadratics |p + t d| = half, in three dimensions for the sphere, in x and y for the cylinder's side
-    zs = (shape == 1).float()
-    a = dx * dx + dy * dy + zs * dz * dz + 1e-12
-    b = px * dx + py * dy + zs * pz * dz
-    disc = b * b - a * (px * px + py * py + zs * pz * pz - half * half)
-    root = disc.clamp(min=0).sqrt()
-    q0 = torch.where(disc > 0, (-b - root) / a, math.inf)
-    q1 = torch.where(disc > 0, (-b + root) / a, -math.inf)
-    cube, ball = shape == 0, shape == 1
-    side0 = torch.where(cube, torch.maximum(x0, y0), q0)
-    side1 = torch.where(cube, torch.minimum(x1, y1), q1)
-    t0 = torch.where(ball, q0, torch.maximum(side0, z0))
-    t1 = torch.where(ball, q1, torch.minimum(side1, z1))
-    t = torch.where((t0 < t1) & (t0 > 0) & (shape >= 0), t0, math.inf)
-    # the normal of the surface entered last
-    hit = torch.where(t < math.inf, t, 0.0)
-    cap = ~ball & (z0 > side0)
-    flat = (~cap).float() / half
-    nx, ny = (px + hit * dx) * flat, (py + hit * dy) * flat
-    nx = torch.where(cube, torch.where((x0 > y0) & ~cap, -torch.sign(dx), 0.0), nx)
-    ny = torch.where(cube, torch.where((x0 <= y0) & ~cap, -torch.sign(dy), 0.0), ny)
-    nz = torch.where(ball, (pz + hit * dz) / half, torch.where(cap, -torch.sign(dz), 0.0))
-    return t, (cos * nx - sin * ny, sin * nx + cos * ny, nz)
-
-
-def trace(scenes, o, d):
-    """Nearest hit of the rays o + t d: t (B, P), object index (B, P; -1 = ground) and unit world normals (three (B, P))."""
-    t = torch.where(d[2] < -1e-4, -o[2] / d[2].clamp(max=-1e-4), 1e4)
-    ids = torch.full_like(t, -1)
-    n = [torch.zeros_like(t), torch.zeros_like(t), torch.ones_like(t)]
-    for k in range(MAX_OBJECTS):
-        tk, nk = intersect(scenes, k, o, d)
-        closer = tk < t
-        t, ids = torch.where(closer, tk, t), torch.where(closer, float(k), ids)
-        n = [torch.where(closer, new, old) for new, old in zip(nk, n)]
-    return t, ids, n
-
-
-def shade(scenes, d, p, ids, n):
-    """rgb in [0, 1] (three (B, P)) at points p seen along d: Lambert + Blinn-Phong + a hard shadow; metal mirrors a sky."""
-    to_lamp = [scenes["lamp"][:, c, None] - p[c] for c in range(3)]
-    inverse = torch.rsqrt(dot(to_lamp, to_lamp))
-    lamp = [c * inverse for c in to_lamp]
-    lifted = [p[c] + 1e-3 * n[c] for c in range(3)]
-    lit = torch.ones_like(ids)
-    for k in range(MAX_OBJECTS):
-        lit = torch.where(intersect(scenes, k, lifted, lamp)[0] * inverse < 1, 0.0, lit)
-    palette = torch.tensor(list(COLORS.values()), device=ids.device).float() / 255
-    ground = ids < 0
-    color, metal = [torch.full_like(ids, 0.52) for _ in range(3)], torch.zeros_like(ids)
-    for k in range(MAX_OBJECTS):
-        mine = ids == k
-        albedo = palette[scenes["color"][:, k].clamp(min=0)]  # (B, 3)
-        color = [torch.where(mine, albedo[:, c, None], color[c]) for c in range(3)]
-        metal = torch.where(mine, (scenes["material"][:, k, None] == 1).float(), metal)
-    facing = dot(n, lamp)
-    half = [lamp[c] - d[c] for c in range(3)]
-    gloss = (dot(n, half) * torch.rsqrt(dot(half, half))).clamp(min=0)
-    shine = torch.where(ground, 0.0, torch.where(metal > 0, 0.9 * gloss ** 48, 0.25 * gloss ** 16)) * lit * (facing > 0)
-    mirrored = d[2] - 2 * dot(d, n) * n[2]  # height of the reflected ray: sky above, floor below
-    sky = torch.where(mirrored > 0, 0.55 + 0.9 * mirrored, 0.30 + 0.25 * mirrored)
-    light = 0.48 + 0.12 * n[2] + 0.62 * facing.clamp(min=0) * lit
-    light = torch.where(metal > 0, 0.5 * light + 0.75 * sky, light)
-    fade = torch.where(ground, 1 / (1 + 0.004 * (p[0] * p[0] + p[1] * p[1])), 1.0)
-    return [(color[c] * light * fade + shine).clamp(0, 1) for c in range(3)]
-
-
-def render_samples(scenes, pixels):
-    """One sample a pixel: rgb (B, 3, P), z-depth (B, P), camera-space normals (B, 3, P), object index (B, P)."""
-    o, d = primary_rays(scenes, pixels)
-    t, ids, n = trace(scenes, o, d)
-    p = [o[c] + t * d[c] for c in range(3)]
-    rgb = torch.stack(shade(scenes, d, p, ids, n), 1)
-    _, right, up, forward = camera_frame(scenes)
-    along = lambda axis, v: sum(axis[:, c, None] * v[c] for c in range(3))
-    return rgb, t * along(forward, d), torch.stack([along(right, n), along(up, n), -along(forward, n)], 1), ids
-
-
-def shifts(x, reach):
-    """Views of x (B, H, W) moved by (i, j), its border repeated: a function of i and j in -reach..reach."""
-    H, W = x.shape[1:]
-    padded = F.pad(x[:, None], (reach,) * 4, mode="replicate")[:, 0]
-    return lambda i, j: padded[:, reach + i:reach + i + H, reach + j:reach + j + W]
-
-
-def canny(rgb):
-    """Canny edges, 0 or 1, (B, H, W), of (B, 3, H, W): blur, Sobel, non-maximum suppression, hysteresis."""
-    at = shifts(0.299 * rgb[:, 0] + 0.587 * rgb[:, 1] + 0.114 * rgb[:, 2], 2)
-    at = shifts((at(0, -2) + 4 * at(0, -1) + 6 * at(0, 0) + 4 * at(0, 1) + at(0, 2)) / 16, 2)
-    at = shifts((at(-2, 0) + 4 * at(-1, 0) + 6 * at(0, 0) + 4 * at(1, 0) + at(2, 0)) / 16, 1)
-    gx = at(-1, 1) + 2 * at(0, 1) + at(1, 1) - at(-1, -1) - 2 * at(0, -1) - at(1, -1)
-    gy = at(1, -1) + 2 * at(1, 0) + at(1, 1) - at(-1, -1) - 2 * at(-1, 0) - at(-1, 1)
-    magnitude = (gx * gx + gy * gy).sqrt()
-    at = shifts(magnitude, 1)
-    steep, diagonal = gy.abs() / (gx.abs() + 1e-9), gx * gy > 0
-    thin = torch.zeros_like(magnitude, dtype=torch.bool)
-    for sector, (i, j) in ((steep < 0.4142, (0, 1)), (steep > 2.4142, (1, 0)),
-                           ((steep >= 0.4142) & (steep <= 2.4142) & diagonal, (1, 1)),
-                           ((steep >= 0.4142) & (steep <= 2.4142) & ~diagonal, (1, -1))):
-        thin |= sector & (magnitude >= at(i, j)) & (magnitude > at(-i, -j))
-    weak, strong = (thin & (magnitude > 0.10)).float(), (thin & (magnitude > 0.30)).float()
-    for _ in range(6):  # strong edges grow along weak ones
-        strong = weak * F.max_pool2d(strong[:, None], 3, 1, 1)[:, 0]
-    return strong
-
-
-def render_batch(scenes, size):
-    """Pictures in [0, 1] from 2x2 samples a pixel, each (B, 3, size, size), and the object index (B, size, size)."""
-    rgb, z, normals, ids = render_samples(scenes, 2 * size)
-    B = rgb.shape[0]
-    grid = lambda x: x.view(B, -1, 2 * size, 2 * size)
-    pool = lambda x: F.avg_pool2d(grid(x), 2)
-    depth = (1 / pool(z) - 1 / FAR) / (1 / NEAR - 1 / FAR)
-    votes = torch.stack([pool((ids == k).float())[:, 0] for k in range(-1, MAX_OBJECTS)])
-    index = votes.argmax(0) - 1  # what most samples hit
-    kind = torch.cat([torch.zeros_like(scenes["shape"][:, :1]), scenes["shape"] + 1], 1)  # of index + 1: ground, SHAPES
-    kind = kind.gather(1, index.flatten(1) + 1).view_as(index)
-    palette = torch.tensor(SEG_PALETTE, device=z.device).float() / 255
-    edge = (F.avg_pool2d(canny(grid(rgb))[:, None], 2) * 2).clamp(max=1)
-    return {"rgb": pool(rgb), "depth": depth.clamp(0, 1).expand(B, 3, size, size),
-            "normal": (F.normalize(pool(normals), dim=1) + 1) / 2,
-            "seg": palette[kind].permute(0, 3, 1, 2), "edge": edge.expand(B, 3, size, size), "index": index}
-
-
-_compiled = {}
-
-
-def render(scenes, size=64):
-    """Pictures of every scene: dict of (B, 3, size, size) floats in [0, 1] by modality, and index (B, size, size).
-
-    rgb, depth (linear in 1 / z, nearer is brighter), normal (camera space, (n + 1) / 2), seg (SEG_PALETTE) and edge.
-    """
-    device = scenes["lamp"].device
-    if device.type not in _compiled:  # compiled where a C++ compiler or CUDA is there: about 8x faster
-        works = device.type == "cuda" or shutil.which("g++") or shutil.which("clang++")
-        _compiled[device.type] = torch.compile(render_batch, dynamic=False) if works else render_batch
-    n, parts = scenes["lamp"].shape[0], []
-    for i in range(0, n, RENDER_BATCH):
-        rows = torch.arange(i, i + RENDER_BATCH, device=device).clamp(max=n - 1)  # one shape: nothing recompiles
-        batch = {name: value[rows] for name, value in scenes.items()}
-        images = _compiled[device.type](batch, size)
-        parts.append({name: image[:n - i] for name, image in images.items()})
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return joined, joined.pop("index")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -373,3 +173,136 @@ def parse_boxes(row):
         if kinds == [0, 1, 2, 3, 4]:
             boxes.append((*((v - 2) % BBOX_BINS for v in row[i:i + 4]), SHAPES[row[i + 4] - 2 - 4 * BBOX_BINS]))
     return boxes
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shards
+
+def stop(message):
+    sys.exit(f"scenes.py: {message}")
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def modalities(size):
+    """Length, vocabulary and pad id (-1: none) of each modality of the shards at this picture size."""
+    image = {"length": (size // 8) ** 2, "vocab": tokenizer.VOCAB, "pad": -1}
+    text = {"vocab": tokenizer.TEXT_VOCAB, "pad": tokenizer.TEXT_VOCAB - 1}
+    return {**{m: image for m in IMAGES}, "desc": {"length": LENGTHS["desc"], **text},
+            "caption": {"length": LENGTHS["caption"], **text},
+            "bbox": {"length": LENGTHS["bbox"], "vocab": BBOX_VOCAB, "pad": BBOX_PAD}}
+
+
+def make_tokens(n, size, seed, device, coder, encoding):
+    """n scenes and their tokens: (scenes, {modality: uint16 array (n, length)}, {desc, caption: list of str})."""
+    scenes = sample_scenes(n, seed, device)
+    images, index = render(scenes, size)
+    tokens = {m: torch.cat([coder.encode(part.contiguous(memory_format=torch.channels_last)).flatten(1)
+                            for part in images[m].split(100)]).cpu().numpy().astype(np.uint16) for m in IMAGES}
+    objects, rng = facts(scenes, index), random.Random(seed)
+    texts = {"desc": [describe(o) for o in objects], "caption": [caption(o, rng) for o in objects]}
+    for m, lines in texts.items():
+        tokens[m] = np.array([tokenizer.text_tokens(encoding, t, LENGTHS[m]) for t in lines], np.uint16)
+    tokens["bbox"] = np.array([box_tokens(o, size) for o in objects], np.uint16)
+    return scenes, tokens, texts
+
+
+def make_shards(size, num, seed, device):
+    """Write data/scenes<size>/train: <modality>.npy of shape (num, length) and meta.json. Resumes, or verifies."""
+    out = ROOT / f"scenes{size}" / "train"
+    part = out.with_name("train.part")
+    identity = {"name": f"scenes{size}", "version": VERSION, "size": size, "num": num, "seed": seed,
+                "tokenizer": sha256(tokenizer.WEIGHTS), "text": sha256(tokenizer.TEXT)}
+    if out.exists():
+        try:
+            meta = json.loads((out / "meta.json").read_text())
+            if different := [key for key in identity if meta[key] != identity[key]]:
+                stop(f"{out} was made with another {', '.join(different)}; delete it to make this one")
+            wrong = [m for m in meta["modalities"] if sha256(out / f"{m}.npy") != meta["sha256"][m]]
+        except (OSError, ValueError, KeyError) as error:
+            stop(f"{out} is damaged ({error}); delete it and run this again")
+        if wrong:
+            stop(f"{out} is damaged ({wrong[0]}.npy is not what was written); delete it and run this again")
+        print(f"{out}: {num:,} scenes, already there and verified")
+        return
+    kinds, state, done = modalities(size), part / "state.json", 0
+    if state.exists() and json.loads(state.read_text())["identity"] == identity:
+        done = json.loads(state.read_text())["done"]
+        arrays = {m: np.lib.format.open_memmap(part / f"{m}.npy", "r+") for m in kinds}
+    else:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        arrays = {m: np.lib.format.open_memmap(part / f"{m}.npy", "w+", np.uint16, (num, kinds[m]["length"]))
+                  for m in kinds}
+    coder, encoding = tokenizer.load_tokenizer(device), tokenizer.load_text()
+    with tqdm(total=num, initial=done, unit=" scenes", desc=f"scenes {size} px") as bar:
+        while done < num:
+            n = min(CHUNK, num - done)
+            tokens = make_tokens(n, size, (seed << 32) + done // CHUNK, device, coder, encoding)[1]
+            for m, array in arrays.items():
+                array[done:done + n] = tokens[m]
+                array.flush()
+            done += n
+            write = state.with_suffix(".tmp")
+            write.write_text(json.dumps({"identity": identity, "done": done}))
+            write.replace(state)
+            bar.update(n)
+    hashes = {m: sha256(part / f"{m}.npy") for m in kinds}
+    (part / "meta.json").write_text(json.dumps({**identity, "modalities": kinds, "sha256": hashes}, indent=1))
+    state.unlink()
+    part.rename(out)
+    print(f"{out}: {num:,} scenes")
+
+
+def make_frozen(size, device, num=2000, seed=1 << 20):
+    """Write data/frozen/scenes<size>.npz: tokens, texts and the scenes themselves of the validation set."""
+    scenes, tokens, texts = make_tokens(num, size, seed << 32, device, tokenizer.load_tokenizer(device), tokenizer.load_text())
+    arrays = {**tokens, **{f"{m}_text": np.frombuffer("\n".join(lines).encode(), np.uint8) for m, lines in texts.items()},
+              **{f"scene_{name}": value.cpu().numpy() for name, value in scenes.items()},
+              "modalities": np.frombuffer(json.dumps(modalities(size)).encode(), np.uint8)}
+    path = ROOT / "frozen" / f"scenes{size}.npz"
+    np.savez_compressed(path, **arrays)
+    print(f"{path}: {num:,} scenes, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def load_frozen_scenes(size, n):
+    """The first n validation scenes, as sample_scenes gives them, to render their true pictures."""
+    with np.load(ROOT / "frozen" / f"scenes{size}.npz") as arrays:
+        return {key[6:]: torch.from_numpy(arrays[key][:n]) for key in arrays if key.startswith("scene_")}
+
+
+def preview(path, device, columns=8):
+    """A contact sheet: every modality of eight scenes, one column a scene, then three of them with their texts."""
+    scenes = sample_scenes(columns, seed=7, device=device)
+    images, index = render(scenes, 64)
+    objects = facts(scenes, index)
+    rows = [[(picture, m if column == 0 else "") for column, picture in enumerate(images[m])] for m in IMAGES]
+    texts = [[images["rgb"][b], describe(objects[b]), caption(objects[b], random.Random(b))] for b in range(4)]
+    draw.sheet(["Eight scenes, five image-like modalities", *rows, "rgb, desc, caption", *texts], path)
+    print(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=64, help="picture width and height in pixels, a multiple of 8")
+    parser.add_argument("--num", type=int, default=20000, help="training scenes")
+    parser.add_argument("--seed", type=int, default=1, help="of the training scenes; validation has its own")
+    parser.add_argument("--preview", action="store_true", help="draw a contact sheet instead")
+    parser.add_argument("--frozen", action="store_true", help="remake the frozen validation set instead")
+    arguments = parser.parse_args()
+    if arguments.size < 16 or arguments.size % 8 or arguments.num < 1 or not 0 <= arguments.seed < 1 << 20:
+        stop("--size must be a multiple of 8 from 16 up, --num at least 1, --seed from 0 to 2^20 - 1")
+    chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if arguments.preview:
+            preview(ROOT.parent / "samples" / "scenes.png", chosen)
+        elif arguments.frozen:
+            make_frozen(arguments.size, chosen)
+        else:
+            make_shards(arguments.size, arguments.num, arguments.seed, chosen)
+    except KeyboardInterrupt:
+        stop("interrupted; run the same command to continue")
+    except OSError as error:
+        stop(f"cannot write: {error}")

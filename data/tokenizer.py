@@ -33,18 +33,30 @@ TEXT_PATTERN = r" ?[xy]=| ?[A-Za-z]+:?| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"
 # ------------------------------------------------------------------------------------------------------------
 # Image tokenizer
 
+class Conv(nn.Module):
+    """3x3 (or 1x1) convolution whose weight is stored as a matrix (out, in * k * k), the form torch.optim.Muon takes."""
+
+    def __init__(self, inside, outside, k=3, stride=1):
+        super().__init__()
+        self.shape, self.stride = (outside, inside, k, k), stride
+        self.weight = nn.Parameter(torch.randn(outside, inside * k * k) * (inside * k * k) ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(outside))
+
+    def forward(self, x):
+        weight = self.weight.view(self.shape).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, self.bias, self.stride, padding=self.shape[-1] // 2)
+
+
 class Block(nn.Module):
-    """Pre-activation residual block: (B, C, H, W) -> (B, C, H, W)."""
+    """Residual block without normalisation, as in super-resolution (arXiv:1707.02921): (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, dim):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, dim), nn.Conv2d(dim, dim, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, dim), nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv1, self.conv2 = Conv(dim, dim), Conv(dim, dim)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
 
 
 class Tokenizer(nn.Module):
@@ -53,14 +65,12 @@ class Tokenizer(nn.Module):
     def __init__(self, fine=48, mid=96, dim=160):
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(4), nn.Conv2d(48, mid, 3, padding=1), Block(mid),
-            nn.Conv2d(mid, dim, 3, stride=2, padding=1), Block(dim),
-            nn.GroupNorm(8, dim), nn.SiLU(), nn.Conv2d(dim, DIGITS, 1))
+            nn.PixelUnshuffle(4), Conv(48, mid), Block(mid), Conv(mid, dim, stride=2), Block(dim), Block(dim),
+            nn.SiLU(), Conv(dim, DIGITS, 1))
         self.decoder = nn.Sequential(
-            nn.Conv2d(DIGITS, dim, 3, padding=1), Block(dim), Block(dim),
-            nn.Conv2d(dim, 4 * mid, 1), nn.PixelShuffle(2), Block(mid), Block(mid),
-            nn.Conv2d(mid, 4 * fine, 1), nn.PixelShuffle(2), Block(fine),
-            nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, 12, 3, padding=1), nn.PixelShuffle(2))
+            Conv(DIGITS, dim), Block(dim), Block(dim), Conv(dim, 4 * mid, 1), nn.PixelShuffle(2),
+            Block(mid), Block(mid), Conv(mid, 4 * fine, 1), nn.PixelShuffle(2), Block(fine),
+            nn.SiLU(), Conv(fine, 12), nn.PixelShuffle(2))
 
     def quantise(self, images):
         """Digits (B, 4, H/8, W/8), floats holding 0..7; the gradient passes straight through the rounding."""
@@ -152,12 +162,17 @@ def train(minutes, num=8000, batch=80, peak=2e-3, seed=0):
     del small, large
     model = Tokenizer().to(memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    edges = (model.encoder[1].weight, model.encoder[-1].weight, model.decoder[0].weight, model.decoder[-2].weight)
+    inner = [p for p in model.parameters() if p.ndim == 2 and all(p is not e for e in edges)]
+    others = [p for p in model.parameters() if p.ndim < 2 or any(p is e for e in edges)]
+    optimizers = [torch.optim.Muon(inner, lr=peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0)]
     # what a modality's squared error counts: less where pictures are flat colours or thin lines that cost many bits
-    weight = torch.tensor([1.5, 2.5, 1.0, 0.3, 0.3]).repeat_interleave(batch // 5).view(-1, 1, 1, 1)
+    weight = torch.tensor([3.0, 1.2, 1.0, 0.25, 0.2]).repeat_interleave(batch // 5).view(-1, 1, 1, 1)
     start, step, bar = time.time(), 0, tqdm(total=round(minutes * 60), unit="s")
     while (progress := (time.time() - start) / (60 * minutes)) < 1:
-        optimizer.param_groups[0]["lr"] = peak * min(1, step / 200, 1.02 - progress)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = peak * min(1, step / 200, 1.02 - progress)
         source, parts = pool[128 if step % 5 == 0 else 64], []
         for m in world.IMAGES:
             images = source[m][torch.randint(len(source[m]), (batch // 5,))]
@@ -170,10 +185,11 @@ def train(minutes, num=8000, batch=80, peak=2e-3, seed=0):
             output = model.reconstruct(model.quantise(images))
         error = output.float() - images
         loss = (weight * (error.square() + 0.02 * error.abs())).mean()
-        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
         if step % 100 == 0:
             bar.n = int(time.time() - start)
