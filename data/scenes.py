@@ -31,7 +31,7 @@ VERSION = 1  # of everything that decides the content of a scene; raise it and e
 ROOT = Path(__file__).resolve().parent
 MATERIALS = ("rubber", "metal")
 SIZES = ("small", "large")
-RADIUS = (0.72, 1.05)  # world units of a small / large object's bounding sphere
+RADIUS = (0.72, 1.05)  # world units, of a small / large object's footprint
 MIN_VISIBLE = 0.012  # of the frame's pixels every described object shows at least
 IMAGES = ("rgb", "depth", "normal", "seg", "edge")
 BBOX_BINS = 64  # coordinate tokens per side, one set for each of xmin, ymin, xmax, ymax, as in 4M
@@ -50,7 +50,8 @@ def sample_scenes(n, seed, device="cpu"):
     units; theta (n, 4) rotation about z in radians; camera (n, 5) azimuth, elevation, distance, target x, y; lamp (n, 3).
     Objects never interpenetrate, lie in the frame and show at least MIN_VISIBLE of it.
     """
-    rng, K = torch.Generator().manual_seed(seed), MAX_OBJECTS
+    digest = hashlib.sha256(str(seed).encode()).digest()  # torch's CPU generator reads only 32 bits of a seed
+    rng, K = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little")), MAX_OBJECTS
     counts = torch.randint(1, K + 1, (n,), generator=rng)  # fixed first, so that hard layouts do not become rare
     pending, result = torch.arange(n), None
     while len(pending):
@@ -170,7 +171,7 @@ def parse_boxes(row):
         if row[i] <= BBOX_EOS:
             break
         kinds = [(v - 2) // BBOX_BINS for v in row[i:i + 5]]
-        if kinds == [0, 1, 2, 3, 4]:
+        if kinds == [0, 1, 2, 3, 4] and row[i + 4] < BBOX_VOCAB:
             boxes.append((*((v - 2) % BBOX_BINS for v in row[i:i + 4]), SHAPES[row[i + 4] - 2 - 4 * BBOX_BINS]))
     return boxes
 

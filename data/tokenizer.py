@@ -92,6 +92,8 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, ids):
         """Pictures (B, 3, 8h, 8w) in [0, 1] of token ids (B, h, w)."""
+        if ids.ndim != 3:
+            raise ValueError(f"decode takes (B, h, w), not {tuple(ids.shape)}")
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < VOCAB:
             raise ValueError(f"image tokens lie in 0..{VOCAB - 1}, found {int(ids.min())}..{int(ids.max())}")
         power = LEVELS ** torch.arange(DIGITS, device=ids.device).view(1, -1, 1, 1)
@@ -219,6 +221,52 @@ def quality(model, images):
     return psnr, used
 
 
+REPORT = """# Frozen files
+
+What makes losses comparable everywhere; never edited, hash-checked by every run.
+
+| file | what it is |
+|---|---|
+| `scenes64.npz`, `scenes128.npz` | 2,000 validation scenes: tokens of every modality, texts, and the scenes themselves (`python data/scenes.py --frozen`) |
+| `eval_4m_64.npz`, `eval_4m_128.npz` | which of their tokens are inputs and which are targets (`python data/eval_masks.py`) |
+| `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/tokenizer.py train`) |
+| `text.tiktoken` | text encoding in tiktoken's format (`python data/tokenizer.py text`) |
+| `4m.safetensors` | nano4M trained longer than a record (`python train_4m.py --load=data/frozen/4m.safetensors --num_steps=0`) |
+
+## Image tokenizer
+
+Reconstruction of the validation scenes (PSNR of the mean squared error in dB) and the share of the {vocab} codes that they
+use; written by `python data/tokenizer.py report`.
+
+| | {names} |
+|---|{rule}|
+{rows}
+"""
+
+
+def report():
+    """Write data/frozen/README.md, and a sheet of reconstructions in samples/tokenizer.png."""
+    import draw
+    import scenes as world
+    model, rows = load_tokenizer(), []
+    for size in (64, 128):
+        scenes = world.load_frozen_scenes(size, 2000 if size == 64 else 500)
+        images, _ = world.render(scenes, size)
+        psnr, used = quality(model, images)
+        rows += [f"| {size} px, PSNR | " + " | ".join(f"{psnr[m]:.1f}" for m in world.IMAGES) + " |",
+                 f"| {size} px, codes used | " + " | ".join(f"{100 * used[m]:.0f} %" for m in world.IMAGES) + " |"]
+        if size == 64:
+            sheet = ["True pictures, and below each what its 64 tokens keep"]
+            for m in world.IMAGES:
+                true = images[m][:8]
+                sheet += [[(p, m) for p in true], [(p, "") for p in model.decode(model.encode(true))]]
+            draw.sheet(sheet, FROZEN.parents[1] / "samples" / "tokenizer.png")
+    text = REPORT.format(parameters=sum(p.numel() for p in model.parameters()), vocab=VOCAB, rows="\n".join(rows),
+                         names=" | ".join(world.IMAGES), rule="---|" * (len(world.IMAGES) - 1) + "---")
+    (FROZEN / "README.md").write_text(text)
+    print(text)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("train", "text", "report"))
@@ -228,3 +276,5 @@ if __name__ == "__main__":
         train(arguments.minutes)
     elif arguments.job == "text":
         train_text()
+    else:
+        report()

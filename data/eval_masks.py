@@ -1,0 +1,49 @@
+"""Freeze what train_4m.py is evaluated on: the input and target tokens of every validation scene.
+
+Drawn once from the course's own masking (two budgets from U{1..128}, each split over the modalities by a Dirichlet(1)
+draw, places uniform without replacement, disjoint), here scene by scene in numpy, the plain way that the vectorised
+masking of the training scripts is tested against.
+
+    python data/eval_masks.py            # maintainers only -> data/frozen/eval_4m_64.npz and eval_4m_128.npz
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+
+FROZEN = Path(__file__).resolve().parent / "frozen"
+BUDGET = 128
+
+
+def draw_roles(valid, kind, rng, budget=BUDGET):
+    """Roles (size,) uint8 of one scene's places: 1 input, 2 target, 0 neither.
+
+    valid (size,): places that hold a token; kind (size,): modality of a place. Both budgets are cut to what the
+    modalities drawn have (left), so a few scenes have fewer tokens than their budget.
+    """
+    K, roles = kind.max() + 1, np.zeros(len(kind), np.uint8)
+    shuffled = [rng.permutation(np.flatnonzero(valid & (kind == k))) for k in range(K)]
+    taken = np.zeros(K, int)
+    for role in (1, 2):
+        total = rng.integers(1, budget + 1)
+        edges = np.round(np.cumsum(rng.dirichlet(np.ones(K))) * total).astype(int)
+        for k, count in enumerate(np.diff(edges, prepend=0)):
+            places = shuffled[k][taken[k]:taken[k] + count]
+            roles[places] = role
+            taken[k] += len(places)
+    return roles
+
+
+if __name__ == "__main__":
+    for size in (64, 128):
+        with np.load(FROZEN / f"scenes{size}.npz", allow_pickle=False) as arrays:
+            modalities = json.loads(bytes(arrays["modalities"]))
+            tokens = np.concatenate([arrays[m] for m in modalities], 1)
+        kind = np.repeat(np.arange(len(modalities)), [about["length"] for about in modalities.values()])
+        pad = np.array([about["pad"] for about in modalities.values()])
+        rng = np.random.default_rng(0)
+        roles = np.stack([draw_roles(row != pad[kind], kind, rng) for row in tokens])
+        path = FROZEN / f"eval_4m_{size}.npz"
+        np.savez_compressed(path, roles=roles)
+        print(f"{path}: {(roles == 1).sum(1).mean():.1f} inputs and {(roles == 2).sum(1).mean():.1f} targets a scene, "
+              f"{path.stat().st_size / 1e6:.2f} MB")

@@ -1,0 +1,230 @@
+"""The scenes world: the ray caster against closed forms and slow code, texts and boxes against the pictures."""
+import functools
+import itertools
+import math
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import raycaster
+import scenes as world
+import tokenizer
+
+FLAT = functools.partial(raycaster.render, compiled=False)
+UP = np.array([0.0, 0.0, 1.0])
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    """100 scenes with their pictures, object index and facts."""
+    scenes = world.sample_scenes(100, seed=11)
+    images, index = FLAT(scenes)
+    return scenes, images, index, world.facts(scenes, index)
+
+
+def one_object(shape, center, radius=1.0, theta=0.0, camera=(0.1, 0.6, 10.0, 0.0, 0.0), lamp=(-4.0, -1.5, 6.0)):
+    """A scene with a single object in slot 2, or none for shape -1."""
+    scenes = {name: torch.full((1, 4), -1) for name in ("shape", "color", "material", "size")}
+    scenes |= {"center": torch.zeros(1, 4, 3), "radius": torch.ones(1, 4), "theta": torch.zeros(1, 4),
+               "camera": torch.tensor([camera]), "lamp": torch.tensor([lamp])}
+    scenes["shape"][0, 2], scenes["color"][0, 2], scenes["material"][0, 2], scenes["size"][0, 2] = shape, 1, 0, 1
+    scenes["center"][0, 2], scenes["radius"][0, 2], scenes["theta"][0, 2] = torch.tensor(center), radius, theta
+    return scenes
+
+
+def camera_of(camera):
+    """Eye, right, up, forward of a camera row, in float64 and from angles alone."""
+    a, e, distance, x, y = np.asarray(camera, np.float64)
+    back = np.array([math.sin(a) * math.cos(e), -math.cos(a) * math.cos(e), math.sin(e)])
+    right = np.cross(-back, UP) / np.linalg.norm(np.cross(-back, UP))
+    return np.array([x, y, 0.4]) + distance * back, right, np.cross(right, -back), -back
+
+
+def slow_hit(shape, half, o, d):
+    """First hit (t, normal) of one ray with an unrotated object at 0: every surface in turn, the nearest valid one."""
+    found = []
+    if shape in (0, 2):  # planes: six faces of the cube, two caps of the cylinder
+        for axis, sign in itertools.product(range(3) if shape == 0 else [2], (-1, 1)):
+            t = (sign * half - o[axis]) / d[axis]
+            p = np.delete(o + t * d, axis)
+            if np.abs(p).max() < half if shape == 0 else np.linalg.norm(p) < half:
+                found.append((t, sign * np.eye(3)[axis]))
+    if shape in (1, 2):
+        flat = np.array([1, 1, 1 if shape == 1 else 0])
+        for t in np.roots([(flat * d) @ d, 2 * (flat * o) @ d, (flat * o) @ o - half ** 2]):
+            p = o + t.real * d
+            if abs(t.imag) < 1e-12 and (shape == 1 or abs(p[2]) < half):
+                found.append((t.real, flat * p / half))
+    return min((f for f in found if f[0] > 0), key=lambda f: f[0], default=(math.inf, np.zeros(3)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ray caster
+
+def test_sphere_picture_matches_closed_form():
+    camera, center, r, S = (0.1, 0.6, 10.0, 0.3, -0.2), np.array([0.3, -0.2, 0.4]), raycaster.HALF[1] * 0.42, 129
+    _, z, n, ids = raycaster.render_samples(one_object(1, center.tolist(), 0.42, camera=camera), S)
+    middle = S * S // 2
+    assert z[0, middle].item() == pytest.approx(10 - r, abs=1e-4)
+    assert n[0, :, middle].tolist() == pytest.approx([0, 0, 1], abs=1e-4)
+    eye, right, up, forward = camera_of(camera)
+    x, y = np.meshgrid(*2 * [((np.arange(S) + 0.5) / S * 2 - 1) * math.tan(math.radians(17))])
+    d = forward + x.reshape(-1, 1) * right - y.reshape(-1, 1) * up
+    d /= np.linalg.norm(d, axis=1, keepdims=True)
+    b, c = d @ (eye - center), (eye - center) @ (eye - center) - r * r
+    hit = b * b > c
+    t = np.where(hit, -b - np.sqrt(np.maximum(b * b - c, 0)), -eye[2] / d[:, 2])
+    normal = np.where(hit[:, None], (eye + t[:, None] * d - center) / r, UP) @ np.stack([right, up, -forward], 1)
+    clear = np.abs(b * b - c) > 3e-3  # not along the silhouette, where float32 may decide otherwise
+    assert hit[clear].sum() > 100 and clear.mean() > 0.99
+    assert (ids[0].numpy() == np.where(hit, 2, -1))[clear].all()
+    np.testing.assert_allclose(z[0].numpy()[clear], (t * (d @ forward))[clear], atol=1e-3)
+    np.testing.assert_allclose(n[0].numpy().T[clear], normal[clear], atol=5e-3)
+
+
+@pytest.mark.parametrize("shape", [0, 1, 2])
+def test_hits_match_a_slow_implementation(shape):
+    rng, center, theta, radius = np.random.default_rng(shape), np.array([0.5, -1.0, 0.9]), 0.7, 1.1
+    o = center + 6 * rng.normal(size=(600, 3))
+    d = center + rng.uniform(-1.1, 1.1, (600, 3)) - o
+    d /= np.linalg.norm(d, axis=1, keepdims=True)
+    scenes = {name: v.double() if v.is_floating_point() else v
+              for name, v in one_object(shape, center.tolist(), radius, theta).items()}
+    scenes["center"][0, 2] = torch.from_numpy(center)
+    scenes["radius"][0, 2], scenes["theta"][0, 2] = radius, theta
+    t, n = raycaster.intersect(scenes, 2, *(tuple(torch.from_numpy(v.T.copy())[:, None]) for v in (o, d)))
+    turn = np.array([[math.cos(theta), -math.sin(theta), 0], [math.sin(theta), math.cos(theta), 0], UP])
+    half = np.float32(raycaster.HALF[shape]) * radius
+    outside = [i for i in range(600) if np.linalg.norm(o[i] - center) > 2]
+    slow = [slow_hit(shape, half, (o[i] - center) @ turn, d[i] @ turn) for i in outside]
+    times, normals = np.array([s[0] for s in slow]), np.array([turn @ s[1] for s in slow])
+    hit = np.isfinite(times)
+    assert 0.3 < hit.mean() < 0.99
+    np.testing.assert_allclose(t[0].numpy()[outside], times, atol=1e-6)
+    np.testing.assert_allclose(torch.cat(n).numpy().T[outside][hit], normals[hit], atol=1e-5)
+    assert (raycaster.intersect(scenes, 1, *((v,) * 3 for v in (t, t)))[0] == math.inf).all()  # an empty slot
+
+
+def test_pictures_are_well_formed(rendered):
+    scenes, images, index, _ = rendered
+    assert set(images) == set(world.IMAGES) and all(v.shape == (100, 3, 64, 64) for v in images.values())
+    assert all(0 <= v.min() and v.max() <= 1 and v.std() > 0.05 for v in images.values())
+    assert (((images["normal"] * 2 - 1).norm(dim=1) - 1).abs() < 1e-3).all()
+    assert images["depth"].min() > 0 and images["depth"].max() < 1, "a depth was clamped: NEAR and FAR are too close"
+    palette = torch.tensor(raycaster.SEG_PALETTE) / 255
+    for b, k in itertools.product(range(100), range(-1, 4)):
+        kind = 0 if k < 0 else scenes["shape"][b, k] + 1
+        assert (images["seg"][b][:, index[b] == k] == palette[kind][:, None]).all()
+
+
+@pytest.mark.parametrize("lamp_x", [-4.0, 4.0])
+@pytest.mark.parametrize("shape", [0, 1, 2])
+def test_shadow_darkens_the_ground(shape, lamp_x):
+    lamp, center = np.array([lamp_x, -1.5, 2.5]), np.array([0.0, 0.0, 0.8])
+    ground = lamp + (center - lamp) * lamp[2] / (lamp[2] - center[2])
+    shaded, bare = (one_object(s, center.tolist(), lamp=tuple(lamp)) for s in (shape, -1))
+    x, y, _ = raycaster.project(bare | {"center": torch.tensor(ground, dtype=torch.float32).expand(1, 4, 3)})
+    row, column = int(y[0, 0] * 64), int(x[0, 0] * 64)
+    dark, light = raycaster.render_batch(shaded, 64), raycaster.render_batch(bare, 64)
+    assert dark["index"][0, row, column] == -1
+    assert (dark["rgb"][0, :, row, column] < 0.8 * light["rgb"][0, :, row, column]).all()
+    far = (63, 0) if lamp_x < 0 else (63, 63)  # a corner that no shadow reaches
+    assert torch.equal(dark["rgb"][0, :, far[0], far[1]], light["rgb"][0, :, far[0], far[1]])
+
+
+def test_canny():
+    step = torch.zeros(1, 3, 32, 32)
+    step[..., 16:] = 1
+    edge = raycaster.canny(step)[0]
+    assert (edge.sum(1) == 1).all() and edge[:, 15:17].sum() == 32
+    assert torch.equal(raycaster.canny(step.transpose(2, 3))[0], edge.T)
+    diagonal = raycaster.canny((torch.arange(32) > torch.arange(32)[:, None]).float().expand(1, 3, 32, 32))[0]
+    assert set(diagonal[4:28].sum(1).tolist()) <= {1.0, 2.0}  # both sides of an exact diagonal are equally steep
+    assert raycaster.canny(torch.full((1, 3, 32, 32), 0.7)).sum() == 0
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_compiled_render_agrees(rendered):
+    scenes, images, index, _ = rendered
+    fast, fast_index = raycaster.render({name: v[:50] for name, v in scenes.items()})
+    assert (fast_index == index[:50]).float().mean() > 0.9995
+    for m in ("rgb", "depth", "normal", "seg", "edge"):
+        assert ((fast[m] - images[m][:50]).abs() > 2e-3).float().mean() < 1e-3, m
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def test_seeds():
+    first, again = world.sample_scenes(20, 3), world.sample_scenes(20, 3)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    seeds = (3, 4, 1 << 32, (1 << 32) + 1, 2 << 32, (2 << 32) + 1, 1 << 52)  # as training and validation sets use them
+    looks = {world.sample_scenes(20, seed)["camera"].numpy().tobytes() for seed in seeds}
+    assert len(looks) == len(seeds), "different seeds give the same scenes"
+
+
+def test_objects_are_apart_visible_and_counted_evenly():
+    scenes = world.sample_scenes(1000, seed=5)
+    exists = scenes["shape"] >= 0
+    share = exists.sum(1).bincount(minlength=5) / 1000
+    assert share[0] == 0 and ((share[1:] - 0.25).abs() < 0.05).all()
+    half = scenes["radius"] * torch.tensor(raycaster.HALF)[scenes["shape"].clamp(min=0)]
+    assert (scenes["center"][..., 2] - half)[exists].abs().max() < 1e-5
+    ids = raycaster.trace(scenes, *raycaster.primary_rays(scenes, 48))[1]
+    share = torch.stack([(ids == k).float().mean(1) for k in range(4)], 1)
+    assert share[exists].min() > world.MIN_VISIBLE * 0.5 and share[~exists].max() == 0
+    foot = torch.where(scenes["shape"] == 0, half * 2 ** 0.5, half)  # a cube reaches as far as its corners
+    for i, j in itertools.combinations(range(4), 2):
+        gap = (scenes["center"][:, i] - scenes["center"][:, j])[:, :2].norm(dim=1)
+        reach = torch.maximum(foot[:, i] + foot[:, j], scenes["radius"][:, i] + scenes["radius"][:, j])
+        assert (gap >= reach)[exists[:, i] & exists[:, j]].all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Texts and boxes
+
+def test_facts_match_the_picture(rendered):
+    scenes, _, index, facts = rendered
+    for b, objects in enumerate(facts):
+        eye, right, up, forward = camera_of(scenes["camera"][b])
+        offset = scenes["center"][b].double().numpy() - eye
+        nearest = [k for k in np.argsort(offset @ forward) if scenes["shape"][b, k] >= 0]
+        assert len(objects) == len(nearest)
+        for o, k in zip(objects, nearest):
+            scale = 2 * math.tan(math.radians(17)) * (offset[k] @ forward)
+            assert abs(o["x"] + 0.5 - 100 * (0.5 + offset[k] @ right / scale)) < 0.51
+            assert abs(o["y"] + 0.5 - 100 * (0.5 - offset[k] @ up / scale)) < 0.51
+            words = [("shape", raycaster.SHAPES), ("color", list(raycaster.COLORS)), ("material", world.MATERIALS),
+                     ("size", world.SIZES)]
+            assert all(o[name] == names[scenes[name][b, k]] for name, names in words)
+            rows, columns = np.nonzero(index[b].numpy() == k)
+            assert len(rows) >= world.MIN_VISIBLE * 0.5 * 64 * 64, "hardly visible"
+            assert o["box"] == [columns.min(), rows.min(), columns.max(), rows.max()]
+
+
+def test_texts_name_every_object_and_fit():
+    index, encoding = torch.zeros(500, 1, 1, dtype=torch.long), tokenizer.load_text()
+    for b, objects in enumerate(world.facts(world.sample_scenes(500, seed=6), index)):
+        desc, caption = world.describe(objects), world.caption(objects, random.Random(b))
+        for m, text in (("desc", desc), ("caption", caption)):
+            assert len(tokenizer.text_tokens(encoding, text, world.LENGTHS[m])) == world.LENGTHS[m]
+        kept = ("x", "y", "shape", "color", "material")
+        assert world.parse_desc(desc) == [{name: o[name] for name in kept} for o in objects]
+        nouns = [f"{o['size']} {o['color']} {o['material']} {o['shape']}" for o in objects]
+        assert all(caption.lower().count(noun) == nouns.count(noun) for noun in nouns), caption
+    assert world.parse_desc("Object 1 - Position: x=1 y=2 Shape: cube Color: Object 2 - Position: x=3") == []
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_boxes_round_trip(rendered, size):
+    for objects in rendered[3]:
+        objects = [o | {"box": [v * size // 64 for v in o["box"]]} for o in objects]
+        row = world.box_tokens(objects, size)
+        assert len(row) == world.LENGTHS["bbox"] and 0 <= min(row) and max(row) < world.BBOX_VOCAB
+        assert world.parse_boxes(row) == [(*(v * 64 // size for v in o["box"]), o["shape"]) for o in objects]
+    good = [2, 66, 130, 194, 258]
+    assert world.parse_boxes(good + [2, 2, 2, 2, 2] + good) == 2 * [(0, 0, 0, 0, "cube")]
+    assert world.parse_boxes(good[:4] + [300, 1]) == [], "a class that does not exist"

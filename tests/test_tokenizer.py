@@ -1,0 +1,232 @@
+"""The image tokenizer, the text encoding, and the shards and frozen validation sets made with them."""
+import functools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import raycaster
+import scenes as world
+import tokenizer
+
+
+@pytest.fixture(scope="module")
+def coder():
+    return tokenizer.load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    return tokenizer.load_text()
+
+
+@pytest.fixture(scope="module")
+def validation():
+    """Pictures of the first 100 validation scenes."""
+    return raycaster.render(world.load_frozen_scenes(64, 100), 64, compiled=False)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Image tokens
+
+@pytest.mark.parametrize("height, width", [(64, 64), (128, 128), (16, 40)])
+def test_shapes_and_ranges(coder, height, width):
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    ids = coder.encode(images)
+    assert ids.shape == (2, height // 8, width // 8) and ids.dtype == torch.int64
+    assert 0 <= ids.min() and ids.max() < 4096 == tokenizer.VOCAB
+    output = coder.decode(ids)
+    assert output.shape == images.shape and 0 <= output.min() and output.max() <= 1 and output.std() > 0
+
+
+def test_wrong_input_raises(coder):
+    for shape in ((3, 64, 64), (1, 1, 64, 64), (1, 3, 60, 64), (1, 3, 64, 60)):
+        with pytest.raises(ValueError, match="encode takes"):
+            coder.encode(torch.zeros(shape))
+    for value in (-1, 4096):
+        with pytest.raises(ValueError, match=str(value)):
+            coder.decode(torch.tensor([[[5, value]]]))
+    for rows in (1, 2, 4):  # rows as the shards hold them are no grid
+        with pytest.raises(ValueError, match="decode takes"):
+            coder.decode(torch.zeros(rows, 64, dtype=torch.long))
+
+
+def test_quantise_rounds_and_passes_the_gradient(coder):
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    digits = coder.quantise(images)
+    assert digits.shape == (2, 4, 4, 4) and (digits - digits.round()).abs().max() < 1e-5
+    assert 0 <= digits.round().min() and digits.round().max() <= 7 and digits.round().unique().numel() > 2
+    smooth = 7 * torch.sigmoid(coder.encoder(images * 2 - 1))
+    assert (digits - smooth).abs().max() <= 0.5 + 1e-5
+    weight = torch.rand(digits.shape, generator=torch.Generator().manual_seed(2))
+    rounded, unrounded = (torch.autograd.grad((x * weight).sum(), images)[0] for x in (digits, smooth))
+    assert rounded.abs().max() > 0
+    torch.testing.assert_close(rounded, unrounded)
+
+
+def test_ids_and_digits_are_a_bijection(monkeypatch):
+    model, seen = tokenizer.Tokenizer(fine=4, mid=4, dim=4), []
+    monkeypatch.setattr(model, "reconstruct", lambda digits: seen.append(digits) or digits)
+    monkeypatch.setattr(model, "quantise", lambda images: seen[0] + 1e-6)
+    ids = torch.arange(4096).view(1, 64, 64)
+    model.decode(ids)
+    digits = seen[0].flatten(2)[0].T
+    assert digits.unique(dim=0).shape == (4096, 4) and digits.unique().tolist() == list(range(8))
+    assert torch.equal(model.encode(torch.zeros(1, 3, 8, 8)), ids)
+
+
+def test_weights_are_small_and_finite():
+    weights = load_file(tokenizer.WEIGHTS)
+    assert tokenizer.WEIGHTS.stat().st_size <= 6e6
+    assert all(w.dtype == torch.float16 and w.isfinite().all() for w in weights.values())
+    assert set(weights) == set(tokenizer.Tokenizer().state_dict())
+
+
+def test_reconstruction_quality(coder, validation):
+    psnr, used = tokenizer.quality(coder, validation)
+    assert psnr["rgb"] >= 31 and psnr["depth"] >= 34 and psnr["normal"] >= 30, psnr
+    assert used["rgb"] > 0.02, used
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text tokens
+
+def test_scene_texts_round_trip(encoding):
+    objects = world.facts(world.sample_scenes(200, seed=21), torch.zeros(200, 1, 1, dtype=torch.long))
+    for b, o in enumerate(objects):
+        for m, text in (("desc", world.describe(o)), ("caption", world.caption(o, random.Random(b)))):
+            row = tokenizer.text_tokens(encoding, text, world.LENGTHS[m])
+            assert tokenizer.decode_text(encoding, row) == text
+            end = row.index(tokenizer.TEXT_VOCAB - 2)
+            assert len(row) == world.LENGTHS[m] and max(row[:end]) < tokenizer.TEXT_VOCAB - 2
+            assert set(row[end + 1:]) <= {tokenizer.TEXT_VOCAB - 1}
+            assert tokenizer.decode_text(encoding, np.array(row, np.uint16)) == text
+
+
+def test_text_edges(encoding):
+    assert encoding.n_vocab == tokenizer.TEXT_VOCAB == encoding.encode_single_token("<|pad|>") + 1
+    assert encoding.encode_single_token("<|end|>") == tokenizer.TEXT_VOCAB - 2
+    foreign = "Größe 12345,\n\tdéjà vu <|end|> 球"  # any text can be written, special tokens never come from text
+    row = tokenizer.text_tokens(encoding, foreign, 80)
+    assert tokenizer.decode_text(encoding, row) == foreign
+    size = row.index(tokenizer.TEXT_VOCAB - 2) + 1
+    assert tokenizer.text_tokens(encoding, foreign, size) == row[:size]
+    with pytest.raises(ValueError, match=f"{size} tokens does not fit {size - 1}"):
+        tokenizer.text_tokens(encoding, foreign, size - 1)
+    assert tokenizer.text_tokens(encoding, "", 3) == [510, 511, 511]
+    word = encoding.encode_ordinary("A cube")
+    assert tokenizer.decode_text(encoding, [511, *word, 700]) == "A cube", "ids of no text are left out"
+    assert tokenizer.decode_text(encoding, encoding.encode_ordinary("球")[:1]) == "", "a part of a character"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shards
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    """Makes 12 scenes, 5 a chunk, in a folder of its own."""
+    monkeypatch.setattr(world, "CHUNK", 5)
+    monkeypatch.setattr(raycaster, "RENDER_BATCH", 5)
+    monkeypatch.setattr(world, "render", functools.partial(raycaster.render, compiled=False))
+
+    def make(name="a", num=12, seed=1):
+        monkeypatch.setattr(world, "ROOT", tmp_path / name)
+        world.make_shards(64, num, seed, "cpu")
+        return tmp_path / name / "scenes64" / "train"
+    return make
+
+
+def read(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_interrupted_shards_continue(shards, monkeypatch):
+    whole, make_tokens, calls = shards("whole"), world.make_tokens, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return make_tokens(*arguments)
+    monkeypatch.setattr(world, "make_tokens", interrupted)
+    for name in ("same", "other"):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            shards(name)
+    calls[:] = 3 * [None]
+    assert read(shards("same")) == read(whole) and len(calls) == 5, "the first chunk was made again, or data differ"
+    kinds = world.modalities(64)
+    assert set(read(whole)) == {f"{m}.npy" for m in kinds} | {"meta.json"}
+    arrays = {m: np.load(whole / f"{m}.npy", mmap_mode="r") for m in kinds}
+    for m, a in arrays.items():
+        assert (a.shape, a.dtype) == ((12, kinds[m]["length"]), np.uint16) and a.max() < kinds[m]["vocab"], m
+        assert len(np.unique(a, axis=0)) > 8, m
+    shorter = shards("other", num=7)  # a half-made set of another size is not continued
+    assert np.load(shorter / "rgb.npy").shape == (7, 64) and not shorter.with_name("train.part").exists()
+
+
+def test_finished_shards_are_verified(shards, capsys):
+    folder = shards()
+    times = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    shards()
+    assert "verified" in capsys.readouterr().out and times == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+    def refusal(**arguments):
+        with pytest.raises(SystemExit) as stopped:
+            shards(**arguments)
+        assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+        return stopped.value.code
+    assert "num" in refusal(num=13) and "seed" in refusal(seed=2)
+    data = bytearray((folder / "depth.npy").read_bytes())
+    data[-7] ^= 4
+    (folder / "depth.npy").write_bytes(data)
+    assert "depth.npy" in refusal()
+    (folder / "meta.json").write_text((folder / "meta.json").read_text()[:-9])
+    assert "damaged" in refusal()
+
+
+@pytest.mark.parametrize("argument", ["--size=65", "--num=0"])
+def test_command_line_refuses(argument):
+    script = Path(world.__file__)
+    done = subprocess.run([sys.executable, script, argument], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.strip().count("\n") == 0 and argument[:6].strip("=") in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Frozen validation sets
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_frozen_set(size, encoding):
+    with np.load(tokenizer.FROZEN / f"scenes{size}.npz") as file:
+        arrays = dict(file)
+    scenes = world.load_frozen_scenes(size, 2000)
+    kinds = world.modalities(size)
+    assert json.loads(arrays["modalities"].tobytes()) == kinds
+    assert set(arrays) == {*kinds, "desc_text", "caption_text", "modalities", *(f"scene_{name}" for name in scenes)}
+    for m, kind in kinds.items():
+        assert (arrays[m].shape, arrays[m].dtype) == ((2000, kind["length"]), np.uint16), m
+        assert arrays[m].max() < kind["vocab"], m
+        assert m == "bbox" or len(np.unique(arrays[m], axis=0)) > 1500, f"{m} hardly varies"
+    for m in ("desc", "caption"):
+        texts = arrays[f"{m}_text"].tobytes().decode().split("\n")
+        assert texts == [tokenizer.decode_text(encoding, row) for row in arrays[m]]
+    for b, boxes in enumerate(map(world.parse_boxes, arrays["bbox"])):
+        objects = world.parse_desc(tokenizer.decode_text(encoding, arrays["desc"][b]))
+        assert [box[4] for box in boxes] == [o["shape"] for o in objects]
+        assert len(objects) == (scenes["shape"][b] >= 0).sum()
+    training = world.sample_scenes(2000, seed=1 << 32)
+    rows = [set(map(tuple, s["center"].flatten(1).tolist())) for s in (scenes, training)]
+    assert len(rows[0]) == 2000 and not rows[0] & rows[1], "validation scenes repeat, or are training scenes"
+
+
+def test_frozen_tokens_are_those_of_the_pictures(coder, validation):
+    with np.load(tokenizer.FROZEN / "scenes64.npz") as arrays:
+        for m in ("rgb", "depth", "normal", "seg"):
+            ids = coder.encode(validation[m][:50]).flatten(1).numpy()
+            assert (ids == arrays[m][:50]).mean() >= 0.97, m
