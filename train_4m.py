@@ -68,7 +68,8 @@ CONFIGS = {
     "cpu": Config(),
     # the course's size: dim 512, 6 + 6 blocks, global batch 512, 256-token images
     "gpu": Config(track="gpu", data="data/scenes128/train", frozen="data/frozen/scenes128.npz",
-                  frozen_masks="data/frozen/eval_4m_128.npz", dim=512, enc_depth=6, dec_depth=6, batch=512, num_steps=6000),
+                  frozen_masks="data/frozen/eval_4m_128.npz", dim=512, enc_depth=6, dec_depth=6, batch=512,
+                  num_steps=6000),
 }
 ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
 
@@ -232,7 +233,7 @@ class Layout:
 
 
 def read_shards(folder, modalities):
-    """The training tokens of all modalities side by side, (scenes, length) memory maps, and the sha256 of how they were made."""
+    """The training tokens, a memory map (scenes, length) a modality, and the sha256 of how they were made."""
     folder, size = ROOT / folder, int(math.sqrt(modalities["rgb"]["length"])) * 8
     make = "python data/scenes.py" + ("" if size == 64 else f" --size={size} --num=200000")
     if not (folder / "meta.json").exists():
@@ -251,7 +252,7 @@ def read_shards(folder, modalities):
     except (OSError, ValueError, KeyError) as error:
         raise Fault(f"{folder} is damaged ({error}): delete it and run `{make}`") from None
     recipe = {key: meta[key] for key in ("name", "version", "size", "num", "seed", "tokenizer", "text")}
-    return arrays, hashlib.sha256(json.dumps(recipe).encode()).hexdigest()  # tokens may differ in last bits of rendering
+    return arrays, hashlib.sha256(json.dumps(recipe).encode()).hexdigest()  # not of the tokens: rounding differs
 
 
 class Loader:
@@ -274,8 +275,8 @@ class Loader:
 def draw_masks(tokens, layout, budget, rng):
     """4M's masking: which tokens are inputs and which are targets, two disjoint bool (B, size).
 
-    Each scene draws an input and a target budget from U{1..budget}; a Dirichlet(1) draw splits each over the modalities,
-    cut to what the modality has (left); places inside a modality are uniform without replacement.
+    Each scene draws an input and a target budget from U{1..budget}; a Dirichlet(1) draw splits each over the
+    modalities, cut to what the modality has (left); places inside a modality are uniform without replacement.
     """
     B, K, device = tokens.shape[0], len(MODALITIES), tokens.device
     valid = layout.valid(tokens)
@@ -284,7 +285,7 @@ def draw_masks(tokens, layout, budget, rng):
 
     def split(limit):
         total = torch.randint(1, budget + 1, (B, 1), generator=rng, device=device)
-        share = -torch.rand(B, K, generator=rng, device=device).clamp(min=1e-12).log()  # Dirichlet(1): normalised Exp(1)
+        share = -torch.rand(B, K, generator=rng, device=device).clamp(min=1e-12).log()  # normalised: Dirichlet(1)
         edges = (share.cumsum(1) / share.sum(1, keepdim=True) * total).round().long()
         return torch.minimum(edges.diff(dim=1, prepend=torch.zeros_like(total)), limit)
 
@@ -487,7 +488,7 @@ def generate(model, layout, tokens, known, outputs, seed=0):
             raise Fault(f"there is no modality {output.modality!r}; there are {', '.join(layout.span)}")
         scheme = output.scheme or ("maskgit" if output.modality in IMAGES else "ar")
         if scheme not in ("roar", "maskgit", "ar") or output.steps < 1:
-            raise Fault(f"scheme {scheme!r} with {output.steps} steps: schemes are roar, maskgit and ar, steps at least 1")
+            raise Fault(f"scheme {scheme!r}, {output.steps} steps: schemes are roar, maskgit and ar, steps at least 1")
         span, own = layout.span[output.modality], torch.zeros_like(known)
         own[:, span] = True
         open_places = own & ~known  # (B, size)
@@ -706,7 +707,7 @@ def load_checkpoint(path, model, config):
 # Training
 
 def flops_per_scene(model, config, inputs, targets):
-    """Matmul FLOPs of a training step for one scene with so many input and target tokens: forward, and twice that back."""
+    """Matmul FLOPs of a training step for one scene with so many input and target tokens; backward is twice forward."""
     C, ratio = config.dim, config.mlp_ratio
     encoder = config.enc_depth * inputs * ((4 + 2 * ratio) * C * C + 2 * inputs * C)
     own = targets * ((4 + 2 * ratio) * C * C + 2 * targets * C)
@@ -803,7 +804,8 @@ def main(argv):
               "val_loss": round(val_loss, 5), "target": config.target, "reached": val_loss <= config.target,
               "train_seconds": round(train_seconds, 3), "compile_seconds": round(compile_seconds, 1),
               "tokens_per_second": round(int(tokens_seen) / max(train_seconds, 1e-9)),
-              "mfu": round(flops / max(train_seconds, 1e-9) / peak / world, 4), "matmul_peak_tflops": round(peak / 1e12, 2),
+              "mfu": round(flops / max(train_seconds, 1e-9) / peak / world, 4),
+              "matmul_peak_tflops": round(peak / 1e12, 2),
               "peak_memory_mib": round(peak_memory_mib(device)), "data_sha256": data_sha256, "eval_sha256": eval_sha256,
               **{f"val_loss_{m}": round(value, 4) for m, value in by_modality.items()}}
     if rank == 0:

@@ -1,9 +1,9 @@
 """A batched ray caster in torch: spheres, rotated boxes and capped cylinders on a ground plane, CPU or CUDA.
 
-Every scene of a batch is traced at once; compiled, the whole picture is a handful of fused loops. A scene is the dict of
-tensors that scenes.sample_scenes returns. World frame: x right, y away from the camera, z up, ground at z = 0. Camera
-frame: x right, y up, z towards the viewer. Vectors are tuples of three (B, P) tensors, P rays a scene: separate components
-fuse better than a last dimension of three.
+Every scene of a batch is traced at once; compiled, the whole picture is a handful of fused loops. A scene is the dict
+of tensors that sample_scenes returns. World frame: x right, y away from the camera, z up, ground at z = 0. Camera
+frame: x right, y up, z towards the viewer. Vectors are tuples of three (B, P) tensors, P rays a scene: separate
+components fuse better than a last dimension of three.
 """
 import math
 import shutil
@@ -15,7 +15,7 @@ SHAPES = ("cube", "sphere", "cylinder")
 COLORS = {"gray": (87, 87, 87), "red": (173, 35, 35), "blue": (42, 75, 215), "green": (29, 125, 20),
           "brown": (129, 74, 25), "purple": (129, 38, 192), "cyan": (41, 208, 208), "yellow": (255, 238, 51)}
 SEG_PALETTE = ((24, 26, 32), (235, 94, 85), (76, 161, 242), (250, 200, 80))  # ground, then SHAPES
-HALF = (0.74, 0.92, 0.80)  # cube half side, sphere radius, cylinder radius and half height, in units of an object's radius
+HALF = (0.74, 0.92, 0.80)  # of an object's radius: cube half side, sphere radius, cylinder radius and half height
 MAX_OBJECTS = 4
 FOV = math.radians(34)
 NEAR, FAR = 6.0, 25.0  # z-depths drawn as 1 and 0: pictures of depth are linear in 1 / z, as a ground plane is
@@ -97,7 +97,7 @@ def intersect(scenes, k, o, d):
 
 
 def trace(scenes, o, d):
-    """Nearest hit of the rays o + t d: t (B, P), object index (B, P; -1 = ground) and unit world normals (three (B, P))."""
+    """Nearest hit of the rays o + t d: t, object index (-1: ground), both (B, P), and world normals."""
     t = torch.where(d[2] < -1e-4, -o[2] / d[2].clamp(max=-1e-4), 1e4)
     ids = torch.full_like(t, -1)
     n = [torch.zeros_like(t), torch.zeros_like(t), torch.ones_like(t)]
@@ -110,7 +110,7 @@ def trace(scenes, o, d):
 
 
 def shade(scenes, d, p, ids, n):
-    """rgb in [0, 1] (three (B, P)) at points p seen along d: Lambert + Blinn-Phong + a hard shadow; metal mirrors a sky."""
+    """rgb in [0, 1] (three (B, P)) at points p seen along d: Lambert, Blinn-Phong, a hard shadow, a sky in metal."""
     to_lamp = [scenes["lamp"][:, c, None] - p[c] for c in range(3)]
     inverse = torch.rsqrt(dot(to_lamp, to_lamp))
     lamp = [c * inverse for c in to_lamp]

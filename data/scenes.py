@@ -1,8 +1,8 @@
 """The scenes world: a procedural, CLEVR-style world in which every modality is exact and aligned.
 
-A scene is a camera, a lamp and 1-4 objects on a ground plane. data/raycaster.py renders rgb, depth, normal, seg and edge;
-desc, caption and bbox are written from the scene itself. Image-like modalities are stored as
-tokens of data/tokenizer.py, texts as tokens of its text encoding.
+A scene is a camera, a lamp and 1-4 objects on a ground plane. data/raycaster.py renders rgb, depth, normal, seg and
+edge; desc, caption and bbox are written from the scene itself. Image-like modalities are stored as tokens of
+data/tokenizer.py, texts as tokens of its text encoding.
 
     python data/scenes.py                            # 20,000 training scenes at 64 px -> data/scenes64/train
     python data/scenes.py --size=128 --num=200000    # the gpu track's set            -> data/scenes128/train
@@ -46,8 +46,9 @@ CHUNK = 1000  # scenes made between two points of resumption
 def sample_scenes(n, seed, device="cpu"):
     """n valid scenes as a dict of tensors, the same for the same seed.
 
-    shape, color, material, size: (n, 4) indices, -1 where there is no object; center (n, 4, 3) and radius (n, 4) in world
-    units; theta (n, 4) rotation about z in radians; camera (n, 5) azimuth, elevation, distance, target x, y; lamp (n, 3).
+    shape, color, material, size: (n, 4) indices, -1 where there is no object; center (n, 4, 3) and radius (n, 4) in
+    world units; theta (n, 4) rotation about z in radians; camera (n, 5) azimuth, elevation, distance, target x, y;
+    lamp (n, 3).
     Objects never interpenetrate, lie in the frame and show at least MIN_VISIBLE of it.
     """
     digest = hashlib.sha256(str(seed).encode()).digest()  # torch's CPU generator reads only 32 bits of a seed
@@ -68,7 +69,7 @@ def sample_scenes(n, seed, device="cpu"):
         s["center"], ok = place_objects(s, exists, height, uniform)
         angle = uniform(0, 2 * math.pi)
         s["lamp"] = torch.stack([4.5 * angle.cos(), 4.5 * angle.sin() - 1.5, uniform(5.5, 7.5)], 1)
-        rows = ok.view(4, -1).float().argmax(0) * len(pending) + torch.arange(len(pending))  # the first that found places
+        rows = ok.view(4, -1).float().argmax(0) * len(pending) + torch.arange(len(pending))  # the first to fit
         s = {name: value[rows] for name, value in s.items()}
         placed = {name: value.to(device) for name, value in s.items()}
         ids = trace(placed, *primary_rays(placed, 32))[1]
@@ -89,7 +90,8 @@ def place_objects(s, exists, height, uniform, tries=16):
     B, K = exists.shape
     center, found = torch.zeros(B, K, 3), torch.ones(B, dtype=torch.bool)
     for k in range(K):
-        spots = torch.stack([uniform(-2.6, 2.6, tries), uniform(-2.6, 2.4, tries), height[:, k, None].expand(B, tries)], -1)
+        x, y = uniform(-2.6, 2.6, tries), uniform(-2.6, 2.4, tries)
+        spots = torch.stack([x, y, height[:, k, None].expand(B, tries)], -1)
         x, y, _ = project({"camera": s["camera"], "center": spots})
         free = (x > 0.13) & (x < 0.87) & (y > 0.13) & (y < 0.87)
         for j in range(k):
@@ -112,8 +114,8 @@ def facts(scenes, index):
     for k in range(MAX_OBJECTS):
         inside = index == k
         columns, rows = inside.any(1), inside.any(2)  # (B, S)
-        first = lambda line: line.float().argmax(1)
-        boxes.append(torch.stack([first(columns), first(rows), S - 1 - first(columns.flip(1)), S - 1 - first(rows.flip(1))], 1))
+        first, last = lambda line: line.float().argmax(1), lambda line: S - 1 - line.flip(1).float().argmax(1)
+        boxes.append(torch.stack([first(columns), first(rows), last(columns), last(rows)], 1))
     boxes, names = torch.stack(boxes, 1).tolist(), list(COLORS)
     order, px, py = z.argsort(1).tolist(), (x * 100).long().tolist(), (y * 100).long().tolist()
     return [[{"shape": SHAPES[lists["shape"][b][k]], "color": names[lists["color"][b][k]],
@@ -133,7 +135,8 @@ DESC = re.compile(r"Object (\d+) - Position: x=(\d+) y=(\d+) Shape: (\w+) Color:
 
 def parse_desc(text):
     """The objects of a description, those that are well formed: list of dicts x, y, shape, color, material."""
-    return [{"x": int(x), "y": int(y), "shape": s, "color": c, "material": m} for _, x, y, s, c, m in DESC.findall(text)]
+    return [{"x": int(x), "y": int(y), "shape": shape, "color": color, "material": material}
+            for _, x, y, shape, color, material in DESC.findall(text)]
 
 
 def caption(objects, rng):
@@ -259,9 +262,10 @@ def make_shards(size, num, seed, device):
 
 def make_frozen(size, device, num=2000, seed=1 << 20):
     """Write data/frozen/scenes<size>.npz: tokens, texts and the scenes themselves of the validation set."""
-    scenes, tokens, texts = make_tokens(num, size, seed << 32, device, tokenizer.load_tokenizer(device), tokenizer.load_text())
-    arrays = {**tokens, **{f"{m}_text": np.frombuffer("\n".join(lines).encode(), np.uint8) for m, lines in texts.items()},
-              **{f"scene_{name}": value.cpu().numpy() for name, value in scenes.items()},
+    coder, encoding = tokenizer.load_tokenizer(device), tokenizer.load_text()
+    scenes, tokens, texts = make_tokens(num, size, seed << 32, device, coder, encoding)
+    texts = {f"{m}_text": np.frombuffer("\n".join(lines).encode(), np.uint8) for m, lines in texts.items()}
+    arrays = {**tokens, **texts, **{f"scene_{name}": value.cpu().numpy() for name, value in scenes.items()},
               "modalities": np.frombuffer(json.dumps(modalities(size)).encode(), np.uint8)}
     path = ROOT / "frozen" / f"scenes{size}.npz"
     np.savez_compressed(path, **arrays)

@@ -1,9 +1,9 @@
 """Tokenizers: one FSQ autoencoder for all image-like modalities, one tiktoken encoding for all scene texts.
 
-Image tokens: a small convolutional autoencoder with finite scalar quantisation (arXiv:2309.15505): 8x downsampling, four
-digits of eight levels each, so a vocabulary of 4096. A 64 px picture is 8x8 tokens, a 128 px picture 16x16.
+Image tokens: a small convolutional autoencoder with finite scalar quantisation (arXiv:2309.15505): 8x downsampling,
+four digits of eight levels each, so a vocabulary of 4096. A 64 px picture is 8x8 tokens, a 128 px picture 16x16.
 
-    python data/tokenizer.py train                   # about 45 minutes on 2 CPU cores -> data/frozen/tokenizer.safetensors
+    python data/tokenizer.py train                   # 30 minutes on 2 CPU cores -> data/frozen/tokenizer.safetensors
     python data/tokenizer.py text                    # the text encoding (needs rustbpe) -> data/frozen/text.tiktoken
     python data/tokenizer.py report                  # PSNR per modality -> data/frozen/README.md, samples/tokenizer.png
 """
@@ -34,7 +34,7 @@ TEXT_PATTERN = r" ?[xy]=| ?[A-Za-z]+:?| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"
 # Image tokenizer
 
 class Conv(nn.Module):
-    """3x3 (or 1x1) convolution whose weight is stored as a matrix (out, in * k * k), the form torch.optim.Muon takes."""
+    """Convolution whose weight is kept as a matrix (out, in * k * k), the form torch.optim.Muon takes."""
 
     def __init__(self, inside, outside, k=3, stride=1):
         super().__init__()
@@ -152,17 +152,21 @@ def train_text():
 # ------------------------------------------------------------------------------------------------------------
 # Training and report
 
-def train(minutes, num=8000, batch=80, peak=2e-3, seed=0):
-    """Train for a number of minutes on fresh scenes, a fifth of the batches as crops of 128 px renderings."""
+def train(minutes, resume=False, num=8000, batch=80, peak=2e-3, seed=0):
+    """Train for a number of minutes on fresh scenes, a fifth of the batches as crops of 128 px renderings.
+
+    resume: start from the committed weights, at half the learning rate.
+    """
     import scenes as world
     torch.manual_seed(seed)
-    small = world.render(world.sample_scenes(num, seed=2 << 40), 64)[0]
+    small = world.render(world.sample_scenes(num, seed=(5 if resume else 2) << 40), 64)[0]
     large = world.render(world.sample_scenes(num // 4, seed=3 << 40), 128)[0]
     pool = {size: {m: (images[m] * 255).round().byte() for m in world.IMAGES}
             for size, images in ((64, small), (128, large))}
     test = world.render(world.sample_scenes(500, seed=4 << 40), 64)[0]
     del small, large
-    model = Tokenizer().to(memory_format=torch.channels_last)
+    model = load_tokenizer().train().requires_grad_() if resume else Tokenizer().to(memory_format=torch.channels_last)
+    peak = peak / 2 if resume else peak
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     edges = (model.encoder[1].weight, model.encoder[-1].weight, model.decoder[0].weight, model.decoder[-2].weight)
     inner = [p for p in model.parameters() if p.ndim == 2 and all(p is not e for e in edges)]
@@ -170,7 +174,7 @@ def train(minutes, num=8000, batch=80, peak=2e-3, seed=0):
     optimizers = [torch.optim.Muon(inner, lr=peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0)]
     # what a modality's squared error counts: less where pictures are flat colours or thin lines that cost many bits
-    weight = torch.tensor([3.0, 1.2, 1.0, 0.25, 0.2]).repeat_interleave(batch // 5).view(-1, 1, 1, 1)
+    weight = torch.tensor([4.0, 0.8, 0.8, 0.25, 0.15]).repeat_interleave(batch // 5).view(-1, 1, 1, 1)
     start, step, bar = time.time(), 0, tqdm(total=round(minutes * 60), unit="s")
     while (progress := (time.time() - start) / (60 * minutes)) < 1:
         for optimizer in optimizers:
@@ -196,7 +200,7 @@ def train(minutes, num=8000, batch=80, peak=2e-3, seed=0):
         if step % 100 == 0:
             bar.n = int(time.time() - start)
             bar.set_postfix(step=step, loss=f"{loss.item():.5f}")
-        if step % 1000 == 0 or progress > 0.999:
+        if step % 500 == 0 or progress > 0.999:
             print(f"\nstep {step} {time.time() - start:.0f} s:", quality(model, test)[0], flush=True)
             save(model)
     save(model)
@@ -270,10 +274,11 @@ def report():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("train", "text", "report"))
-    parser.add_argument("--minutes", type=float, default=45, help="training time of `train`")
+    parser.add_argument("--minutes", type=float, default=30, help="training time of `train`")
+    parser.add_argument("--resume", action="store_true", help="`train` starts from the committed weights")
     arguments = parser.parse_args()
     if arguments.job == "train":
-        train(arguments.minutes)
+        train(arguments.minutes, arguments.resume)
     elif arguments.job == "text":
         train_text()
     else:
