@@ -27,10 +27,10 @@ RENDER_BATCH = 50  # scenes rendered at once
 
 def camera_frame(scenes):
     """Position and axes of each scene's camera: (B, 3) tensors origin, right, up, forward."""
-    azimuth, elevation, distance = scenes["camera"][:, :3].unbind(1)
+    azimuth, elevation, distance = scenes["camera"].unbind(1)
     zero = torch.zeros_like(azimuth)
     outward = torch.stack([azimuth.sin() * elevation.cos(), -azimuth.cos() * elevation.cos(), elevation.sin()], 1)
-    target = torch.stack([scenes["camera"][:, 3], scenes["camera"][:, 4], zero + 0.4], 1)
+    target = torch.stack([zero, zero, zero + 0.4], 1)
     right = torch.stack([azimuth.cos(), azimuth.sin(), zero], 1)
     return target + distance[:, None] * outward, right, torch.linalg.cross(outward, right), -outward
 
@@ -111,13 +111,11 @@ def trace(scenes, o, d):
 
 def shade(scenes, d, p, ids, n):
     """rgb in [0, 1] (three (B, P)) at points p seen along d: Lambert, Blinn-Phong, a hard shadow, a sky in metal."""
-    to_lamp = [scenes["lamp"][:, c, None] - p[c] for c in range(3)]
-    inverse = torch.rsqrt(dot(to_lamp, to_lamp))
-    lamp = [c * inverse for c in to_lamp]
+    lamp = [scenes["lamp"][:, c, None].expand_as(ids) for c in range(3)]
     lifted = [p[c] + 1e-3 * n[c] for c in range(3)]
     lit = torch.ones_like(ids)
     for k in range(MAX_OBJECTS):
-        lit = torch.where(intersect(scenes, k, lifted, lamp)[0] * inverse < 1, 0.0, lit)
+        lit = torch.where(intersect(scenes, k, lifted, lamp)[0] < math.inf, 0.0, lit)
     palette = torch.tensor(list(COLORS.values()), device=ids.device).float() / 255
     ground = ids < 0
     color, metal = [torch.full_like(ids, 0.52) for _ in range(3)], torch.zeros_like(ids)
@@ -132,7 +130,7 @@ def shade(scenes, d, p, ids, n):
     shine = torch.where(ground, 0.0, torch.where(metal > 0, 0.9 * gloss ** 48, 0.25 * gloss ** 16)) * lit * (facing > 0)
     mirrored = d[2] - 2 * dot(d, n) * n[2]  # height of the reflected ray: sky above, floor below
     sky = torch.where(mirrored > 0, 0.55 + 0.9 * mirrored, 0.30 + 0.25 * mirrored)
-    light = 0.48 + 0.12 * n[2] + 0.62 * facing.clamp(min=0) * lit
+    light = 0.58 + 0.12 * n[2] + 0.46 * facing.clamp(min=0) * lit
     light = torch.where(metal > 0, 0.5 * light + 0.75 * sky, light)
     fade = torch.where(ground, 1 / (1 + 0.004 * (p[0] * p[0] + p[1] * p[1])), 1.0)
     return [(color[c] * light * fade + shine).clamp(0, 1) for c in range(3)]

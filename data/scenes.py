@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parent
 MATERIALS = ("rubber", "metal")
 SIZES = ("small", "large")
 RADIUS = (0.72, 1.05)  # world units, of a small / large object's footprint
+# Jitter comes in steps: the empty floor then looks like one of a few pictures, and tokens speak of the objects.
+CAMERA_AZIMUTH, CAMERA_ELEVATION = (-0.12, 0.0, 0.12), (0.58, 0.63, 0.68)
+LAMP_ELEVATION = (0.85, 0.95, 1.05)  # its azimuth is continuous
 MIN_VISIBLE = 0.012  # of the frame's pixels every described object shows at least
 IMAGES = ("rgb", "depth", "normal", "seg", "edge")
 BBOX_BINS = 64  # coordinate tokens per side, one set for each of xmin, ymin, xmax, ymax, as in 4M
@@ -47,8 +50,8 @@ def sample_scenes(n, seed, device="cpu"):
     """n valid scenes as a dict of tensors, the same for the same seed.
 
     shape, color, material, size: (n, 4) indices, -1 where there is no object; center (n, 4, 3) and radius (n, 4) in
-    world units; theta (n, 4) rotation about z in radians; camera (n, 5) azimuth, elevation, distance, target x, y;
-    lamp (n, 3).
+    world units; theta (n, 4) rotation about z in radians; camera (n, 3) azimuth, elevation and distance; lamp (n, 3), the
+    direction towards it.
     Objects never interpenetrate, lie in the frame and show at least MIN_VISIBLE of it.
     """
     digest = hashlib.sha256(str(seed).encode()).digest()  # torch's CPU generator reads only 32 bits of a seed
@@ -64,11 +67,11 @@ def sample_scenes(n, seed, device="cpu"):
              "size": index(len(SIZES)), "theta": uniform(0, math.pi / 2, K)}
         s["radius"] = torch.tensor(RADIUS)[s["size"].clamp(min=0)]
         height = s["radius"] * torch.tensor(HALF)[s["shape"].clamp(min=0)]
-        s["camera"] = torch.stack([uniform(-0.15, 0.15), uniform(0.56, 0.70), uniform(9.6, 10.4),
-                                   uniform(-0.2, 0.2), uniform(-0.2, 0.2)], 1)
+        pick = lambda values: torch.tensor(values)[torch.randint(len(values), (B,), generator=rng)]
+        s["camera"] = torch.stack([pick(CAMERA_AZIMUTH), pick(CAMERA_ELEVATION), torch.full((B,), 10.0)], 1)
         s["center"], ok = place_objects(s, exists, height, uniform)
-        angle = uniform(0, 2 * math.pi)
-        s["lamp"] = torch.stack([4.5 * angle.cos(), 4.5 * angle.sin() - 1.5, uniform(5.5, 7.5)], 1)
+        azimuth, elevation = uniform(0, 2 * math.pi), pick(LAMP_ELEVATION)
+        s["lamp"] = torch.stack([azimuth.cos() * elevation.cos(), azimuth.sin() * elevation.cos(), elevation.sin()], 1)
         rows = ok.view(4, -1).float().argmax(0) * len(pending) + torch.arange(len(pending))  # the first to fit
         s = {name: value[rows] for name, value in s.items()}
         placed = {name: value.to(device) for name, value in s.items()}

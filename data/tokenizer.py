@@ -50,9 +50,9 @@ class Conv(nn.Module):
 class Block(nn.Module):
     """Residual block without normalisation, as in super-resolution (arXiv:1707.02921): (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, k=3):
         super().__init__()
-        self.conv1, self.conv2 = Conv(dim, dim), Conv(dim, dim)
+        self.conv1, self.conv2 = Conv(dim, dim, k), Conv(dim, dim, k)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x):
@@ -62,13 +62,14 @@ class Block(nn.Module):
 class Tokenizer(nn.Module):
     """FSQ autoencoder of pictures (B, 3, H, W) in [0, 1], H and W multiples of 8."""
 
-    def __init__(self, fine=48, mid=96, dim=160):
+    def __init__(self, fine=48, mid=96, dim=160, patch=384):
         super().__init__()
+        # The encoder sees one 8x8 patch at a time: equal patches get equal tokens, wherever they are and whatever is next
+        # to them. With 3x3 convolutions here, a token of empty seg background had 4.0 nats of entropy.
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(4), Conv(48, mid), Block(mid), Conv(mid, dim, stride=2), Block(dim), Block(dim),
-            nn.SiLU(), Conv(dim, DIGITS, 1))
+            nn.PixelUnshuffle(8), Conv(192, patch, 1), Block(patch, 1), Block(patch, 1), nn.SiLU(), Conv(patch, DIGITS, 1))
         self.decoder = nn.Sequential(
-            Conv(DIGITS, dim), Block(dim), Block(dim), Conv(dim, 4 * mid, 1), nn.PixelShuffle(2),
+            Conv(DIGITS, dim), Block(dim), Block(dim), Block(dim), Conv(dim, 4 * mid, 1), nn.PixelShuffle(2),
             Block(mid), Block(mid), Conv(mid, 4 * fine, 1), nn.PixelShuffle(2), Block(fine),
             nn.SiLU(), Conv(fine, 12), nn.PixelShuffle(2))
 
@@ -136,7 +137,7 @@ def train_text():
     """Learn the merges on 20,000 scenes' texts with rustbpe and write them in tiktoken's format."""
     import rustbpe
     import scenes as world
-    scenes, rng = world.sample_scenes(20000, seed=1 << 40), random.Random(0)
+    scenes, rng = world.sample_scenes(20000, seed=1), random.Random(0)
     objects = world.facts(scenes, torch.zeros(20000, 1, 1, dtype=torch.long))
     texts = [text for o in objects for text in (world.describe(o), world.caption(o, rng))]
     bpe = rustbpe.Tokenizer()
@@ -159,11 +160,11 @@ def train(minutes, resume=False, num=8000, batch=80, peak=2e-3, seed=0):
     """
     import scenes as world
     torch.manual_seed(seed)
-    small = world.render(world.sample_scenes(num, seed=(5 if resume else 2) << 40), 64)[0]
-    large = world.render(world.sample_scenes(num // 4, seed=3 << 40), 128)[0]
+    small = world.render(world.sample_scenes(num, seed=5 if resume else 2), 64)[0]
+    large = world.render(world.sample_scenes(num // 4, seed=3), 128)[0]
     pool = {size: {m: (images[m] * 255).round().byte() for m in world.IMAGES}
             for size, images in ((64, small), (128, large))}
-    test = world.render(world.sample_scenes(500, seed=4 << 40), 64)[0]
+    test = world.render(world.sample_scenes(500, seed=4), 64)[0]
     del small, large
     model = load_tokenizer().train().requires_grad_() if resume else Tokenizer().to(memory_format=torch.channels_last)
     peak = peak / 2 if resume else peak
@@ -174,7 +175,7 @@ def train(minutes, resume=False, num=8000, batch=80, peak=2e-3, seed=0):
     optimizers = [torch.optim.Muon(inner, lr=peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0)]
     # what a modality's squared error counts: less where pictures are flat colours or thin lines that cost many bits
-    weight = torch.tensor([4.0, 0.8, 0.8, 0.25, 0.15]).repeat_interleave(batch // 5).view(-1, 1, 1, 1)
+    weight = torch.tensor([6.0, 0.5, 0.6, 0.2, 0.1]).repeat_interleave(batch // 5).view(-1, 1, 1, 1)
     start, step, bar = time.time(), 0, tqdm(total=round(minutes * 60), unit="s")
     while (progress := (time.time() - start) / (60 * minutes)) < 1:
         for optimizer in optimizers:

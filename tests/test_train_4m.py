@@ -1,0 +1,677 @@
+"""train_4m.py: masking, model, loss, evaluation, sampling, Muon, and whole runs on a tiny data set."""
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import eval_masks
+import leaderboard
+import scenes
+import tokenizer
+import train_4m
+from train_4m import IMAGES, MODALITIES, Fault, Output
+
+ROOT = Path(__file__).resolve().parent.parent
+DIMS = {"dim": 64, "head_dim": 32, "enc_depth": 1, "dec_depth": 1}
+SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=8", "--eval_batch=25",
+         "--quality_scenes=0"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def write_shards(folder, tokens):
+    """Training shards of rows {modality: array}, as data/scenes.py writes them."""
+    folder.mkdir(parents=True)
+    for m, rows in tokens.items():
+        np.save(folder / f"{m}.npy", rows.astype(np.uint16))
+    identity = {"name": "scenes64", "version": scenes.VERSION, "size": 64, "num": len(rows), "seed": 1,
+                "tokenizer": scenes.sha256(tokenizer.WEIGHTS), "text": scenes.sha256(tokenizer.TEXT)}
+    hashes = {m: scenes.sha256(folder / f"{m}.npy") for m in tokens}
+    meta = {**identity, "modalities": scenes.modalities(64), "sha256": hashes}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with 300 training scenes, 100 validation scenes and their masks, and the overrides that point there."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with np.load(ROOT / "data/frozen/scenes64.npz") as arrays:
+        tokens, about = {m: arrays[m] for m in MODALITIES}, arrays["modalities"]
+    with np.load(ROOT / "data/frozen/eval_4m_64.npz") as arrays:
+        roles = arrays["roles"]
+    write_shards(folder / "train", {m: rows[:300] for m, rows in tokens.items()})
+    np.savez(folder / "scenes.npz", modalities=about, **{m: rows[:100] for m, rows in tokens.items()})
+    np.savez(folder / "masks.npz", roles=roles[:100])
+    return folder, [f"--data={folder}/train", f"--frozen={folder}/scenes.npz", f"--frozen_masks={folder}/masks.npz"]
+
+
+def make_root(folder):
+    """A folder that a copy of the script can run in."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(train_4m.__file__, folder / "train_4m.py")
+    (folder / "data").symlink_to(ROOT / "data")
+    return folder
+
+
+def run_here(monkeypatch, root, argv):
+    """main in this process, writing into root, without the half second that measures the machine."""
+    monkeypatch.setattr(train_4m, "ROOT", root)
+    monkeypatch.setattr(train_4m, "matmul_peak", lambda device: 1e12)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    train_4m.main(argv)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return train_4m.read_frozen(train_4m.CONFIGS["cpu"])
+
+
+@pytest.fixture(scope="module")
+def layout(frozen):
+    return train_4m.Layout(frozen[2])
+
+
+def small_model(layout, heads=0.5, **fields):
+    """A small model in float32; heads: the spread of what starts at zero, so that predictions differ."""
+    torch.manual_seed(0)
+    model = train_4m.Nano4M(dataclasses.replace(train_4m.CONFIGS["cpu"], **{**DIMS, **fields}), layout)
+    train_4m.init_weights(model)
+    for p in model.parameters():
+        if heads and not p.any():
+            torch.nn.init.normal_(p, std=heads)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(layout):
+    return small_model(layout)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data and masking
+
+def test_layout(frozen, layout):
+    tokens, _, modalities, _ = frozen
+    assert json.loads(json.dumps(scenes.modalities(64))) == modalities
+    assert layout.size == tokens.shape[1] == sum(about["length"] for about in modalities.values())
+    for k, m in enumerate(MODALITIES):
+        assert (layout.kind[layout.span[m]] == k).all() and (layout.kind == k).sum() == modalities[m]["length"]
+        assert layout.offset[layout.span[m]].tolist() == list(range(modalities[m]["length"]))
+        part = tokens[:, layout.span[m]]
+        assert torch.equal(layout.valid(tokens)[:, layout.span[m]], part != modalities[m]["pad"])
+        if m in layout.end:  # one end token a text, and nothing after it
+            assert ((part == layout.end[m]).sum(1) == 1).all()
+            assert torch.equal((part == layout.end[m]).int().argmax(1) + 1, (part != modalities[m]["pad"]).sum(1))
+
+
+def test_loader(tiny, frozen):
+    arrays, digest = train_4m.read_shards(tiny[0] / "train", frozen[2])
+    assert len(digest) == 64
+    loader, again, other = (train_4m.Loader(arrays, 50, seed, torch.device("cpu")) for seed in (3, 3, 4))
+    epoch = torch.cat([loader() for _ in range(6)])
+    assert torch.equal(epoch, torch.cat([again() for _ in range(6)])) and not torch.equal(epoch[:50], other())
+    key = lambda rows: sorted(map(tuple, rows.tolist()))
+    assert key(epoch) == key(frozen[0][:300]), "an epoch is every scene once"
+    assert key(torch.cat([loader() for _ in range(6)])) == key(epoch) and not torch.equal(loader(), epoch[:50])
+
+
+def draw(tokens, layout, inputs, images=60, texts=24, seed=0):
+    return train_4m.draw_places(tokens, layout, inputs, images, texts, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("inputs", [1, 40, 128])
+def test_drawn_places_are_valid_and_disjoint(frozen, layout, inputs):
+    tokens = frozen[0][:500]
+    chosen, targets, counted = draw(tokens, layout, inputs)
+    valid, rest = layout.valid(tokens), layout.valid(tokens).scatter(1, chosen, False)
+    assert chosen.shape == (500, inputs) and targets.shape == counted.shape == (500, 84)
+    assert valid.gather(1, chosen).all() and rest.gather(1, targets)[counted].all()
+    for places in (chosen, targets):
+        assert (places.sort(1).values.diff(dim=1) > 0).all()
+    split = layout.span["desc"].start
+    assert (targets[:, :60] < split).all() and (targets[:, 60:] >= split).all()
+    assert torch.equal(counted[:, :60].sum(1), rest[:, :split].sum(1).clamp(max=60))
+    assert torch.equal(counted[:, 60:].sum(1), rest[:, split:].sum(1).clamp(max=24)), "all the text there is counts"
+    assert torch.equal(chosen, draw(tokens, layout, inputs)[0])
+    assert not torch.equal(chosen, draw(tokens, layout, inputs, seed=1)[0])
+
+
+class FixedBudget(np.random.Generator):
+    """A numpy generator whose integers are all the same."""
+    budget = 0
+
+    def integers(self, *_):
+        return self.budget
+
+
+@pytest.mark.parametrize("inputs", [16, 100])
+def test_inputs_follow_the_per_scene_masking(frozen, layout, inputs):
+    tokens, kind, K = frozen[0], layout.kind.numpy(), len(MODALITIES)
+    rng, slow = FixedBudget(np.random.PCG64(1)), []
+    rng.budget = inputs
+    for valid in layout.valid(tokens).numpy():
+        seen = eval_masks.draw_roles(valid, kind, rng) == 1
+        spare = rng.permutation(np.flatnonzero(valid & ~seen))[:inputs - seen.sum()]  # others step in
+        seen[spare] = True
+        slow.append(np.bincount(kind[seen], minlength=K))
+    slow = np.array(slow)
+    fast = np.array([np.bincount(row, minlength=K) for row in layout.kind[draw(tokens, layout, inputs)[0]].numpy()])
+    error = np.sqrt((slow.var(0) + fast.var(0)) / len(slow))
+    assert (np.abs(slow.mean(0) - fast.mean(0)) < 4.5 * error).all(), (slow.mean(0), fast.mean(0))
+    assert np.allclose(slow.std(0), fast.std(0), rtol=0.1), "the spread of a Dirichlet draw, not of an even split"
+    bins = np.arange(0, inputs + 8, max(1, inputs // 16))
+    histograms = [np.histogram(counts[:, :5], bins)[0] / counts[:, :5].size for counts in (slow, fast)]
+    assert np.abs(np.subtract(*histograms)).sum() / 2 < 0.05
+
+
+def test_places_inside_a_modality_are_uniform(frozen, layout):
+    chosen, targets, _ = draw(frozen[0], layout, 16, images=20)
+    for places in (chosen, targets):
+        for m in IMAGES:
+            hits = torch.bincount(places[layout.kind[places] == MODALITIES.index(m)], minlength=layout.size)
+            hits = hits[layout.span[m]].double()
+            assert hits.sum() > 2000
+            assert ((hits - hits.mean()) ** 2 / hits.mean()).sum() < 63 + 5 * math.sqrt(2 * 63), m
+
+
+def test_targets_take_every_modality_alike(frozen, layout):
+    _, targets, counted = draw(frozen[0], layout, 1, images=1, texts=1)  # one of each: nothing runs out
+    share = torch.bincount(layout.kind[targets][counted].flatten(), minlength=8) / len(targets)
+    assert counted.all()
+    assert (share[:5] - 1 / 5).abs().max() < 4.5 * math.sqrt(0.2 * 0.8 / 2000), share
+    assert (share[5:] - 1 / 3).abs().max() < 4.5 * math.sqrt(0.33 * 0.67 / 2000) + 0.01, share
+    _, targets, counted = draw(frozen[0], layout, 64)
+    share = torch.bincount(layout.kind[targets[:, :60]].flatten(), minlength=5) / len(targets)
+    assert (share - 12).abs().max() < 0.4, share
+
+
+def digest_of(*paths):
+    """The sha256 of the frozen evaluation code and of the files that it reads, recomputed."""
+    code = Path(train_4m.__file__).read_text().split("# --- frozen:")[1].split("# --- end:")[0]
+    assert code.startswith(" eval ---\ndef read_frozen(") and "def evaluate(" in code
+    return hashlib.sha256(code.encode() + b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+@pytest.mark.parametrize("track", ["cpu", "gpu"])
+def test_frozen_masks(track):
+    config = train_4m.CONFIGS[track]
+    tokens, roles, modalities, digest = train_4m.read_frozen(config)
+    layout = train_4m.Layout(modalities)
+    paths = [ROOT / config.frozen, ROOT / config.frozen_masks]
+    assert digest == digest_of(*paths)
+    assert roles.dtype == torch.uint8 and set(roles.unique().tolist()) == {0, 1, 2}
+    assert layout.valid(tokens)[roles > 0].all()
+    for role in (1, 2):
+        count = (roles == role).sum(1)
+        assert count.min() >= 1 and count.max() <= 128 and 45 < count.float().mean() < 66
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model and loss
+
+def test_padding_does_not_leak(model, layout, frozen):
+    tokens, roles = frozen[0][:6], frozen[1][:6]
+    targets = draw(tokens, layout, 8)[1]
+    places, seen = train_4m.gather_places(roles == 1, int((roles == 1).sum(1).max()))
+    assert torch.equal(torch.zeros_like(roles, dtype=torch.bool).scatter(1, places, seen), roles == 1)
+    every = torch.ones_like(targets, dtype=torch.bool)
+    with torch.no_grad():
+        short = model(tokens, places, seen, targets, every)
+        more = torch.randint(layout.size, (6, 50), generator=torch.Generator().manual_seed(0))
+        long = model(tokens, torch.cat([places, more], 1), torch.cat([seen, more < 0], 1), targets, every)
+        wrong = model(tokens, torch.cat([places, more], 1), torch.cat([seen, more >= 0], 1), targets, every)
+    assert torch.equal(short.isfinite(), long.isfinite())
+    gap = lambda a, b: (a - b)[a.isfinite()].abs().max().item()
+    assert gap(short, long) < 1e-3 and gap(short, wrong) > 1e-2, "50 more inputs must matter once they are seen"
+
+
+def test_log_probabilities_are_normalised(model, layout, frozen):
+    tokens = frozen[0][:4]
+    with torch.no_grad():
+        places = torch.arange(layout.size).expand(4, -1)
+        logits = train_4m.predict(model, tokens, frozen[1][:4] == 1, places)
+    assert logits.shape == (4, layout.size, layout.vocab) and logits.dtype == torch.float32
+    for m, about in layout.modalities.items():
+        part = logits[:, layout.span[m]]
+        assert part[..., :about["vocab"]].isfinite().all() and (part[..., about["vocab"]:] == -math.inf).all()
+        total = part.logsumexp(-1)
+        assert total.max() < 1e-3, "more than all probability"
+        if m in IMAGES:
+            assert total.abs().max() < 1e-3
+        assert part.argmax(-1).unique().numel() > 3, "predictions do not depend on the place"
+
+
+def test_targets_are_predicted_from_inputs_alone(model, layout, frozen):
+    tokens, known = frozen[0][:6], frozen[1][:6] == 1
+    targets = draw(tokens, layout, 8)[1]
+    other = torch.where(known, tokens, (tokens * 7 + 3) % 128)
+    changed = torch.where(known, (tokens * 7 + 3) % 128, tokens)
+    with torch.no_grad():
+        logits, same, different = (train_4m.predict(model, t, known, targets) for t in (tokens, other, changed))
+    assert torch.equal(logits, same) and not torch.equal(logits, different)
+
+
+def test_loss_is_the_mean_over_modalities(model, layout, frozen):
+    tokens = frozen[0][:8]
+    inputs, targets, counted = draw(tokens, layout, 20)
+    share = train_4m.target_shares(targets, counted, layout)
+    with torch.no_grad():
+        loss = train_4m.masked_loss(model, tokens, inputs, targets, counted, share, 60)
+        halves = [train_4m.masked_loss(model, *(t[rows] for t in (tokens, inputs, targets, counted)), share, 60)
+                  for rows in (slice(0, 4), slice(4, 8))]
+        logits = model(tokens, inputs, None, targets, counted)
+    nats = -logits.gather(2, tokens.gather(1, targets)[..., None])[..., 0]
+    means = [nats[counted & (layout.kind[targets] == k)].mean().item() for k in range(len(MODALITIES))]
+    assert not counted.all() and loss.item() == pytest.approx(sum(means) / len(means), abs=2e-4)
+    assert sum(halves).item() == pytest.approx(loss.item(), abs=2e-4), "parts of a batch add up"
+
+
+def test_gpu_model_on_the_meta_device():
+    config = train_4m.CONFIGS["gpu"]
+    with np.load(ROOT / config.frozen) as arrays:
+        layout = train_4m.Layout(json.loads(bytes(arrays["modalities"])), "meta")
+    with torch.device("meta"):
+        model = train_4m.Nano4M(config, layout)
+        train_4m.init_weights(model)
+        tokens, inputs, targets = (torch.zeros(4, n, dtype=torch.long) for n in (layout.size, 128, 84))
+        loss = train_4m.masked_loss(model, tokens, inputs, targets, targets > 0, torch.ones(8), 60)
+    assert loss.shape == () and model.hidden(tokens, inputs, None, targets).shape == (4, 84, 512)
+    C, count = config.dim, {"encoder": 0, "decoder": 0, "rest": 0}
+    for name, p in model.named_parameters():
+        count[name.split(".")[0] if name.split(".")[0] in count else "rest"] += p.numel()
+    assert count["encoder"] == config.enc_depth * (4 + 2 * config.mlp_ratio) * C * C
+    attentions = len([name for name in model.state_dict() if name.startswith("decoder.0.") and ".q." in name])
+    assert count["decoder"] == config.dec_depth * (4 * attentions + 2 * config.mlp_ratio) * C * C
+    assert 0 < count["rest"] < 0.25 * (count["encoder"] + count["decoder"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+def evaluate(model, layout, frozen, n, batch):
+    config = dataclasses.replace(train_4m.CONFIGS["cpu"], eval_batch=batch)
+    return train_4m.evaluate(model, layout, frozen[0][:n], frozen[1][:n], config, 0, 1)
+
+
+def test_evaluation_against_a_plain_loop(model, layout, frozen):
+    nats = {m: [] for m in MODALITIES}
+    for row, roles in zip(frozen[0][:20], frozen[1][:20]):
+        inputs, targets = (roles == 1).nonzero()[:, 0], (roles == 2).nonzero()[:, 0]
+        with torch.no_grad():
+            every = torch.ones(1, len(targets), dtype=torch.bool)
+            logits = model(row[None], inputs[None], None, targets[None], every)[0].double()
+        for place, scores in zip(targets.tolist(), logits):
+            p = scores.exp() / scores.exp().sum()
+            nats[MODALITIES[layout.kind[place]]].append(-p[row[place]].log().item())
+    means = {m: np.mean(values) for m, values in nats.items()}
+    loss, by_modality = evaluate(model, layout, frozen, 20, 7)
+    assert by_modality == pytest.approx(means, abs=1e-4)
+    assert loss == pytest.approx(np.mean(list(means.values())), abs=1e-4)
+    for batch in (1, 20, 125):  # other batches, other padding
+        assert evaluate(model, layout, frozen, 20, batch)[0] == pytest.approx(loss, abs=1e-3)
+
+
+def test_untrained_model_is_uniform(layout, frozen):
+    loss, by_modality = evaluate(small_model(layout, heads=0), layout, frozen, 60, 20)
+    uniform = {m: math.log(about["vocab"]) for m, about in layout.modalities.items()}
+    assert by_modality == pytest.approx(uniform, abs=1e-3)
+    assert loss == pytest.approx(sum(uniform.values()) / 8, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def generate(model, layout, frozen, outputs, source="rgb", hide=None, seed=0, n=3):
+    """Tokens and known after generating from a modality of n scenes; hide: (modality, places to leave open in it)."""
+    tokens = frozen[0][:n]
+    known = train_4m.only(layout, tokens, source, *([hide[0]] if hide else []))
+    if hide:
+        known[:, layout.span[hide[0]]] &= ~hide[1]
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    out, seen = train_4m.generate(model, layout, tokens, known, outputs, seed)
+    assert torch.equal(tokens, frozen[0][:n]), "the caller's tokens changed"
+    assert torch.equal(out[known], tokens[known]) and seen[known].all(), "what was given changed"
+    return out, seen
+
+
+@pytest.mark.parametrize("scheme", ["roar", "maskgit", "ar"])
+@pytest.mark.parametrize("steps", [1, 8, 200])
+def test_generation_fills_a_modality(model, layout, frozen, scheme, steps):
+    for modality in ("depth", "bbox") if steps == 8 else ("edge",):
+        output = Output(modality, scheme=scheme, steps=steps, temperature=1.0)
+        out, seen = generate(model, layout, frozen, output)
+        again, other = (generate(model, layout, frozen, output, seed=seed)[0] for seed in (0, 1))
+        span, about = layout.span[modality], layout.modalities[modality]
+        assert torch.equal(out, again) and not torch.equal(out, other)
+        assert (out[:, span] < about["vocab"]).all() and (out[:, span] >= 0).all()
+        outside = torch.ones(layout.size, dtype=torch.bool)
+        outside[span] = False
+        assert torch.equal(out[:, outside], frozen[0][:3, outside])
+        assert torch.equal(seen[:, outside], train_4m.only(layout, frozen[0][:3], "rgb")[:, outside])
+        if modality in IMAGES:
+            assert seen[:, span].all() and not torch.equal(out[0, span], out[1, span])
+
+
+def test_cold_sampling_leaves_one_choice(model, layout, frozen):
+    for modality in ("bbox", "edge"):
+        cold = generate(model, layout, frozen, Output(modality, "ar", temperature=0))[0]
+        for seed, settings in enumerate(({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-6}), start=1):
+            assert torch.equal(cold, generate(model, layout, frozen, Output(modality, "ar", **settings), seed=seed)[0])
+
+
+@pytest.mark.parametrize("scheme", ["roar", "maskgit"])
+def test_one_step_is_the_likeliest_token_everywhere(model, layout, frozen, scheme):
+    tokens, span = frozen[0][:3], layout.span["seg"]
+    places = torch.arange(span.start, span.stop).expand(3, -1)
+    with torch.no_grad():
+        best = train_4m.predict(model, tokens, train_4m.only(layout, tokens, "rgb"), places).argmax(-1)
+    for settings in ({"temperature": 0}, {"top_k": 1}, {"anneal": "linear"}, {"temperature": 1e-6}):
+        out, _ = generate(model, layout, frozen, Output("seg", scheme, steps=1, **settings))
+        assert torch.equal(out[:, span], best), settings
+
+
+@pytest.mark.parametrize("unmasking, left", [("cosine", lambda t: math.cos(math.pi / 2 * t)),
+                                             ("linear", lambda t: 1 - t)])
+@pytest.mark.parametrize("steps", [1, 5, 40, 64])
+def test_unmasking_schedule(layout, frozen, monkeypatch, unmasking, left, steps):
+    counts = []
+
+    def predict(model, tokens, known, targets):
+        counts.append(int(known[:, layout.span["normal"]].sum()))
+        assert not known.gather(1, targets).any(), "a token was predicted twice"
+        return torch.zeros(*targets.shape, layout.vocab)
+
+    monkeypatch.setattr(train_4m, "predict", predict)
+    for scheme in ("roar", "maskgit"):
+        counts.clear()
+        generate(None, layout, frozen, Output("normal", scheme, steps=steps, unmasking=unmasking), n=1)
+        counts.append(64)
+        assert len(counts) == steps + 1 and counts[0] == 0 and min(np.diff(counts)) >= 1
+        for step, count in enumerate(counts):
+            assert count >= 64 * (1 - left(step / steps)) - 1e-6
+            assert count <= max(64 * (1 - left(step / steps)) + 1 + 1e-6, step), "no faster than the schedule"
+
+
+def test_maskgit_keeps_the_most_confident(model, layout, frozen):
+    tokens, span = frozen[0][:1].clone(), layout.span["edge"]
+    known = train_4m.only(layout, tokens, "rgb")
+    places = torch.arange(span.start, span.stop)[None]
+    with torch.no_grad():
+        logits = train_4m.predict(model, tokens, known, places)
+        first = places[0, logits.max(-1).values[0].topk(64 - int(64 * math.cos(math.pi / 4))).indices]
+        tokens[:, span] = logits.argmax(-1)
+        known[:, first] = True
+        rest = places[:, ~known[0, span]]
+        tokens[:, rest[0]] = train_4m.predict(model, tokens, known, rest).argmax(-1)
+    out, _ = generate(model, layout, frozen, Output("edge", "maskgit", steps=2, temperature=0), n=1)
+    assert torch.equal(out[:, span], tokens[:, span])
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 0.5}])
+def test_draws_follow_the_distribution(settings):
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(1)) * 1.5
+    output = Output("rgb", **settings)
+    p, order = logits.double().softmax(0), logits.argsort(descending=True)
+    nucleus = order[:1 + int((p[order].cumsum(0) < output.top_p).sum())]
+    allowed = order[:output.top_k] if output.top_k else nucleus
+    expected = torch.zeros_like(p)
+    expected[allowed] = (logits.double()[allowed] / output.temperature).softmax(0)
+    rng = torch.Generator().manual_seed(0)
+    ids, confidence = train_4m.draw_tokens(logits.expand(4, 5000, 12), output, output.temperature, rng)
+    share = torch.bincount(ids.flatten(), minlength=12) / 20000
+    assert (share - expected).abs().max() < 0.015
+    assert set(ids.unique().tolist()) <= set(allowed.tolist())
+    certain = torch.full_like(p, -math.inf)
+    certain[allowed] = p[allowed].log() - p[allowed].sum().log()
+    assert torch.allclose(confidence.double(), certain[ids], atol=1e-4)
+
+
+def test_guidance(model, layout, frozen):
+    half = torch.arange(64) < 32
+    tokens, span = frozen[0][:3], layout.span["depth"]
+    known = train_4m.only(layout, tokens, "rgb", "depth")
+    known[:, span] &= ~half
+    own = known.clone()
+    own[:, :span.start] = False
+    places = torch.arange(span.start, span.start + 32).expand(3, -1)
+    with torch.no_grad():
+        full, base = (train_4m.predict(model, tokens, k, places) for k in (known, own))
+    found = {}
+    for guidance in (1.0, 3.0):
+        output = Output("depth", steps=1, temperature=0, guidance=guidance)
+        found[guidance] = generate(model, layout, frozen, output, hide=("depth", half))[0][:, span][:, :32]
+        assert torch.equal(found[guidance], (base + guidance * (full - base)).argmax(-1))
+    assert not torch.equal(found[1.0], found[3.0])
+    for modality in ("rgb", "caption"):  # from nothing of its own; many steps; logits stay numbers
+        output = Output(modality, steps=6, guidance=2.0)
+        out, _ = generate(model, layout, frozen, output, source="depth")
+        assert (out[:, layout.span[modality]] < layout.modalities[modality]["vocab"]).all()
+
+
+def test_given_parts_are_completed_and_kept(model, layout, frozen):
+    hidden = torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.4
+    for scheme in ("roar", "maskgit", "ar"):  # generate asserts that the given part stays
+        out, seen = generate(model, layout, frozen, Output("rgb", scheme, steps=7), "depth", ("rgb", hidden))
+        assert seen[:, layout.span["rgb"]].all()
+        assert not torch.equal(out[:, :64][:, hidden], frozen[0][:3, :64][:, hidden])
+    out, seen = generate(model, layout, frozen, Output("desc"), "depth", ("desc", torch.arange(64) >= 6))
+    assert seen[:, layout.span["desc"]][:, :7].all()
+    whole = generate(model, layout, frozen, Output("rgb"), "rgb")[0]  # nothing left to do
+    assert torch.equal(whole, frozen[0][:3])
+
+
+def test_chained_outputs_see_each_other(model, layout, frozen):
+    cold = [Output(m, steps=4, temperature=0) for m in ("depth", "normal")]
+    out, seen = generate(model, layout, frozen, cold)
+    assert seen[:, layout.span["depth"]].all() and seen[:, layout.span["normal"]].all()
+    first = train_4m.generate(model, layout, frozen[0][:3], train_4m.only(layout, frozen[0][:3], "rgb"), cold[:1])
+    second = train_4m.generate(model, layout, *first, cold[1:])
+    assert torch.equal(out, second[0]) and torch.equal(seen, second[1])
+    assert not torch.equal(out, generate(model, layout, frozen, cold[1:])[0])
+
+
+@pytest.mark.parametrize("modality", ["desc", "caption", "bbox"])
+def test_texts_end(layout, frozen, monkeypatch, modality):
+    end, span, about = layout.end[modality], layout.span[modality], layout.modalities[modality]
+    lengths = []
+
+    def predict(model, tokens, known, targets):
+        lengths.append(known[:, span].sum(1))
+        logits = torch.zeros(*targets.shape, layout.vocab)
+        logits[..., end] = math.log(0.15 * about["vocab"])
+        logits[..., about["pad"]] = -20.0  # a trained model never writes it: it is no target
+        return logits
+
+    monkeypatch.setattr(train_4m, "predict", predict)
+    out, seen = generate(None, layout, frozen, Output(modality), n=8)
+    part, seen = out[:, span], seen[:, span]
+    assert (part == end).any(1).float().mean() > 0.7
+    for row, visible, grown in zip(part.tolist(), seen.tolist(), torch.stack(lengths, 1).tolist()):
+        n = row.index(end) + 1 if end in row else len(row)
+        assert all(visible[:n]) and not any(visible[n:]) and set(row[n:]) <= {about["pad"]}
+        assert about["pad"] not in row[:n]
+        assert grown == [min(step, n) for step in range(len(grown))], "the model saw tokens after the end"
+    assert len({row.index(end) for row in part.tolist() if end in row}) > 2, "rows end on their own"
+
+
+def test_generate_refuses(model, layout, frozen):
+    for output, message in ((Output("audio"), "no modality 'audio'"), (Output("rgb", "best"), "scheme 'best'"),
+                            (Output("rgb", steps=0), "0 steps")):
+        with pytest.raises(Fault, match=message):
+            generate(model, layout, frozen, output, source="depth")
+    tokens = frozen[0][:2]
+    known = train_4m.only(layout, tokens, "rgb")
+    known[1] = False
+    with pytest.raises(Fault, match="at least one known"):
+        train_4m.generate(model, layout, tokens, known, [Output("depth")])
+    known[1, 3] = True
+    with pytest.raises(Fault, match="same number"):
+        train_4m.generate(model, layout, tokens, known, [Output("rgb")])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Muon
+
+@pytest.mark.parametrize("shape", [(3, 96, 32), (3, 32, 96), (3, 64, 64)])
+def test_orthogonalise(shape):
+    rng = torch.Generator().manual_seed(0)
+    U, _, V = torch.linalg.svd(torch.randn(shape, generator=rng), full_matrices=False)
+    spectrum = torch.logspace(0, -2, U.shape[2]) * torch.tensor([1.0, 1e-3, 1e3])[:, None]
+    G = U * spectrum[:, None] @ V
+    X = train_4m.orthogonalise(G)
+    assert X.shape == G.shape and X.dtype == G.dtype
+    values = torch.linalg.svdvals(X)
+    assert 0.7 < values.min() and values.max() < 1.3
+    assert (X - U @ V).norm(dim=(1, 2)).max() < 0.2 * U.shape[2] ** 0.5, "not the nearest orthogonal matrix"
+    alone = torch.cat([train_4m.orthogonalise(g[None]) for g in G])
+    assert torch.allclose(X, alone, atol=0.03), "matrices of a stack depend on each other"
+
+
+def test_every_parameter_has_one_optimizer(model):
+    muon, adam = train_4m.make_optimizers(model, train_4m.CONFIGS["cpu"])
+    matrices = [id(p) for params, _ in muon.stacks for p in params]
+    rest = [id(p) for group in adam.param_groups for p in group["params"]]
+    assert sorted(matrices + rest) == sorted(map(id, model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(p.ndim == 2 for params, _ in muon.stacks for p in params)
+    assert not [names[i] for i in matrices if any(word in names[i] for word in ("embed", "head", "position", "kind"))]
+    assert not [names[i] for i in rest if names[i].startswith(("encoder", "decoder"))]
+
+
+def test_muon_descends():
+    torch.manual_seed(0)
+    goals = [torch.randn(24, 8), torch.randn(8, 24), torch.randn(24, 8)]
+    params = [torch.nn.Parameter(torch.zeros_like(goal)) for goal in goals]
+    loss = lambda: sum((p - goal).square().sum() for p, goal in zip(params, goals))
+    muon, losses = train_4m.Muon(params, 0.9), []
+    for step in range(60):
+        for p in params:
+            p.grad = None
+        losses.append(loss())
+        losses[-1].backward()
+        muon.step(0.1)
+    assert losses[1] < losses[0] and loss() < 0.1 * losses[0]
+    before = [p.detach().clone() for p in params]
+    muon.step(0.0)
+    assert all(torch.equal(p, b) for p, b in zip(params, before))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A finished run of the script: (its folder, the overrides, the completed process)."""
+    root = make_root(tmp_path_factory.mktemp("run"))
+    argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=8", "--seed=5", "--save=true"]
+    done = subprocess.run([sys.executable, "train_4m.py", *argv], cwd=root, env=ENV, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    return root, argv, done
+
+
+def test_log(finished, tiny):
+    root, argv, done = finished
+    path, = (root / "logs").iterdir()
+    log = leaderboard.parse_log(path)
+    assert log["source"].strip() == Path(train_4m.__file__).read_text().strip()
+    settings, foot = json.loads(log["config"]), log["footer"]
+    assert settings["argv"] == argv and settings["config"]["num_steps"] == 20 and settings["config"]["dim"] == 64
+    assert {"python", "torch", "hardware", "git"} <= set(settings) and settings["torch"] == torch.__version__
+    assert [step for step, _, _ in log["steps"]] == [8, 16, 20]
+    required = """script task track seed world_size hardware steps parameters tokens val_loss target reached
+        train_seconds compile_seconds tokens_per_second mfu peak_memory_mib data_sha256 eval_sha256 overrides"""
+    assert set(required.split()) <= set(foot)
+    assert (foot["script"], foot["task"], foot["track"], foot["seed"]) == ("train_4m.py", "4m", "cpu", 5)
+    assert 8 * 20 * 50 < foot["tokens"] <= 8 * 20 * (128 + 84) and foot["peak_memory_mib"] > 50
+    assert foot["tokens_per_second"] == pytest.approx(foot["tokens"] / foot["train_seconds"], rel=0.01)
+    assert foot["eval_sha256"] == digest_of(tiny[0] / "scenes.npz", tiny[0] / "masks.npz")
+    assert foot["overrides"].split() == argv[1:] and foot["reached"] in (False, "False")
+    by_modality = [foot[f"val_loss_{m}"] for m in MODALITIES]
+    assert foot["val_loss"] == pytest.approx(sum(by_modality) / 8, abs=1e-3)
+    uniform = sum(math.log(about["vocab"]) for m, about in scenes.modalities(64).items()) / 8
+    assert foot["val_loss"] < uniform - 0.5, "20 steps must learn something"
+    for line in path.read_text().split(leaderboard.RULE + "\n")[-1].splitlines():
+        assert line in done.stdout, "the console shows what the log holds"
+
+
+def test_outputs(finished, layout):
+    root, _, _ = finished
+    line, = (root / "records/runs.jsonl").read_text().splitlines()
+    path, = (root / "checkpoints").iterdir()
+    run, foot = json.loads(line), leaderboard.parse_log(root / "logs" / f"{path.stem}.txt")["footer"]
+    assert run["run_id"] == path.stem and run["val_loss"] == foot["val_loss"] and set(foot) <= set(run)
+    assert (root / "samples/4m.png").read_bytes().startswith(b"\x89PNG")
+    with safe_open(path, "pt") as file:  # no pickle: safetensors holds tensors and text only
+        assert json.loads(file.metadata()["config"])["dim"] == 64
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    assert {t.dtype for t in tensors.values()} == {torch.float16}
+    model = small_model(layout)
+    assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in model.state_dict().items()}
+    assert foot["parameters"] == sum(p.numel() for p in model.parameters())
+    assert not list(root.glob("*/*.part"))
+
+
+def test_loading_reproduces_the_loss(finished, tiny, tmp_path, monkeypatch):
+    checkpoint, = (finished[0] / "checkpoints").iterdir()
+    root = make_root(tmp_path / "again")
+    run_here(monkeypatch, root, [*SMALL, *tiny[1], f"--load={checkpoint}", "--num_steps=0", f"--data={tmp_path}/none"])
+    foot, before = (json.loads((r / "records/runs.jsonl").read_text()) for r in (root, finished[0]))
+    assert foot["val_loss"] == pytest.approx(before["val_loss"], abs=0.02)
+    assert foot["eval_sha256"] == before["eval_sha256"] and foot["tokens"] == 0
+    assert (root / "samples/4m.png").exists() and not list((root / "checkpoints").iterdir())
+
+
+SPY = """
+import contextlib, json, os, sys
+import torch, train_4m
+rows, loss = [], train_4m.masked_loss
+def spy(model, tokens, *rest):
+    rows.extend(hash(tuple(row)) for row in tokens.tolist() if any(row))  # the warm-up's are all zero
+    return loss(model, tokens, *rest)
+train_4m.masked_loss, train_4m.draw_samples = spy, lambda *_: None
+train_4m.matmul_peak = lambda device: 1e12
+torch.autocast = lambda *_: contextlib.nullcontext()  # float32, to compare runs closely
+train_4m.main(sys.argv[1:])
+with open(f"rows{os.environ.get('RANK', 0)}.json", "w") as file:
+    json.dump(rows, file)
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def test_two_processes_are_the_same_run(tiny, tmp_path):
+    found = {}
+    for world, launcher in ((1, [sys.executable]), (2, TORCHRUN)):
+        root = make_root(tmp_path / str(world))
+        (root / "spy.py").write_text(SPY)
+        argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10"]
+        done = subprocess.run([*launcher, "spy.py", *argv], cwd=root, env=ENV, capture_output=True, text=True,
+                              timeout=120)
+        assert done.returncode == 0, done.stderr
+        log, = (root / "logs").iterdir()
+        rows = [json.loads((root / f"rows{rank}.json").read_text()) for rank in range(world)]
+        found[world] = leaderboard.parse_log(log), rows
+        assert len((root / "records/runs.jsonl").read_text().splitlines()) == 1
+    (one, (all_rows,)), (two, halves) = found[1], found[2]
+    assert two["footer"]["world_size"] == 2 and one["footer"]["tokens"] == two["footer"]["tokens"]
+    assert [loss for _, _, loss in one["steps"]] == pytest.approx([loss for _, _, loss in two["steps"]], abs=1e-3)
+    assert len(set(all_rows)) == len(all_rows) == 160
+    assert [len(rows) for rows in halves] == [80, 80], "each process computes half of the batch"
+    assert set(halves[0]).isdisjoint(halves[1]) and set(halves[0] + halves[1]) == set(all_rows)
+
+
+def test_two_processes_report_a_fault(tiny, tmp_path):
+    root = make_root(tmp_path / "two")
+    done = subprocess.run([*TORCHRUN, "train_4m.py", *SMALL, *tiny[1], "--batch=7"], cwd=root, env=ENV,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "a batch of 7 scenes cannot be divided among 2 processes" in done.stderr
+    assert not (root / "logs").exists()
