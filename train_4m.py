@@ -13,9 +13,12 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,7 +186,8 @@ class Log:
             self.file = open(ROOT / "logs" / f"{self.run_id}.txt", "x", buffering=1)
         except OSError as error:
             raise Fault(f"cannot write the log: {error}") from None
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
+                                                     text=True).stdout.strip()
         settings = {"config": dataclasses.asdict(config), "argv": sys.argv[1:], "overrides": overrides,
                     "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
                     "threads": torch.get_num_threads(), "hardware": hardware(device), "git": git or None}
@@ -252,9 +256,9 @@ def read_shards(folder, modalities):
                 raise ValueError(f"{m}.npy holds {array.dtype} {array.shape}")
             if int(array.max()) >= modalities[m]["vocab"]:
                 raise ValueError(f"{m}.npy holds token {array.max()} of a vocabulary of {modalities[m]['vocab']}")
-    except (OSError, ValueError, KeyError) as error:
+        recipe = {key: meta[key] for key in ("name", "version", "size", "num", "seed", "tokenizer", "text")}
+    except (OSError, ValueError, KeyError, EOFError) as error:
         raise Fault(f"{folder} is damaged ({error}): delete it and run `{make}`") from None
-    recipe = {key: meta[key] for key in ("name", "version", "size", "num", "seed", "tokenizer", "text")}
     return arrays, hashlib.sha256(json.dumps(recipe).encode()).hexdigest()  # not of the tokens: rounding differs
 
 
@@ -487,7 +491,7 @@ def generate(model, layout, tokens, known, outputs, seed=0):
     tokens int64 (B, size), known bool (B, size): what is given. A given part of an output modality stays as it is.
     Returns new tokens and known. Raises Fault for a modality or scheme there is not, or when a row has nothing known.
     """
-    tokens, known = tokens.clone(), known.clone()
+    tokens, known, given = tokens.clone(), known.clone(), known
     if not bool(known.any(1).all()):
         raise Fault("generate needs at least one known token in every row")
     rng = torch.Generator(tokens.device).manual_seed(seed)
@@ -521,6 +525,8 @@ def generate(model, layout, tokens, known, outputs, seed=0):
                 base = predict(model, tokens, known & own, places)
                 logits = base + output.guidance * (logits - base)
             logits[..., layout.modalities[output.modality]["vocab"]:] = -math.inf
+            if output.modality in layout.end:  # padding is never drawn
+                logits[..., layout.modalities[output.modality]["pad"]] = -math.inf
             temperature = output.temperature * (1 - progress if output.anneal == "linear" else 1)
             ids, confidence = draw_tokens(logits, output, temperature, rng)
             if scheme == "maskgit" and place_now < left:
@@ -537,7 +543,7 @@ def generate(model, layout, tokens, known, outputs, seed=0):
         if output.modality in layout.end:  # whatever follows the end token is padding
             part = tokens[:, span]
             ended = (part == layout.end[output.modality]).cumsum(1) - (part == layout.end[output.modality]).long() > 0
-            ended |= ~known[:, span]
+            ended = (ended | ~known[:, span]) & ~given[:, span]
             tokens[:, span] = part.masked_fill(ended, int(layout.pads[MODALITIES.index(output.modality)]))
             known[:, span] = ~ended
     return tokens, known
@@ -618,9 +624,9 @@ def draw_samples(model, layout, studio, draw, tokens, size, path):
 def read_frozen(config):
     """The validation tokens (scenes, size), their input and target masks, the modalities, and the sha256 of it all."""
     paths = [ROOT / config.frozen, ROOT / config.frozen_masks]
-    for path in paths:
-        if not path.exists():
-            raise Fault(f"{path} is missing: it belongs to the repository (`git checkout {path.relative_to(ROOT)}`)")
+    for name in (config.frozen, config.frozen_masks):
+        if not (ROOT / name).exists():
+            raise Fault(f"{ROOT / name} is missing: it belongs to the repository (`git checkout {name}`)")
     try:
         with np.load(paths[0], allow_pickle=False) as arrays:
             modalities = json.loads(bytes(arrays["modalities"]))
@@ -629,7 +635,7 @@ def read_frozen(config):
             roles = arrays["roles"]  # (scenes, size) uint8: 1 input, 2 target
         if roles.shape != tokens.shape:
             raise ValueError(f"masks {roles.shape} for tokens {tokens.shape}")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Fault(f"the frozen validation set is damaged ({error}): `git checkout data/frozen`") from None
     return torch.from_numpy(tokens), torch.from_numpy(roles), modalities, frozen_sha256(*paths)
 
@@ -706,6 +712,8 @@ def load_checkpoint(path, model, config):
         raise Fault(f"--load={path} was trained with {', '.join(different)}: pass the same as overrides")
     if missing := set(model.state_dict()) ^ set(state):
         raise Fault(f"--load={path} has other weights than this model, e.g. {sorted(missing)[0]}")
+    if other := [name for name, p in model.state_dict().items() if p.shape != state[name].shape]:
+        raise Fault(f"--load={path} has another shape of {other[0]} than this model: was it trained on other data?")
     model.load_state_dict(state)
 # --- end: checkpoint ---
 
@@ -724,8 +732,10 @@ def flops_per_scene(model, config, inputs, targets):
 
 def main(argv):
     config, overrides = read_config(argv)
-    if config.num_steps < 0 or config.batch < 1 or config.eval_every < 1:
-        raise Fault("num_steps must be at least 0, batch and eval_every at least 1")
+    if config.num_steps < 0 or min(config.batch, config.eval_every, config.eval_batch) < 1:
+        raise Fault("num_steps must be at least 0, batch, eval_every and eval_batch at least 1")
+    if config.dim % config.head_dim:
+        raise Fault(f"dim {config.dim} is not a multiple of head_dim {config.head_dim}")
     rank, world, device = setup()
     if config.batch % world:
         raise Fault(f"a batch of {config.batch} scenes cannot be divided among {world} processes")
