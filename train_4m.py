@@ -1,10 +1,11 @@
 """nano4M: one encoder-decoder learns to predict any subset of eight modalities from any other.
 
-The course's recipe (EPFL COM-304 nano4M, after 4M, arXiv:2312.06647): pre-norm encoder-decoder, AdamW, cosine schedule.
-This is record #1, the public baseline. Its final frozen validation loss defines the track's target.
+After 4M (arXiv:2312.06647) and the course's nano4M (EPFL COM-304), made fast: Muon, one input budget a step instead of
+padding, image tokens embedded and predicted as two digits, QK-norm, ReLU^2, zero-initialised projections. Times against
+the baseline, record #1, are in records/README.md.
 
     python train_4m.py                                          # the cpu track, data from `python data/scenes.py`
-    torchrun --standalone --nproc_per_node=8 train_4m.py        # the gpu track
+    torchrun --standalone --nproc_per_node=8 train_4m.py        # the gpu track (not yet run on a GPU)
 """
 import copy
 import dataclasses
@@ -49,18 +50,19 @@ class Config:
     dec_depth: int = 3
     mlp_ratio: int = 4
     # schedule
-    num_steps: int = 1700
+    num_steps: int = 800
     batch: int = 32  # scenes a step, over all processes
-    budget: int = 128  # most input tokens and most target tokens of a scene
-    warmup: float = 0.1  # share of the steps
+    budget: int = 128  # most input tokens of a scene
+    image_targets: int = 60  # target tokens of a scene
+    text_targets: int = 24
+    cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # optimizer
-    lr: float = 1.6e-3  # the course's 6e-4 at dim 512, scaled by width (arXiv:2203.03466); better: -0.6 at 400 steps
-    lr_min: float = 1e-6
-    weight_decay: float = 0.05
-    clip: float = 1.0  # gradient norm
+    muon_lr: float = 0.02  # hidden matrices
+    momentum: float = 0.95
+    adam_lr: float = 0.006  # embeddings and heads
     # evaluation and output
-    target: float = 0.0  # validation loss in nats; 0: this run is the one that defines it
-    eval_every: int = 200  # steps between evaluations; the clock stands still
+    target: float = 0.0  # validation loss in nats
+    eval_every: int = 100  # steps between evaluations; the clock stands still
     eval_batch: int = 125
     quality_scenes: int = 200  # frozen scenes the quality numbers are taken on
     load: str = ""  # checkpoint to start from
@@ -71,8 +73,8 @@ CONFIGS = {
     "cpu": Config(),
     # the course's size: dim 512, 6 + 6 blocks, global batch 512, 256-token images
     "gpu": Config(track="gpu", data="data/scenes128/train", frozen="data/frozen/scenes128.npz",
-                  frozen_masks="data/frozen/eval_4m_128.npz", dim=512, enc_depth=6, dec_depth=6, batch=512, lr=6e-4,
-                  num_steps=6000),
+                  frozen_masks="data/frozen/eval_4m_128.npz", dim=512, enc_depth=6, dec_depth=6, batch=512,
+                  num_steps=1500, eval_every=250),
 }
 ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
 
@@ -279,30 +281,34 @@ class Loader:
         return self.rows[self.order[self.next - self.batch:self.next]].long()
 
 
-def draw_masks(tokens, layout, budget, rng):
-    """4M's masking: which tokens are inputs and which are targets, two disjoint bool (B, size).
+def draw_places(tokens, layout, inputs, images, texts, rng):
+    """Draw inputs and targets for every scene: places (B, inputs), places (B, images + texts), where a target counts.
 
-    Each scene draws an input and a target budget from U{1..budget}; a Dirichlet(1) draw splits each over the
-    modalities, cut to what the modality has (left); places inside a modality are uniform without replacement.
+    4M's masking with one budget for all scenes, so nothing is padded: a Dirichlet(1) draw splits the inputs over the
+    modalities, places inside a modality are uniform without replacement, and where a modality has fewer tokens than its
+    part any others step in. Targets, image tokens first, are drawn from the rest, every modality as likely; where too
+    few are left, one is padding and does not count.
     """
     B, K, device = tokens.shape[0], len(MODALITIES), tokens.device
     valid = layout.valid(tokens)
-    kind = layout.kind.expand(B, -1)
-    available = torch.zeros(B, K, dtype=torch.long, device=device).scatter_add_(1, kind, valid.long())
-
-    def split(limit):
-        total = torch.randint(1, budget + 1, (B, 1), generator=rng, device=device)
-        share = -torch.rand(B, K, generator=rng, device=device).clamp(min=1e-12).log()  # normalised: Dirichlet(1)
-        edges = (share.cumsum(1) / share.sum(1, keepdim=True) * total).round().long()
-        return torch.minimum(edges.diff(dim=1, prepend=torch.zeros_like(total)), limit)
-
-    inputs = split(available)
-    targets = split(available - inputs)
-    # a random rank of every token among the valid ones of its modality
-    score = torch.rand(tokens.shape, generator=rng, device=device) + 2.0 * ~valid + 4.0 * layout.kind
+    uniform = lambda *shape: torch.rand(shape, generator=rng, device=device).clamp(1e-12, 1 - 1e-7)
+    available = torch.zeros(B, K, device=device).index_add_(1, layout.kind, valid.float())
+    share = -uniform(B, K).log()  # normalised: Dirichlet(1)
+    edges = (share.cumsum(1) / share.sum(1, keepdim=True) * inputs).round()
+    count = edges.diff(dim=1, prepend=torch.zeros(B, 1, device=device))
+    # a random rank of every token among the valid ones of its modality; those below the modality's count come first
+    score = uniform(B, layout.size) + 2.0 * ~valid + 4.0 * layout.kind
     rank = score.argsort(1).argsort(1) - layout.start[layout.kind]
-    below = inputs.gather(1, kind)
-    return rank < below, (rank >= below) & (rank < below + targets.gather(1, kind))
+    later = (rank >= count[:, layout.kind]) + 2.0 * ~valid
+    chosen = (later + uniform(B, layout.size)).topk(inputs, 1, largest=False).indices
+    # an exponential race: the smallest of Exp(1) / weight are a draw by weight without replacement
+    left = available.scatter_add(1, layout.kind[chosen], -torch.ones(chosen.shape, device=device))
+    race = -uniform(B, layout.size).log() * left[:, layout.kind]
+    race = race.masked_fill(~valid, math.inf).scatter(1, chosen, math.inf)
+    split = layout.span["desc"].start
+    image, text = race[:, :split].topk(images, 1, largest=False), race[:, split:].topk(texts, 1, largest=False)
+    counted = torch.cat([image.values, text.values], 1) < math.inf
+    return chosen, torch.cat([image.indices, text.indices + split], 1), counted
 
 
 def gather_places(chosen, width):
@@ -330,118 +336,144 @@ def attend(q, k, v, visible=None):
 # ------------------------------------------------------------------------------------------------------------
 # Model
 
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    def __init__(self, inside, outside):
+        super().__init__(inside, outside, bias=False)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, head_dim):
         super().__init__()
         self.head_dim = head_dim
-        self.q, self.kv, self.proj = (nn.Linear(dim, n * dim, bias=False) for n in (1, 2, 1))
+        self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
 
-    def forward(self, x, context, visible):
+    def forward(self, x, context, seen):
         heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k, v = self.kv(context).chunk(2, -1)
-        y = attend(heads(self.q(x)), heads(k), heads(v), visible)
-        return self.proj(y.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, dim, ratio):
-        super().__init__()
-        self.up, self.down = nn.Linear(dim, ratio * dim, bias=False), nn.Linear(ratio * dim, dim, bias=False)
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
-
-
-def layer_norm(dim):
-    return nn.LayerNorm(dim, eps=1e-6, bias=False)
+        q, k, v = norm(heads(self.q(x))), norm(heads(self.k(context))), heads(self.v(context))
+        return self.proj(attend(q, k, v, seen).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block; with cross-attention to a context in the decoder."""
+    """Pre-norm block: attention to a context, the tokens themselves if there is none, then a ReLU^2 MLP."""
 
-    def __init__(self, config, cross):
+    def __init__(self, config):
         super().__init__()
-        dim = config.dim
-        self.norm1, self.attention = layer_norm(dim), Attention(dim, config.head_dim)
-        if cross:
-            self.norm_x, self.norm_context = layer_norm(dim), layer_norm(dim)
-            self.cross = Attention(dim, config.head_dim)
-        self.norm2, self.mlp = layer_norm(dim), MLP(dim, config.mlp_ratio)
+        self.attention = Attention(config.dim, config.head_dim)
+        self.up = Linear(config.dim, config.mlp_ratio * config.dim)
+        self.down = Linear(config.mlp_ratio * config.dim, config.dim)
 
-    def forward(self, x, seen, context=None, context_seen=None):
-        h = self.norm1(x)
-        x = x + self.attention(h, h, seen)
-        if context is not None:
-            x = x + self.cross(self.norm_x(x), self.norm_context(context), context_seen)
-        return x + self.mlp(self.norm2(x))
-
-
-def sincos(length, dim):
-    """Fixed 1-D sine-cosine position embedding (length, dim), arXiv:1706.03762."""
-    frequency = 10000 ** (-torch.arange(dim // 2) / (dim // 2))
-    angle = torch.arange(length)[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], 1)
+    def forward(self, x, seen, context=None):
+        h = norm(x)
+        x = x + self.attention(h, h if context is None else context, seen)
+        return x + self.down(F.relu(self.up(norm(x))).square())
 
 
 class Nano4M(nn.Module):
+    """Encoder-decoder over places. Targets see the inputs alone: the decoder has no self-attention.
+
+    An image token is a pair of digits (a, b), two levels of FSQ each: embedded as the sum of both and of the pair,
+    predicted as p(a) p(b | a), so that codes which look alike share what is learned and no softmax has 4096 classes.
+    """
+
     def __init__(self, config, layout):
         super().__init__()
-        dim = config.dim
-        self.kind, self.offset = layout.kind, layout.offset  # modality and position of a place
-        self.embed = nn.Embedding(layout.vocab, dim)
-        self.enc_modality, self.dec_modality = nn.Embedding(len(MODALITIES), dim), nn.Embedding(len(MODALITIES), dim)
-        self.register_buffer("position", sincos(int(layout.offset.max()) + 1, dim), persistent=False)
-        self.encoder = nn.ModuleList(Block(config, cross=False) for _ in range(config.enc_depth))
-        self.decoder = nn.ModuleList(Block(config, cross=True) for _ in range(config.dec_depth))
-        self.enc_norm, self.dec_norm = layer_norm(dim), layer_norm(dim)
-        self.context_proj = nn.Linear(dim, dim, bias=False)
-        self.head = nn.Linear(dim, layout.vocab, bias=False)
+        C, side = config.dim, layout.modalities["rgb"]["length"]
+        self.kind, self.vocab, self.split = layout.kind, layout.vocab, layout.span["desc"].start
+        self.digit, self.letters = math.isqrt(layout.vocab), layout.modalities["desc"]["vocab"]
+        assert self.digit ** 2 == layout.vocab
+        words, boxes = self.letters + layout.modalities["bbox"]["vocab"], MODALITIES.index("bbox")
+        # one position table: the grid that all pictures share, then every place of the texts
+        texts = torch.arange(layout.size - self.split, device=layout.kind.device)
+        self.position = torch.cat([layout.offset[:self.split], side + texts])
+        # one token table: image tokens, words of desc and caption, bbox tokens
+        self.shift = (layout.kind >= len(IMAGES)) * layout.vocab + (layout.kind == boxes) * self.letters
+        self.embed_a, self.embed_b = nn.Embedding(self.digit, C), nn.Embedding(self.digit, C)
+        self.embed_pair, self.embed_word = nn.Embedding(layout.vocab, C), nn.Embedding(words, C)
+        self.embed_position = nn.Embedding(side + len(texts), C)
+        self.embed_enc_kind, self.embed_dec_kind = nn.Embedding(len(MODALITIES), C), nn.Embedding(len(MODALITIES), C)
+        self.encoder = nn.ModuleList(Block(config) for _ in range(config.enc_depth))
+        self.decoder = nn.ModuleList(Block(config) for _ in range(config.dec_depth))
+        self.head_a, self.head_b, self.head_word = Linear(C, self.digit), Linear(C, self.digit), Linear(C, words)
+        self.embed_first, self.mix = nn.Embedding(self.digit, C), Linear(C, C)  # p(b | a) is a small MLP of both
 
-    def forward(self, tokens, inputs, inputs_seen, targets, targets_seen):
-        """Logits (B, M, vocab) at the places targets (B, M) from the tokens (B, size) at the places inputs (B, N).
+    def hidden(self, tokens, inputs, seen, targets):
+        """Final states (B, M, C) at the places targets (B, M), from the tokens (B, size) at the places inputs (B, N).
 
-        inputs_seen (B, N) and targets_seen (B, M) are False on padding.
+        seen (B, N) is False on padding; None where there is none.
         """
-        position = self.position[self.offset]
-        x = self.embed(tokens.gather(1, inputs)) + self.enc_modality(self.kind[inputs]) + position[inputs]  # (B, N, C)
+        pairs = (self.embed_b.weight[:, None] + self.embed_a.weight).flatten(0, 1)  # id = a + digit * b
+        table = torch.cat([pairs + self.embed_pair.weight, self.embed_word.weight])
+        x = F.embedding(tokens.gather(1, inputs) + self.shift[inputs], table) + self.embed_enc_kind(self.kind[inputs])
+        x = norm(x + self.embed_position(self.position[inputs]))  # (B, N, C)
         for block in self.encoder:
-            x = block(x, inputs_seen)
-        context = self.context_proj(self.enc_norm(x)) + position[inputs]
-        y = self.dec_modality(self.kind[targets]) + position[targets]  # (B, M, C)
+            x = block(x, seen)
+        x = norm(x)
+        y = norm(self.embed_dec_kind(self.kind[targets]) + self.embed_position(self.position[targets]))  # (B, M, C)
         for block in self.decoder:
-            y = block(y, targets_seen, context, inputs_seen)
-        return self.head(self.dec_norm(y))
+            y = block(y, seen, x)
+        return norm(y)
+
+    def second_digit(self, y, a):
+        """Logits of b given states y (..., C) and first digits a (...)."""
+        return self.head_b(F.relu(self.mix(y) + self.embed_first(a)).square())
+
+    def forward(self, tokens, inputs, seen, targets, counted):
+        """Log-probabilities (B, M, vocab) at the places targets (B, M), all of them; for evaluation and sampling."""
+        y, image = self.hidden(tokens, inputs, seen, targets), targets < self.split
+        out = torch.full((*targets.shape, self.vocab), -math.inf, device=y.device)
+        a = torch.arange(self.digit, device=y.device)
+        log = lambda logits: F.log_softmax(logits.float(), -1)
+        if bool(image.any()):
+            joint = [log(self.second_digit(rows[:, None], a)).transpose(1, 2) + log(self.head_a(rows))[:, None]
+                     for rows in y[image].split(512)]  # (rows, b, a)
+            out[image] = torch.cat(joint).flatten(1)
+        if not bool(image.all()):
+            words, box = self.head_word(y[~image]), self.shift[targets[~image]] > self.vocab
+            rows = torch.full((len(words), self.vocab), -math.inf, device=y.device)
+            rows[~box, :self.letters] = log(words[~box][:, :self.letters])
+            rows[box, :words.shape[1] - self.letters] = log(words[box][:, self.letters:])
+            out[~image] = rows
+        return out
 
 
 def init_weights(model):
     for name, p in model.named_parameters():
-        if "norm" in name:
-            nn.init.ones_(p)
-        elif name == "head.weight":
+        if "proj" in name or "down" in name or "head" in name:
             nn.init.zeros_(p)
-        else:
+        elif "embed" in name:
             nn.init.normal_(p, std=0.02)
+        elif "encoder" in name or "decoder" in name or "mix" in name:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+        else:
+            raise AssertionError(f"no initialisation for {name}")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Loss
 
-def masked_loss(model, tokens, inputs, targets, width, share):
-    """Sum over this rank's scenes of share * cross-entropy at the targets, in nats.
+def masked_loss(model, tokens, inputs, targets, counted, share, images):
+    """Sum over these scenes of share * cross-entropy at the targets (B, M), in nats.
 
-    inputs, targets: bool (B, size), at most width of each a scene; share (modalities,): what a target counts, so that
-    over all ranks the sum is the mean over modalities of the modality's mean.
+    The first `images` targets of a scene are image tokens. share (modalities,): what a target counts, so that over all
+    ranks the sum is the mean over modalities of the modality's mean; counted (B, M) is False on padding.
     """
-    place_in, seen_in = gather_places(inputs, width)
-    place_out, seen_out = gather_places(targets, width)
-    logits = model(tokens, place_in, seen_in, place_out, seen_out)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.gather(1, place_out).flatten(), reduction="none")
-    return (loss * (share[model.kind[place_out]] * seen_out).flatten()).sum()
+    y = model.hidden(tokens, inputs, None, targets)
+    ids, weight = tokens.gather(1, targets), share[model.kind[targets]] * counted
+    nll = lambda logits, goal: F.cross_entropy(logits.flatten(0, 1).float(), goal.flatten(), reduction="none")
+    picture, word, a, b = y[:, :images], y[:, images:], ids[:, :images] % model.digit, ids[:, :images] // model.digit
+    digits = nll(model.head_a(picture), a) + nll(model.second_digit(picture, a), b)
+    words = nll(model.head_word(word), (ids + model.shift[targets])[:, images:] - model.vocab)
+    return digits @ weight[:, :images].flatten() + words @ weight[:, images:].flatten()
 
 
-def target_shares(targets, layout):
+def target_shares(targets, counted, layout):
     """What one target of each modality counts: 1 / (its number of targets * the modalities that have any), (K,)."""
-    count = torch.zeros(len(MODALITIES), device=targets.device).index_add_(0, layout.kind, targets.sum(0).float())
+    count = torch.zeros(len(MODALITIES), device=targets.device)
+    count.index_add_(0, layout.kind[targets].flatten(), counted.flatten().float())
     return (count > 0) / (count.clamp(min=1) * (count > 0).sum())
 
 
@@ -663,17 +695,69 @@ def evaluate(model, layout, tokens, roles, config, rank, world):
 # ------------------------------------------------------------------------------------------------------------
 # Optimizers
 
-def make_optimizer(model, config):
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+# --- copied: muon ---
+POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
+         (2.3465, -1.7098, 0.4232))  # Polar Express (arXiv:2505.16932), five steps
 
 
-def learning_rate(step, config):
-    """Linear warm-up, then cosine down to lr_min."""
-    warm = max(1, round(config.warmup * config.num_steps))
-    if step < warm:
-        return config.lr * (step + 1) / warm
-    progress = (step - warm) / max(1, config.num_steps - warm)
-    return config.lr_min + 0.5 * (config.lr - config.lr_min) * (1 + math.cos(math.pi * progress))
+def orthogonalise(G):
+    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; in bfloat16."""
+    X = G.bfloat16()
+    X = X.mT if G.size(1) > G.size(2) else X
+    X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
+    for a, b, c in POLAR:
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return (X.mT if G.size(1) > G.size(2) else X).to(G.dtype)
+
+
+class Muon:
+    """Nesterov momentum, then an orthogonalised step, for matrices (kellerjordan.github.io/posts/muon).
+
+    Matrices of one shape go through it as one stack; the ranks divide the stack among themselves.
+    """
+
+    def __init__(self, params, momentum, rank=0, world=1):
+        self.momentum, self.rank, self.world, by_shape = momentum, rank, world, {}
+        for p in params:
+            by_shape.setdefault(p.shape, []).append(p)
+        self.stacks = [(ps, torch.zeros(len(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
+
+    @torch.no_grad()
+    def step(self, lr):
+        for params, buffer in self.stacks:
+            grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+            buffer.lerp_(grads, 1 - self.momentum)
+            update = grads.lerp_(buffer, self.momentum)
+            each = -(-len(params) // self.world)  # matrices a rank, the last one's filled up with zeros
+            update = F.pad(update, (0, 0, 0, 0, 0, each * self.world - len(params)))
+            mine = orthogonalise(update[self.rank * each:(self.rank + 1) * each])
+            if self.world > 1:
+                parts = [torch.empty_like(mine) for _ in range(self.world)]
+                dist.all_gather(parts, mine.contiguous())
+                mine = torch.cat(parts)
+            rows, columns = params[0].shape
+            torch._foreach_add_(params, list(mine[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+# --- end: muon ---
+
+
+def make_optimizers(model, config, rank, world):
+    """Muon for hidden matrices, Adam for embeddings and heads; every parameter is in exactly one."""
+    hidden, rest = [], []
+    for name, p in model.named_parameters():
+        (rest if "embed" in name or "head" in name else hidden).append(p)
+    return (Muon(hidden, config.momentum, rank, world),
+            torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True))
+
+
+def schedule(step, config):
+    """Share of the peak learning rates: 1, then linearly down to 0."""
+    return min(1.0, (1 - step / config.num_steps) / config.cooldown)
+
+
+def input_budget(step, config):
+    """Input tokens of a scene at this step: U{1..budget} in the golden-ratio order, which is even at every length."""
+    return 1 + int((step * 0.618034 + 0.5) % 1 * config.budget)
 
 
 # --- copied: sum gradients ---
@@ -723,11 +807,11 @@ def load_checkpoint(path, model, config):
 
 def flops_per_scene(model, config, inputs, targets):
     """Matmul FLOPs of a training step for one scene with so many input and target tokens; backward is twice forward."""
-    C, ratio = config.dim, config.mlp_ratio
-    encoder = config.enc_depth * inputs * ((4 + 2 * ratio) * C * C + 2 * inputs * C)
-    own = targets * ((4 + 2 * ratio) * C * C + 2 * targets * C)
-    cross = targets * (2 * C * C + 2 * inputs * C) + inputs * 2 * C * C
-    return 6 * (encoder + config.dec_depth * (own + cross) + inputs * C * C + targets * C * model.head.weight.shape[0])
+    C, mlp = config.dim, 2 * config.mlp_ratio * config.dim ** 2
+    encoder = config.enc_depth * inputs * (4 * C * C + mlp + 2 * inputs * C)
+    decoder = config.dec_depth * (targets * (2 * C * C + mlp + 2 * inputs * C) + inputs * 2 * C * C)
+    heads = config.image_targets * (2 * model.digit + C) * C + config.text_targets * model.head_word.out_features * C
+    return 6 * (encoder + decoder + heads)
 
 
 def main(argv):
@@ -750,34 +834,39 @@ def main(argv):
         load_checkpoint(config.load, model, config)
     log = Log("4m", config, overrides, rank, device)
     peak = matmul_peak(device)
-    optimizer = make_optimizer(model, config)
+    muon, adam = make_optimizers(model, config, rank, world)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     autocast = lambda: torch.autocast(device.type, torch.bfloat16)
 
-    def train_step(batch, inputs, targets, share, step):
-        mine = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
+    mine = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
+
+    def train_step(batch, rng, step):
+        """One step on a global batch (batch, size): its loss, and how many tokens it had."""
+        inputs, targets, counted = draw_places(batch, layout, input_budget(step, config), config.image_targets,
+                                               config.text_targets, rng)
+        share = target_shares(targets, counted, layout)
         with autocast():
-            loss = masked_loss(model, batch[mine], inputs[mine], targets[mine], config.budget, share)
+            loss = masked_loss(model, batch[mine], inputs[mine], targets[mine], counted[mine], share,
+                               config.image_targets)
         loss.backward()
         sum_gradients(model, world)
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        factor = schedule(step, config)
+        muon.step(config.muon_lr * factor)
+        adam.param_groups[0]["lr"] = config.adam_lr * factor
+        adam.step()
+        model.zero_grad(set_to_none=True)
+        return loss.detach(), inputs.numel() + counted.sum()
 
     # Warm-up on dummy data, untimed, then everything back to where it was.
     start = time.perf_counter()
     if config.num_steps:
-        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        before = copy.deepcopy(model.state_dict())
         rng = torch.Generator(device).manual_seed(0)
         dummy = torch.zeros(config.batch, layout.size, dtype=torch.long, device=device)
-        for _ in range(2):
-            masks = draw_masks(dummy, layout, config.budget, rng)
-            train_step(dummy, *masks, target_shares(masks[1], layout), 0)
-        model.load_state_dict(before[0])
-        optimizer = make_optimizer(model, config)
+        for i in range(3):
+            train_step(dummy, rng, i)
+        model.load_state_dict(before)
+        muon, adam = make_optimizers(model, config, rank, world)
     sync()
     compile_seconds = time.perf_counter() - start
 
@@ -802,10 +891,10 @@ def main(argv):
             sync()
             start = time.perf_counter()
         batch = loader()
-        inputs, targets = draw_masks(batch, layout, config.budget, loader.rng)
-        loss = train_step(batch, inputs, targets, target_shares(targets, layout), step)
-        tokens_seen = tokens_seen + inputs.sum() + targets.sum()
-        flops += config.batch * flops_per_scene(model, config, config.budget, config.budget)
+        loss, count = train_step(batch, loader.rng, step)
+        tokens_seen = tokens_seen + count
+        flops += config.batch * flops_per_scene(model, config, input_budget(step, config),
+                                                config.image_targets + config.text_targets)
         step += 1
         if step % 10 == 0 or device.type == "cpu":
             value = finite(loss.item() * world, step)

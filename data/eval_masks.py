@@ -31,7 +31,9 @@ def draw_roles(valid, kind, rng, budget=BUDGET):
             places = shuffled[k][taken[k]:taken[k] + count]
             roles[places] = role
             taken[k] += len(places)
-    return roles
+    if (roles == 2).any():
+        return roles
+    return draw_roles(valid, kind, rng, budget)  # a small budget can fall on a modality with nothing left: once more
 
 
 if __name__ == "__main__":
