@@ -50,7 +50,7 @@ class Config:
     dec_depth: int = 3
     mlp_ratio: int = 4
     # schedule
-    num_steps: int = 800
+    num_steps: int = 600
     batch: int = 32  # scenes a step, over all processes
     budget: int = 128  # most input tokens of a scene
     image_targets: int = 60  # target tokens of a scene
@@ -62,7 +62,7 @@ class Config:
     adam_lr: float = 0.006  # embeddings and heads
     # evaluation and output
     target: float = 0.0  # validation loss in nats
-    eval_every: int = 100  # steps between evaluations; the clock stands still
+    eval_every: int = 300  # steps between evaluations; the clock stands still
     eval_batch: int = 125
     quality_scenes: int = 200  # frozen scenes the quality numbers are taken on
     load: str = ""  # checkpoint to start from
