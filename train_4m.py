@@ -104,6 +104,8 @@ def read_config(argv):
             parsed = {"true": True, "false": False}[value.lower()] if kinds[key] is bool else kinds[key](value)
         except (ValueError, KeyError):
             raise Fault(f"--{key}={value} is not of type {kinds[key].__name__}") from None
+        if parsed != parsed:
+            raise Fault(f"--{key}={value} is not a number")
         setattr(config, key, parsed)
     return config, pairs
 # --- end: overrides ---

@@ -204,7 +204,7 @@ def render(scenes, size=64, compiled=True):
     device = scenes["lamp"].device
     once = render_batch
     if compiled and (device.type == "cuda" or shutil.which("g++") or shutil.which("clang++")):
-        once = _compiled.setdefault(device.type, torch.compile(render_batch, dynamic=False))  # 20x faster, after 30 s
+        once = _compiled.setdefault(device.type, torch.compile(render_batch, dynamic=False))
     n, parts = scenes["lamp"].shape[0], []
     for i in range(0, n, RENDER_BATCH):
         rows = torch.arange(i, i + RENDER_BATCH, device=device).clamp(max=n - 1)  # one shape: nothing recompiles

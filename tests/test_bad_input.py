@@ -42,6 +42,7 @@ def untouched(root):
     ("--dim=wide", "--dim=wide is not of type int"),
     ("--batch=8.5", "--batch=8.5 is not of type int"),
     ("--adam_lr=", "--adam_lr= is not of type float"),
+    ("--adam_lr=nan", "--adam_lr=nan is not a number"),
     ("--save=perhaps", "--save=perhaps is not of type bool"),
     ("num_steps=3", "not 'num_steps=3'"),
     ("--save", "not '--save'"),
