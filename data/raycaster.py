@@ -17,8 +17,8 @@ COLORS = {"gray": (87, 87, 87), "red": (173, 35, 35), "blue": (42, 75, 215), "gr
 SEG_PALETTE = ((24, 26, 32), (235, 94, 85), (76, 161, 242), (250, 200, 80))  # ground, then SHAPES
 HALF = (0.74, 0.92, 0.80)  # of an object's radius: cube half side, sphere radius, cylinder radius and half height
 MAX_OBJECTS = 4
-FOV = math.radians(34)
-NEAR, FAR = 6.0, 25.0  # z-depths drawn as 1 and 0: pictures of depth are linear in 1 / z, as a ground plane is
+FOV = math.radians(5.84)  # a long lens: next to no perspective
+NEAR, FAR = 52.0, 67.0  # z-depths drawn as 1 and 0: pictures of depth are linear in 1 / z, as a ground plane is
 RENDER_BATCH = 50  # scenes rendered at once
 
 
@@ -42,6 +42,14 @@ def project(scenes):
     x, y, z = (torch.einsum("bkc,bc->bk", offset, axis) for axis in (right, up, forward))
     scale = 2 * math.tan(FOV / 2) * z
     return 0.5 + x / scale, 0.5 - y / scale, z
+
+
+def unproject(scenes, x, y, height):
+    """Where the camera rays through image positions x, y (B, N) reach a height (B, 1) above ground: (B, N, 3)."""
+    origin, right, up, forward = (axis[:, None] for axis in camera_frame(scenes))
+    reach = 2 * math.tan(FOV / 2)
+    d = forward + reach * ((x - 0.5)[..., None] * right + (0.5 - y)[..., None] * up)
+    return origin + ((height - origin[..., 2]) / d[..., 2])[..., None] * d
 
 
 def dot(a, b):

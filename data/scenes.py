@@ -25,21 +25,26 @@ from tqdm import tqdm
 
 import draw
 import tokenizer
-from raycaster import COLORS, HALF, MAX_OBJECTS, SHAPES, primary_rays, project, render, trace
+from raycaster import COLORS, HALF, MAX_OBJECTS, SHAPES, primary_rays, project, render, trace, unproject
 
 VERSION = 1  # of everything that decides the content of a scene; raise it and every frozen number is void
 ROOT = Path(__file__).resolve().parent
 MATERIALS = ("rubber", "metal")
 SIZES = ("small", "large")
 RADIUS = (0.72, 1.05)  # world units, of a small / large object's footprint
-# Jitter comes in steps: the empty floor then looks like one of a few pictures, and tokens speak of the objects.
-CAMERA_AZIMUTH, CAMERA_ELEVATION = (-0.12, 0.0, 0.12), (0.58, 0.63, 0.68)
-LAMP_ELEVATION = (0.85, 0.95, 1.05)  # its azimuth is continuous
+# Jitter, turns and places come in steps and the camera looks from afar, so that an object looks alike wherever it
+# stands on the token grid, and a small model learns the world in minutes. Camera and objects turn by the same step: a
+# cube then shows four different sides.
+TURN = math.pi / 8  # radians
+CAMERA_AZIMUTH, CAMERA_ELEVATION, CAMERA_DISTANCE = (-TURN, 0.0, TURN), 0.62, 60.0
+LAMP_AZIMUTH, LAMP_ELEVATION = 2.4, (0.85, 1.0)
+PLACES = 8  # across the frame and down it: objects stand in the middle of one, not in those at the border
+GAP = 0.5  # world units between the footprints of two objects, at least
 MIN_VISIBLE = 0.012  # of the frame's pixels every described object shows at least
 IMAGES = ("rgb", "depth", "normal", "seg", "edge")
 BBOX_BINS = 64  # coordinate tokens per side, one set for each of xmin, ymin, xmax, ymax, as in 4M
 BBOX_PAD, BBOX_EOS, BBOX_VOCAB = 0, 1, 2 + 4 * BBOX_BINS + len(SHAPES)
-LENGTHS = {"desc": 64, "caption": 48, "bbox": 5 * MAX_OBJECTS + 1}  # tokens with the end token; images: (size / 8)^2
+LENGTHS = {"desc": 24, "caption": 48, "bbox": 5 * MAX_OBJECTS + 1}  # tokens with the end token; images: (size / 8)^2
 CHUNK = 1000  # scenes made between two points of resumption
 
 
@@ -50,8 +55,8 @@ def sample_scenes(n, seed, device="cpu"):
     """n valid scenes as a dict of tensors, the same for the same seed.
 
     shape, color, material, size: (n, 4) indices, -1 where there is no object; center (n, 4, 3) and radius (n, 4) in
-    world units; theta (n, 4) rotation about z in radians; camera (n, 3) azimuth, elevation and distance; lamp (n, 3), the
-    direction towards it.
+    world units; theta (n, 4) rotation about z in radians; camera (n, 3) azimuth, elevation and distance; lamp (n, 3),
+    the direction towards it.
     Objects never interpenetrate, lie in the frame and show at least MIN_VISIBLE of it.
     """
     digest = hashlib.sha256(str(seed).encode()).digest()  # torch's CPU generator reads only 32 bits of a seed
@@ -60,18 +65,18 @@ def sample_scenes(n, seed, device="cpu"):
     pending, result = torch.arange(n), None
     while len(pending):
         B = 4 * len(pending)  # four attempts a scene and round
-        uniform = lambda low, high, *shape: low + (high - low) * torch.rand(B, *shape, generator=rng)
         exists = torch.arange(K) < counts[pending].repeat(4)[:, None]
         index = lambda count: torch.randint(count, (B, K), generator=rng).where(exists, torch.tensor(-1))
         s = {"shape": index(len(SHAPES)), "color": index(len(COLORS)), "material": index(len(MATERIALS)),
-             "size": index(len(SIZES)), "theta": uniform(0, math.pi / 2, K)}
+             "size": index(len(SIZES)), "theta": index(4).clamp(min=0) * TURN}
         s["radius"] = torch.tensor(RADIUS)[s["size"].clamp(min=0)]
         height = s["radius"] * torch.tensor(HALF)[s["shape"].clamp(min=0)]
         pick = lambda values: torch.tensor(values)[torch.randint(len(values), (B,), generator=rng)]
-        s["camera"] = torch.stack([pick(CAMERA_AZIMUTH), pick(CAMERA_ELEVATION), torch.full((B,), 10.0)], 1)
-        s["center"], ok = place_objects(s, exists, height, uniform)
-        azimuth, elevation = uniform(0, 2 * math.pi), pick(LAMP_ELEVATION)
-        s["lamp"] = torch.stack([azimuth.cos() * elevation.cos(), azimuth.sin() * elevation.cos(), elevation.sin()], 1)
+        s["camera"] = torch.stack([pick(CAMERA_AZIMUTH), pick((CAMERA_ELEVATION,)), pick((CAMERA_DISTANCE,))], 1)
+        s["center"], ok = place_objects(s, exists, height, rng)
+        elevation = pick(LAMP_ELEVATION)
+        across = [math.cos(LAMP_AZIMUTH) * elevation.cos(), math.sin(LAMP_AZIMUTH) * elevation.cos()]
+        s["lamp"] = torch.stack([*across, elevation.sin()], 1)
         rows = ok.view(4, -1).float().argmax(0) * len(pending) + torch.arange(len(pending))  # the first to fit
         s = {name: value[rows] for name, value in s.items()}
         placed = {name: value.to(device) for name, value in s.items()}
@@ -85,7 +90,7 @@ def sample_scenes(n, seed, device="cpu"):
     return {name: value.to(device) for name, value in result.items()}
 
 
-def place_objects(s, exists, height, uniform, tries=16):
+def place_objects(s, exists, height, rng, tries=16):
     """Drop the objects one after another, each at the first of some random places in the frame that is free.
 
     Returns centres (B, 4, 3) and whether every object found a place (B,).
@@ -93,13 +98,12 @@ def place_objects(s, exists, height, uniform, tries=16):
     B, K = exists.shape
     center, found = torch.zeros(B, K, 3), torch.ones(B, dtype=torch.bool)
     for k in range(K):
-        x, y = uniform(-2.6, 2.6, tries), uniform(-2.6, 2.4, tries)
-        spots = torch.stack([x, y, height[:, k, None].expand(B, tries)], -1)
-        x, y, _ = project({"camera": s["camera"], "center": spots})
-        free = (x > 0.13) & (x < 0.87) & (y > 0.13) & (y < 0.87)
+        x, y = (torch.randint(1, PLACES - 1, (2, B, tries), generator=rng) + 0.5) / PLACES
+        spots = unproject(s, x, y, height[:, k, None])
+        free = torch.ones(B, tries, dtype=torch.bool)
         for j in range(k):
             distance = (spots[..., :2] - center[:, j, None, :2]).norm(dim=-1)
-            free &= distance > (s["radius"][:, k] + s["radius"][:, j] + 0.15)[:, None]
+            free &= distance > (s["radius"][:, k] + s["radius"][:, j] + GAP)[:, None]
         center[:, k] = spots[torch.arange(B), free.float().argmax(1)]
         found &= free.any(1) | ~exists[:, k]
     return center, found
@@ -120,7 +124,7 @@ def facts(scenes, index):
         first, last = lambda line: line.float().argmax(1), lambda line: S - 1 - line.flip(1).float().argmax(1)
         boxes.append(torch.stack([first(columns), first(rows), last(columns), last(rows)], 1))
     boxes, names = torch.stack(boxes, 1).tolist(), list(COLORS)
-    order, px, py = z.argsort(1).tolist(), (x * 100).long().tolist(), (y * 100).long().tolist()
+    order, px, py = z.argsort(1).tolist(), *((100 * v + 0.01).long().tolist() for v in (x, y))
     return [[{"shape": SHAPES[lists["shape"][b][k]], "color": names[lists["color"][b][k]],
               "material": MATERIALS[lists["material"][b][k]], "size": SIZES[lists["size"][b][k]],
               "x": px[b][k], "y": py[b][k], "box": boxes[b][k]}

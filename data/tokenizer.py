@@ -26,8 +26,9 @@ WEIGHTS, TEXT = FROZEN / "tokenizer.safetensors", FROZEN / "text.tiktoken"
 LEVELS, DIGITS = 8, 4
 VOCAB = LEVELS ** DIGITS
 TEXT_VOCAB = 512
-# pieces of text that merges never cross: words with a colon, x= and y=, numbers of two digits, single marks
-TEXT_PATTERN = r" ?[xy]=| ?[A-Za-z]+:?| ?\d{1,2}| ?[^\sA-Za-z\d]|\s"
+# pieces of text that merges never cross: every fact of a description, words, digits, single marks
+TEXT_PATTERN = (r" ?Object \d - Position: x=\d+| y=\d+| Shape: \w+| Color: \w+| Material: \w+\.|"
+                r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\s")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,7 +131,8 @@ def decode_text(encoding, row):
     """The text of a token row up to its end token; unknown ids are left out."""
     row = [int(v) for v in row]
     row = row[:row.index(TEXT_VOCAB - 2)] if TEXT_VOCAB - 2 in row else row
-    return encoding.decode([v for v in row if v < TEXT_VOCAB - 2], errors="ignore")
+    known = len(encoding.token_byte_values())  # merges may have ended below TEXT_VOCAB - 2
+    return encoding.decode([v for v in row if v < known], errors="ignore")
 
 
 def train_text():
@@ -234,7 +236,7 @@ What makes losses comparable everywhere; never edited, hash-checked by every run
 |---|---|
 | `scenes64.npz`, `scenes128.npz` | 2,000 validation scenes: tokens of every modality, texts, and the scenes themselves (`python data/scenes.py --frozen`) |
 | `eval_4m_64.npz`, `eval_4m_128.npz` | which of their tokens are inputs and which are targets (`python data/eval_masks.py`) |
-| `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/tokenizer.py train --minutes=14`, then `--minutes=5 --resume`, with other loss weights and lamp in the first) |
+| `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/tokenizer.py train --minutes=14`, then `--minutes=5 --resume`, on earlier forms of this world) |
 | `text.tiktoken` | text encoding in tiktoken's format (`python data/tokenizer.py text`) |
 | `4m.safetensors` | nano4M trained longer than a record (`python train_4m.py --load=data/frozen/4m.safetensors --num_steps=0`) |
 
