@@ -25,7 +25,7 @@ def rendered():
     return scenes, images, index, world.facts(scenes, index)
 
 
-def one_object(shape, center, radius=1.0, theta=0.0, camera=(0.1, 0.6, 10.0), lamp=(-0.6, -0.16, 0.784)):
+def one_object(shape, center, radius=1.0, theta=0.0, camera=(0.1, 0.6, 60.0), lamp=(-0.6, -0.16, 0.784)):
     """A scene with a single object in slot 2, or none for shape -1."""
     scenes = {name: torch.full((1, 4), -1) for name in ("shape", "color", "material", "size")}
     scenes |= {"center": torch.zeros(1, 4, 3), "radius": torch.ones(1, 4), "theta": torch.zeros(1, 4),
@@ -71,7 +71,7 @@ def test_sphere_picture_matches_closed_form():
     assert z[0, middle].item() == pytest.approx(10 - r, abs=1e-4)
     assert n[0, :, middle].tolist() == pytest.approx([0, 0, 1], abs=1e-4)
     eye, right, up, forward = camera_of(camera)
-    x, y = np.meshgrid(*2 * [((np.arange(S) + 0.5) / S * 2 - 1) * math.tan(math.radians(17))])
+    x, y = np.meshgrid(*2 * [((np.arange(S) + 0.5) / S * 2 - 1) * math.tan(math.radians(2.92))])
     d = forward + x.reshape(-1, 1) * right - y.reshape(-1, 1) * up
     d /= np.linalg.norm(d, axis=1, keepdims=True)
     b, c = d @ (eye - center), (eye - center) @ (eye - center) - r * r
@@ -194,7 +194,7 @@ def test_facts_match_the_picture(rendered):
         nearest = [k for k in np.argsort(offset @ forward) if scenes["shape"][b, k] >= 0]
         assert len(objects) == len(nearest)
         for o, k in zip(objects, nearest):
-            scale = 2 * math.tan(math.radians(17)) * (offset[k] @ forward)
+            scale = 2 * math.tan(math.radians(2.92)) * (offset[k] @ forward)
             assert abs(o["x"] + 0.5 - 100 * (0.5 + offset[k] @ right / scale)) < 0.51
             assert abs(o["y"] + 0.5 - 100 * (0.5 - offset[k] @ up / scale)) < 0.51
             words = [("shape", raycaster.SHAPES), ("color", list(raycaster.COLORS)), ("material", world.MATERIALS),
