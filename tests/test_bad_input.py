@@ -101,7 +101,7 @@ DAMAGE = {
     "another type": (
         lambda folder: change(folder / "rgb.npy", lambda a: a.astype(np.float32)), "rgb.npy holds float32"),
     "another length": (
-        lambda folder: change(folder / "desc.npy", lambda a: a[:, :-1]), "desc.npy holds uint16 (300, 63)"),
+        lambda folder: change(folder / "desc.npy", lambda a: a[:, :-1]), "desc.npy holds uint16 (300, 23)"),
     "fewer scenes": (
         lambda folder: change(folder / "bbox.npy", lambda a: a[:-1]), "bbox.npy holds uint16 (299, 21)"),
     "a high token": (
@@ -145,7 +145,7 @@ def test_frozen_set(monkeypatch, root, tiny, tmp_path):
         assert "frozen validation set is damaged" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
     with np.load(tiny[0] / "masks.npz") as arrays:
         np.savez(masks, roles=arrays["roles"][:-1])
-    assert "masks (99, 453)" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
+    assert "masks (99, 413)" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
     np.savez(masks, roles_of_others=np.zeros(3))
     assert "frozen validation set is damaged" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
     assert "is missing" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={tmp_path}/none.npz")

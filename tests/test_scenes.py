@@ -65,10 +65,10 @@ def slow_hit(shape, half, o, d):
 # Ray caster
 
 def test_sphere_picture_matches_closed_form():
-    camera, center, r, S = (0.1, 0.6, 10.0), np.array([0.0, 0.0, 0.4]), raycaster.HALF[1] * 0.42, 129
+    camera, center, r, S = (0.1, 0.6, 20.0), np.array([0.0, 0.0, 0.4]), raycaster.HALF[1] * 0.42, 129
     _, z, n, ids = raycaster.render_samples(one_object(1, center.tolist(), 0.42, camera=camera), S)
     middle = S * S // 2
-    assert z[0, middle].item() == pytest.approx(10 - r, abs=1e-4)
+    assert z[0, middle].item() == pytest.approx(20 - r, abs=1e-4)
     assert n[0, :, middle].tolist() == pytest.approx([0, 0, 1], abs=1e-4)
     eye, right, up, forward = camera_of(camera)
     x, y = np.meshgrid(*2 * [((np.arange(S) + 0.5) / S * 2 - 1) * math.tan(math.radians(2.92))])
@@ -191,9 +191,13 @@ def test_facts_match_the_picture(rendered):
     for b, objects in enumerate(facts):
         eye, right, up, forward = camera_of(scenes["camera"][b])
         offset = scenes["center"][b].double().numpy() - eye
-        nearest = [k for k in np.argsort(offset @ forward) if scenes["shape"][b, k] >= 0]
-        assert len(objects) == len(nearest)
-        for o, k in zip(objects, nearest):
+        depth = offset @ forward
+        place = 0.5 + np.stack([offset @ right, -offset @ up], 1) / (2 * math.tan(math.radians(2.92)) * depth[:, None])
+        there = [k for k in range(4) if scenes["shape"][b, k] >= 0]
+        order = [min(there, key=lambda k: np.abs(100 * place[k] - [o["x"], o["y"]]).sum()) for o in objects]
+        assert sorted(order) == there
+        assert (np.diff(depth[order]) > -1e-3).all(), "nearest first; equally far ones in any order"
+        for o, k in zip(objects, order):
             scale = 2 * math.tan(math.radians(2.92)) * (offset[k] @ forward)
             assert abs(o["x"] + 0.5 - 100 * (0.5 + offset[k] @ right / scale)) < 0.51
             assert abs(o["y"] + 0.5 - 100 * (0.5 - offset[k] @ up / scale)) < 0.51
