@@ -49,7 +49,7 @@ train() {  # train TASK [--field=value ...]
     if [ "$gpus" -gt 0 ]; then track=gpu; fi
     for arg in "$@"; do case $arg in --track=*) track=${arg#--track=};; esac; done
     # A record stops where the baseline did, before its samples are worth a look: the main job trains on.
-    if [ "$task $track" = "4m cpu" ] && [ $# -eq 0 ]; then set -- --num_steps=800; fi
+    if [ "$task $track" = "4m cpu" ] && [ $# -eq 0 ]; then set -- --num_steps=800 --eval_every=200; fi
     if [ "$track" = gpu ]; then $PY -u data/scenes.py --size=128 --num=200000; else $PY -u data/scenes.py; fi
     if [ "$track" = gpu ] && [ "$gpus" -gt 0 ]; then
         $PY -m torch.distributed.run --standalone --nproc_per_node="$gpus" "train_$task.py" "$@"
