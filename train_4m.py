@@ -435,8 +435,8 @@ class Nano4M(nn.Module):
         logits = self.head_word(y).float().masked_fill((column < self.letters) == box[:, None], -math.inf)
         return F.cross_entropy(logits, ids + self.shift[places] - self.vocab, reduction="none")
 
-    def forward(self, tokens, inputs, seen, targets, counted):
-        """Log-probabilities (B, M, vocab) at the places targets (B, M), all of them; for evaluation and sampling."""
+    def forward(self, tokens, inputs, seen, targets):
+        """Log-probabilities (B, M, vocab) of all tokens at the places targets (B, M), for sampling."""
         y, image = self.hidden(tokens, inputs, seen, targets), targets < self.split
         out = torch.full((*targets.shape, self.vocab), -math.inf, device=y.device)
         a = torch.arange(self.digit, device=y.device)
@@ -510,7 +510,7 @@ class Output:
 def predict(model, tokens, known, targets):
     """Logits (B, M, vocab) at the places targets (B, M), given the known (B, size) tokens; float32."""
     inputs, seen = gather_places(known, int(known.sum(1).max()))
-    return model(tokens, inputs, seen, targets, torch.ones_like(targets, dtype=torch.bool)).float()
+    return model(tokens, inputs, seen, targets).float()
 
 
 def log_likelihood(model, tokens, known, targets):

@@ -36,7 +36,7 @@ RADIUS = (0.72, 1.05)  # world units, of a small / large object's footprint
 # stands on the token grid, and a small model learns the world in minutes. Camera and objects turn by the same step: a
 # cube then shows four different sides.
 TURN = math.pi / 8  # radians
-CAMERA_AZIMUTH, CAMERA_ELEVATION, CAMERA_DISTANCE = (-TURN, 0.0, TURN), 0.62, 60.0
+CAMERA_AZIMUTH, CAMERA_ELEVATION, CAMERA_DISTANCE = (-TURN, 0.0, TURN), (0.62,), (60.0,)
 LAMP_AZIMUTH, LAMP_ELEVATION = 2.4, (0.85, 1.0)
 PLACES = 8  # across the frame and down it: objects stand in the middle of one, not in those at the border
 GAP = 0.5  # world units between the footprints of two objects, at least
@@ -72,7 +72,7 @@ def sample_scenes(n, seed, device="cpu"):
         s["radius"] = torch.tensor(RADIUS)[s["size"].clamp(min=0)]
         height = s["radius"] * torch.tensor(HALF)[s["shape"].clamp(min=0)]
         pick = lambda values: torch.tensor(values)[torch.randint(len(values), (B,), generator=rng)]
-        s["camera"] = torch.stack([pick(CAMERA_AZIMUTH), pick((CAMERA_ELEVATION,)), pick((CAMERA_DISTANCE,))], 1)
+        s["camera"] = torch.stack([pick(CAMERA_AZIMUTH), pick(CAMERA_ELEVATION), pick(CAMERA_DISTANCE)], 1)
         s["center"], ok = place_objects(s, exists, height, rng)
         elevation = pick(LAMP_ELEVATION)
         across = [math.cos(LAMP_AZIMUTH) * elevation.cos(), math.sin(LAMP_AZIMUTH) * elevation.cos()]
@@ -124,7 +124,7 @@ def facts(scenes, index):
         first, last = lambda line: line.float().argmax(1), lambda line: S - 1 - line.flip(1).float().argmax(1)
         boxes.append(torch.stack([first(columns), first(rows), last(columns), last(rows)], 1))
     boxes, names = torch.stack(boxes, 1).tolist(), list(COLORS)
-    order, px, py = z.argsort(1).tolist(), *((100 * v + 0.01).long().tolist() for v in (x, y))
+    order, px, py = z.argsort(1).tolist(), (x * 100).long().tolist(), (y * 100).long().tolist()
     return [[{"shape": SHAPES[lists["shape"][b][k]], "color": names[lists["color"][b][k]],
               "material": MATERIALS[lists["material"][b][k]], "size": SIZES[lists["size"][b][k]],
               "x": px[b][k], "y": py[b][k], "box": boxes[b][k]}

@@ -232,12 +232,11 @@ def test_padding_does_not_leak(model, layout, frozen):
     targets = draw(tokens, layout, 8)[1]
     places, seen = train_4m.gather_places(roles == 1, int((roles == 1).sum(1).max()))
     assert torch.equal(torch.zeros_like(roles, dtype=torch.bool).scatter(1, places, seen), roles == 1)
-    every = torch.ones_like(targets, dtype=torch.bool)
     with torch.no_grad():
-        short = model(tokens, places, seen, targets, every)
+        short = model(tokens, places, seen, targets)
         more = torch.randint(layout.size, (6, 50), generator=torch.Generator().manual_seed(0))
-        long = model(tokens, torch.cat([places, more], 1), torch.cat([seen, more < 0], 1), targets, every)
-        wrong = model(tokens, torch.cat([places, more], 1), torch.cat([seen, more >= 0], 1), targets, every)
+        long = model(tokens, torch.cat([places, more], 1), torch.cat([seen, more < 0], 1), targets)
+        wrong = model(tokens, torch.cat([places, more], 1), torch.cat([seen, more >= 0], 1), targets)
     assert torch.equal(short.isfinite(), long.isfinite())
     gap = lambda a, b: (a - b)[a.isfinite()].abs().max().item()
     assert gap(short, long) < 1e-3 and gap(short, wrong) > 1e-2, "50 more inputs must matter once they are seen"
@@ -280,7 +279,7 @@ def test_loss_is_the_mean_over_modalities(model, layout, frozen):
         loss = train_4m.masked_loss(model, tokens, inputs, targets, counted, share, 60)
         halves = [train_4m.masked_loss(model, *(t[rows] for t in (tokens, inputs, targets, counted)), share, 60)
                   for rows in (slice(0, 4), slice(4, 8))]
-        nats = -model(tokens, inputs, None, targets, counted).gather(2, goal[..., None])[..., 0]
+        nats = -model(tokens, inputs, None, targets).gather(2, goal[..., None])[..., 0]
     means = [nats[counted & (layout.kind[targets] == k)].mean().item() for k in range(len(MODALITIES))]
     assert not counted.all() and loss.item() == pytest.approx(sum(means) / len(means), abs=2e-4)
     assert sum(halves).item() == pytest.approx(loss.item(), abs=2e-4), "parts of a batch add up"
@@ -318,8 +317,7 @@ def test_evaluation_against_a_plain_loop(model, layout, frozen):
     for row, roles in zip(frozen[0][:20], frozen[1][:20]):
         inputs, targets = (roles == 1).nonzero()[:, 0], (roles == 2).nonzero()[:, 0]
         with torch.no_grad():
-            every = torch.ones(1, len(targets), dtype=torch.bool)
-            logits = model(row[None], inputs[None], None, targets[None], every)[0].double()
+            logits = model(row[None], inputs[None], None, targets[None])[0].double()
         for place, scores in zip(targets.tolist(), logits):
             p = scores.exp() / scores.exp().sum()
             nats[MODALITIES[layout.kind[place]]].append(-p[row[place]].log().item())
