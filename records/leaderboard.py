@@ -130,7 +130,7 @@ def read_track(folder):
         r["rerun"] = read_logs(again, track, records[0]["logs"][0]["source"]) if again.is_dir() else None
         r["speedup"] = mean_seconds(r["rerun"] or records[0]["logs"]) / r["seconds"]
         r["p"] = p_value(r["losses"], track["target"]) if i > 0 else math.nan
-        r["mark"] = "" if len(feet) >= MIN_TRIALS and (i == 0 or r["p"] < ALPHA) else "†"
+        r["mark"] = "" if i == 0 or len(feet) >= MIN_TRIALS and r["p"] < ALPHA else "†"  # #1 defines the target
     return track, records
 
 # -----------------------------------------------------------------------------
