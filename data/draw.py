@@ -44,3 +44,21 @@ def sheet(rows, path):
     part = path.with_name(path.name + ".part")
     image.save(part, "PNG")
     part.replace(path)
+
+
+def animation(frames, path, columns=8, hold=10):
+    """Write a GIF. A frame is pictures (B, 3, H, W), drawn as a grid; the last one stays `hold` times as long."""
+    images = []
+    for pictures in frames:
+        rows = -(-len(pictures) // columns)
+        image = Image.new("RGB", (columns * (CELL // 2 + GAP) + GAP, rows * (CELL // 2 + GAP) + GAP), PAPER)
+        for i, picture in enumerate(pictures):
+            corner = [GAP + n * (CELL // 2 + GAP) for n in (i % columns, i // columns)]
+            image.paste(tile(picture, CELL // 2), corner)
+        images.append(image.quantize(128))  # a palette of its own each, or colours shift
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    images[0].save(part, "GIF", save_all=True, append_images=images[1:], loop=0,
+                   duration=[200] * (len(images) - 1) + [200 * hold])
+    part.replace(path)

@@ -1,10 +1,11 @@
-"""Freeze what train_4m.py is evaluated on: the input and target tokens of every validation scene.
+"""Freeze what train_4m.py and train_maskgit.py are evaluated on: which tokens of every validation scene are targets.
 
-Drawn once from the course's own masking (two budgets from U{1..128}, each split over the modalities by a Dirichlet(1)
-draw, places uniform without replacement, disjoint), here scene by scene in numpy, the plain way that the vectorised
-masking of the training scripts is tested against.
+4M's are drawn once from the course's own masking (two budgets from U{1..128}, each split over the modalities by a
+Dirichlet(1) draw, places uniform without replacement, disjoint), here scene by scene in numpy, the plain way that the
+vectorised masking of the training scripts is tested against. MaskGIT's are a uniform number of the 64 rgb tokens at
+uniform places, so that every stage of its sampling counts, from all tokens hidden to one.
 
-    python data/eval_masks.py            # maintainers only -> data/frozen/eval_4m_64.npz and eval_4m_128.npz
+    python data/eval_masks.py            # maintainers only -> data/frozen/eval_4m_{64,128}.npz, eval_maskgit_64.npz
 """
 import json
 from pathlib import Path
@@ -36,6 +37,12 @@ def draw_roles(valid, kind, rng, budget=BUDGET):
     return draw_roles(valid, kind, rng, budget)  # a small budget can fall on a modality with nothing left: once more
 
 
+def draw_masked(n, length, rng):
+    """Masks (n, length) bool: in every row m of U{1..length} places, uniform without replacement."""
+    ranks = rng.permuted(np.tile(np.arange(length), (n, 1)), axis=1)
+    return ranks < rng.integers(1, length + 1, (n, 1))
+
+
 if __name__ == "__main__":
     for size in (64, 128):
         with np.load(FROZEN / f"scenes{size}.npz", allow_pickle=False) as arrays:
@@ -49,3 +56,8 @@ if __name__ == "__main__":
         np.savez_compressed(path, roles=roles)
         print(f"{path}: {(roles == 1).sum(1).mean():.1f} inputs and {(roles == 2).sum(1).mean():.1f} targets a scene, "
               f"{path.stat().st_size / 1e6:.2f} MB")
+    with np.load(FROZEN / "objects64.npz", allow_pickle=False) as arrays:
+        masked = draw_masked(*arrays["rgb"].shape, np.random.default_rng(0))
+    path = FROZEN / "eval_maskgit_64.npz"
+    np.savez_compressed(path, masked=masked)
+    print(f"{path}: {masked.sum(1).mean():.1f} masked tokens a scene, {path.stat().st_size / 1e6:.2f} MB")

