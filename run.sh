@@ -43,6 +43,19 @@ print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest(), *sys.ve
     echo "$want" > .venv/installed
 }
 
+prepare() {  # prepare TASK TRACK [--field=value ...]: the data a script trains on
+    local task=$1 track=$2 data="" arg; shift 2
+    for arg in "$@"; do case $arg in --data=*) data=${arg#--data=};; esac; done
+    case "$task $data" in
+        "4m ") if [ "$track" = gpu ]; then set -- scenes --size=128 --num=200000; else set -- scenes; fi;;
+        "gpt ") if [ "$track" = gpu ]; then set -- fineweb; else set -- shakespeare; fi;;
+        "maskgit text") set -- shakespeare;;
+        "gpt scenes"|"maskgit ") set -- scenes --objects;;
+        *) set -- "$data";;
+    esac
+    if [ -f "data/$1.py" ]; then $PY -u "data/$1.py" "${@:2}"; fi  # any other data is the user's own
+}
+
 train() {  # train TASK [--field=value ...]
     local task=$1 gpus track=cpu arg; shift
     gpus=$($PY -c 'import torch; print(torch.cuda.device_count())')
@@ -50,13 +63,13 @@ train() {  # train TASK [--field=value ...]
     for arg in "$@"; do case $arg in --track=*) track=${arg#--track=};; esac; done
     # A record stops where the baseline did, before its samples are worth a look: the main job trains on.
     if [ "$task $track" = "4m cpu" ] && [ $# -eq 0 ]; then set -- --num_steps=800 --eval_every=200; fi
-    if [ "$track" = gpu ]; then $PY -u data/scenes.py --size=128 --num=200000; else $PY -u data/scenes.py; fi
+    prepare "$task" "$track" "$@"
     if [ "$track" = gpu ] && [ "$gpus" -gt 0 ]; then
         $PY -m torch.distributed.run --standalone --nproc_per_node="$gpus" "train_$task.py" "$@"
     else
         $PY -u "train_$task.py" "$@"
     fi
-    echo "samples: $(echo samples/"$task".*), log: $(ls -t logs/*.txt | head -n 1), weights: checkpoints/ (--save=true)"
+    echo "samples: $(echo samples/"$task"*.*), log: $(ls -t logs/*.txt | head -n 1), weights: checkpoints/ (--save=true)"
 }
 
 here=""

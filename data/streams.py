@@ -76,7 +76,7 @@ def finished(folder, identity):
         meta = json.loads((folder / "meta.json").read_text())
         return meta["identity"] == identity and all(sha256(folder / name) == value
                                                     for name, value in meta["sha256"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a meta.json of another shape is not ours
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # also a meta.json of another shape
         return False
 
 
@@ -90,7 +90,7 @@ def finish(folder, identity, vocab, **more):
 
 
 def write_objects():
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # also a meta.json of another shape
+    """data/scenes/{train,val}.bin from the objects set: every scene's label, an id above the image tokens', then those."""
     folder, vocab = ROOT / "scenes", 4096
     with np.load(ROOT / "frozen" / "objects64.npz") as arrays:
         parts = {"val": (arrays["label"], arrays["rgb"])}
