@@ -90,7 +90,7 @@ def finish(folder, identity, vocab, **more):
 
 
 def write_objects():
-    """data/scenes/{train,val}.bin from the objects set: every scene's label, an id above the image tokens', then those."""
+    """data/scenes/{train,val}.bin from the objects set: every scene's label, counted from 4096 on, then its tokens."""
     folder, vocab = ROOT / "scenes", 4096
     with np.load(ROOT / "frozen" / "objects64.npz") as arrays:
         parts = {"val": (arrays["label"], arrays["rgb"])}
