@@ -1,0 +1,825 @@
+"""GPT: a decoder-only Transformer learns to predict the next token of a stream: bytes, words, code or image tokens.
+
+After nanoGPT and modded-nanogpt: Muon, rotary positions, QK-norm, ReLU^2, zero-initialised projections, hashed
+embeddings of the last few tokens. Times against the baseline, record #1, are in records/README.md.
+
+    python train_gpt.py                                         # the cpu track, data from `python data/shakespeare.py`
+    torchrun --standalone --nproc_per_node=8 train_gpt.py       # the gpu track, data/fineweb.py (not yet run on a GPU)
+    python train_gpt.py --load=data/frozen/gpt.safetensors --num_steps=0 --prompt="ROMEO:"    # the ready model speaks
+"""
+import codecs
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------------
+# Config
+
+@dataclass
+class Config:
+    # data
+    track: str = "cpu"
+    seed: int = 0
+    data: str = "shakespeare"  # token streams in data/<name>, made by data/<name>.py; scenes: by scenes.py --objects
+    # model
+    dim: int = 64  # channels
+    head_dim: int = 64
+    depth: int = 1  # blocks
+    mlp_ratio: int = 4
+    window: int = 64  # tokens that attention looks back
+    orders: int = 5  # the last 2, 3 .. orders tokens have an embedding table each
+    grams: int = 8192  # rows of such a table, shared by hashing
+    # schedule
+    num_steps: int = 45
+    batch: int = 32  # rows a step, over all processes
+    context: int = 64  # tokens a row
+    cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
+    # optimizer
+    muon_lr: float = 0.04  # hidden matrices
+    momentum: float = 0.95
+    adam_lr: float = 0.05  # embeddings and head
+    # evaluation and output
+    target: float = 1.91  # validation loss in nats a token, record #1's
+    eval_tokens: int = 327680  # of the validation stream
+    eval_context: int = 256  # tokens in a window
+    eval_stride: int = 192  # of them new
+    eval_batch: int = 64  # windows
+    eval_every: int = 15  # steps between evaluations; the clock stands still
+    load: str = ""  # checkpoint to start from
+    save: bool = False  # write checkpoints/<run id>.safetensors at the end
+    # sampling
+    prompt: str = "\n"
+    sample_tokens: int = 500
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    draft: str = ""  # checkpoint of a smaller model that guesses ahead
+    ahead: int = 4  # tokens it guesses
+
+
+CONFIGS = {
+    "cpu": Config(),
+    # GPT-2 small's size on FineWeb, to modded-nanogpt's target
+    "gpu": Config(track="gpu", data="fineweb", dim=768, depth=12, window=1024, orders=2, grams=65536, batch=512,
+                  context=1024, num_steps=3000, muon_lr=0.02, adam_lr=0.005, target=3.28, eval_tokens=10485760,
+                  eval_context=2048, eval_stride=1024, eval_batch=32, eval_every=250),
+}
+ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "window", "orders", "grams")  # what a checkpoint must agree on
+
+
+# --- copied: overrides ---
+class Fault(Exception):
+    """Something the user can put right; printed as one sentence."""
+
+
+def read_config(argv):
+    """The track's Config with the command line's --field=value overrides: (config, overrides)."""
+    pairs = {}
+    for argument in argv:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise Fault(f"arguments look like --field=value, not {argument!r}")
+        pairs[key] = value
+    track = pairs.pop("track", "gpu" if torch.cuda.is_available() else "cpu")
+    if track not in CONFIGS:
+        raise Fault(f"--track={track} is not one of {', '.join(CONFIGS)}")
+    config = copy.copy(CONFIGS[track])
+    kinds = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    for key, value in pairs.items():
+        if key not in kinds:
+            raise Fault(f"unknown override --{key}; the fields of Config are {', '.join(kinds)}")
+        try:
+            parsed = {"true": True, "false": False}[value.lower()] if kinds[key] is bool else kinds[key](value)
+        except (ValueError, KeyError):
+            raise Fault(f"--{key}={value} is not of type {kinds[key].__name__}") from None
+        if parsed != parsed:
+            raise Fault(f"--{key}={value} is not a number")
+        setattr(config, key, parsed)
+    return config, pairs
+# --- end: overrides ---
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Setup
+
+# --- copied: setup ---
+HERE = Path(__file__).resolve()  # the repository is wherever data/frozen is: archived scripts run from their folder
+ROOT = next((folder for folder in HERE.parents if (folder / "data" / "frozen").exists()), HERE.parent)
+RULE = "=" * 100
+
+
+def setup():
+    """Join the process group if there is one: (rank, world size, device)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device
+
+
+def hardware(device):
+    """The machine as its user would name it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        info = Path("/proc/cpuinfo").read_text()
+        name = info.partition("model name\t: ")[2].partition("\n")[0] or name
+        name += " (AMX)" if "amx_bf16" in info else " (AVX512-BF16)" if "avx512_bf16" in info else ""
+    return f"{torch.get_num_threads()} cores of {name}"
+
+
+def matmul_peak(device, n=2048, seconds=0.5):
+    """Measured bf16 matmul throughput of this machine in FLOP/s, what MFU is relative to."""
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    a @ b
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        sync()
+        start = time.perf_counter()
+        a @ b
+        sync()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+def peak_memory_mib(device):
+    """Most memory in use so far: the allocator's on CUDA, the process's elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** 20 if sys.platform == "darwin" else peak / 2 ** 10
+
+
+def frozen_sha256(*paths):
+    """One hash of this script's frozen evaluation code and of the files that it reads."""
+    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
+    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
+
+
+class Log:
+    """Rank 0's log file: the source, the settings, then lines that also reach the console through `say`."""
+
+    def __init__(self, task, config, overrides, rank, device):
+        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{task}-{config.track}-{config.seed}"
+        self.file = None
+        if rank:
+            return
+        try:
+            for folder in ("logs", "samples", "records", "checkpoints"):
+                (ROOT / folder).mkdir(exist_ok=True)
+                if not os.access(ROOT / folder, os.W_OK):
+                    raise OSError(f"no write access to {ROOT / folder}")
+            self.file = open(ROOT / "logs" / f"{self.run_id}.txt", "x", buffering=1)
+        except OSError as error:
+            raise Fault(f"cannot write the log: {error}") from None
+        git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
+                                                     text=True).stdout.strip()
+        settings = {"config": dataclasses.asdict(config), "argv": sys.argv[1:], "overrides": overrides,
+                    "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+                    "threads": torch.get_num_threads(), "hardware": hardware(device), "git": git or None}
+        self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
+
+    def say(self, line):
+        if self.file:
+            self.file.write(line + "\n")
+            tqdm.write(line)
+
+
+def finite(loss, step):
+    """Stop at the first loss that is no number: every later one would be none either."""
+    if not math.isfinite(loss):
+        raise Fault(f"the loss is {loss} at step {step}: lower the learning rate (nothing was saved)")
+    return loss
+# --- end: setup ---
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data
+
+# --- copied: streams ---
+def read_bin(path):
+    """The tokens of a .bin file in modded-nanogpt's format, a memory map (N,) uint16."""
+    header = np.fromfile(path, np.int32, 256)
+    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+        raise ValueError(f"{path.name} is not a .bin token file")
+    if path.stat().st_size != 1024 + 2 * int(header[2]):
+        raise ValueError(f"{path.name} should hold {header[2]} tokens and is {path.stat().st_size} bytes long")
+    return np.memmap(path, np.uint16, "r", offset=1024, shape=(int(header[2]),))
+
+
+def read_streams(config):
+    """The training tokens, a tensor (N,) int32, what meta.json says of them, and their sha256."""
+    folder = ROOT / "data" / config.data
+    make = f"python data/{folder.name}.py" + " --objects" * (folder.name == "scenes")
+    if not (folder / "meta.json").exists():
+        raise Fault(f"no data in {folder}: make it with `{make}`")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        parts = [read_bin(path) for path in sorted(folder.glob("train*.bin"))]
+        tokens = torch.from_numpy(np.concatenate(parts).astype(np.int32))
+        if int(tokens.max()) >= meta["vocab"]:
+            raise ValueError(f"token {tokens.max()} of a vocabulary of {meta['vocab']}")
+    except (OSError, ValueError, KeyError) as error:
+        raise Fault(f"{folder} is damaged ({error}): delete it and run `{make}`") from None
+    return tokens, meta, hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+# --- end: streams ---
+
+
+class Loader:
+    """Endless batches at random offsets: inputs and targets (batch, context), the same on every rank."""
+
+    def __init__(self, tokens, config, device):
+        self.tokens, self.batch = tokens.to(device), config.batch
+        self.window = torch.arange(config.context + 1, device=device)
+        self.rng = torch.Generator(device).manual_seed(config.seed)
+
+    def __call__(self):
+        last = len(self.tokens) - len(self.window)
+        start = torch.randint(last, (self.batch, 1), generator=self.rng, device=self.tokens.device)
+        rows = self.tokens[start + self.window].long()
+        return rows[:, :-1], rows[:, 1:]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention
+
+# --- copied: masked attend ---
+flex, block_mask = torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+def make_mask(mask_mod, B, M, N, device, dense=False):
+    """A FlexAttention mask_mod(b, h, q, k) in the form attend takes: a BlockMask on CUDA, elsewhere or if dense the
+    whole (B, 1, M, N), True where k may be seen."""
+    if device.type == "cuda" and not dense:
+        return block_mask(mask_mod, B, None, M, N, device=device)
+    index = lambda n, *shape: torch.arange(n, device=device).view(shape)
+    return mask_mod(index(B, -1, 1, 1, 1), 0, index(M, -1, 1), index(N, -1)).expand(B, 1, M, N)
+
+
+def attend(q, k, v, mask):
+    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D), mask from make_mask."""
+    if isinstance(mask, BlockMask):
+        return flex(q, k, v, block_mask=mask)
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.size(-1) ** -0.5) @ k.mT  # written out: torch 2.13's fused kernel is 3x slower on a CPU with AMX
+    return scores.masked_fill(~mask, -3e4).softmax(-1).type_as(v) @ v
+# --- end: masked attend ---
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model
+
+# --- copied: norm ---
+def norm(x):
+    return F.layer_norm(x, (x.size(-1),))  # one kernel on a CPU, rms_norm is many: in 4M 0.146 s a step, not 0.171
+
+
+class Linear(nn.Linear):
+    def __init__(self, inside, outside):
+        super().__init__(inside, outside, bias=False)
+# --- end: norm ---
+
+
+def rotate(x, turn):
+    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by turn = cos, sin (T, D / 2)."""
+    (a, b), (cos, sin) = x.chunk(2, -1), turn
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, head_dim):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x, turn, mask, memory):
+        heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        q, k = rotate(norm(q), turn), rotate(norm(k), turn)
+        return self.proj(attend(q, *memory(k, v), mask).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention, then a ReLU^2 MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config.dim, config.head_dim)
+        self.up = Linear(config.dim, config.mlp_ratio * config.dim)
+        self.down = Linear(config.mlp_ratio * config.dim, config.dim)
+
+    def forward(self, x, turn, mask, memory):
+        x = x + self.attention(norm(x), turn, mask, memory)
+        return x + self.down(F.relu(self.up(norm(x))).square())
+
+
+class GPT(nn.Module):
+    """Tokens in, logits of the next token out. The last 2, 3 .. tokens have embeddings of their own, hashed."""
+
+    def __init__(self, config, meta):
+        super().__init__()
+        C, vocab = config.dim, meta["vocab"]
+        self.window, self.document_start = config.window, meta["document_start"]
+        self.grams, self.head_dim = config.grams, config.head_dim
+        self.embed = nn.Embedding(vocab, C)
+        self.embed_grams = nn.ModuleList(nn.Embedding(self.grams, C) for _ in range(1, config.orders))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.head = Linear(C, vocab)
+
+    def embedding(self, tokens, start):
+        """Embeddings (B, T - start, C) of tokens (B, T) from start on."""
+        before = lambda n: F.pad(tokens, (n, 0))[:, start:tokens.size(1)]
+        x, code = self.embed(before(0)), before(0)
+        for n, table in enumerate(self.embed_grams, 1):
+            code = (code * 0x5BD1E995 + before(n)) % 0x7FFFFFFF  # of the last n + 1 tokens
+            x = x + table(code % self.grams)
+        return x
+
+    def mask(self, tokens, start=0, dense=False):
+        """For attend: every place from start on sees the last `window` tokens (B, T) of its own document.
+
+        A document begins at each token of an id from document_start on.
+        """
+        B, T = tokens.shape
+        near = lambda b, h, q, k: (k <= q + start) & (q + start - k < self.window)
+        if self.document_start is None:
+            return make_mask(near, 1, T - start, T, tokens.device, dense)
+        documents = (tokens >= self.document_start).cumsum(1)
+        mask_mod = lambda b, h, q, k: near(b, h, q, k) & (documents[b, q + start] == documents[b, k])
+        return make_mask(mask_mod, B, T - start, T, tokens.device, dense)
+
+    def turn(self, start, stop, device):
+        """Cosine and sine (T, D / 2) of the rotary angles of places start .. stop - 1."""
+        rate = 1024 ** -torch.linspace(0, 1, self.head_dim // 2, device=device)
+        angle = torch.arange(start, stop, device=device)[:, None] * rate
+        return angle.cos(), angle.sin()
+
+    def forward(self, tokens, mask, start=0, memories=None):
+        """Final states (B, T - start, C) of the places of tokens (B, T) from start on.
+
+        memories: a block's callable each, from new keys and values to all there are; None: the new ones are all.
+        """
+        x = norm(self.embedding(tokens, start))
+        turn = self.turn(start, tokens.size(1), tokens.device)
+        for i, block in enumerate(self.blocks):
+            x = block(x, turn, mask, memories[i] if memories else lambda k, v: (k, v))
+        return norm(x)
+
+    def logits(self, y):
+        """float32 logits (..., vocab) from final states (..., C)."""
+        return self.head(y).float()
+
+
+def init_weights(model):
+    for name, p in model.named_parameters():
+        if "proj" in name or "down" in name or "head" in name or "gram" in name:
+            nn.init.zeros_(p)
+        elif "embed" in name:
+            nn.init.normal_(p)
+        elif "attention" in name or "up" in name:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+        else:
+            raise AssertionError(f"no initialisation for {name}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loss
+
+def token_nats(model, tokens, targets):
+    """Cross-entropy (B, T) in nats of targets (B, T), each given the tokens (B, T) up to its place."""
+    logits = model.logits(model(tokens, model.mask(tokens)))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def probabilities(logits, config):
+    """What is drawn from, (..., V): softmax(logits / temperature), cut to the top_k likeliest, then to the fewest that
+    together hold top_p. At temperature 0 everything is on the likeliest."""
+    if config.temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
+    logits = logits / config.temperature
+    if config.top_k:
+        least = logits.topk(min(config.top_k, logits.size(-1)))[0][..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    p = logits.softmax(-1)
+    if config.top_p < 1:
+        ranked, order = p.sort(-1, descending=True)
+        cut = ranked.cumsum(-1) - ranked >= config.top_p  # the likeliest token always stays
+        p = p.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), 0)
+    return p / p.sum(-1, keepdim=True)
+
+
+class Reader:
+    """A model that remembers the keys and values of what it has read, so that every token is computed once."""
+
+    def __init__(self, model, cached=True):
+        self.model, self.cached, self.read, self.past = model, cached, 0, {}
+
+    def remember(self, i, k, v):
+        """Add keys and values (B, H, T, D) to those of block i: all there are."""
+        if i in self.past:
+            k, v = torch.cat([self.past[i][0], k], 2), torch.cat([self.past[i][1], v], 2)
+        self.past[i] = k, v
+        return k, v
+
+    def __call__(self, tokens):
+        """Logits (B, new, V) after each of the tokens (B, T) not read yet."""
+        memories = [functools.partial(self.remember, i) for i in range(len(self.model.blocks))] if self.cached else None
+        mask = self.model.mask(tokens, self.read, dense=True)
+        logits = self.model.logits(self.model(tokens, mask, self.read, memories))
+        self.read = tokens.size(1) if self.cached else 0
+        return logits
+
+    def forget(self, length):
+        """Back to where only the first `length` tokens were read."""
+        self.read = min(self.read, length)
+        self.past = {i: (k[:, :, :length], v[:, :, :length]) for i, (k, v) in self.past.items()}
+
+
+@torch.no_grad()
+def generate(model, tokens, config, seed=0, cached=True):
+    """Continue tokens (B, T): yields the next token (B, 1) of every row, config.sample_tokens times."""
+    reader, rng = Reader(model, cached), torch.Generator(tokens.device).manual_seed(seed)
+    for _ in range(config.sample_tokens):
+        new = torch.multinomial(probabilities(reader(tokens)[:, -1], config), 1, generator=rng)
+        tokens = torch.cat([tokens, new], 1)
+        yield new
+
+
+@torch.no_grad()
+def speculate(model, draft, tokens, config, seed=0):
+    """Continue tokens (1, T) with the same distribution as generate: yields runs (1, n) of config.sample_tokens in all.
+
+    The draft guesses config.ahead tokens, the model checks them in one pass: a guess drawn with probability q is kept
+    with probability p / q; where one falls, the model draws from what q left over of p (arXiv:2211.17192).
+    """
+    checker, guesser, rng = Reader(model), Reader(draft), torch.Generator(tokens.device).manual_seed(seed)
+    left = config.sample_tokens
+    while left > 0:
+        known, q = tokens.size(1), []
+        for _ in range(config.ahead):
+            q.append(probabilities(guesser(tokens)[0, -1:], config))  # (1, V)
+            tokens = torch.cat([tokens, torch.multinomial(q[-1], 1, generator=rng)], 1)
+        q, guesses = torch.cat(q), tokens[0, known:, None]  # (ahead, V), (ahead, 1)
+        p = probabilities(checker(tokens)[0, -1 - config.ahead:], config)  # (ahead + 1, V)
+        chance = torch.rand(config.ahead, generator=rng, device=tokens.device)
+        kept = chance < (p[:-1].gather(1, guesses) / q.gather(1, guesses))[:, 0]
+        n = int(kept.long().cumprod(0).sum())
+        rest = (p[n] - q[n]).clamp(min=0) if n < config.ahead else p[n]
+        tokens = torch.cat([tokens[:, :known + n], torch.multinomial(rest[None], 1, generator=rng)], 1)
+        checker.forget(known + n), guesser.forget(known + n)
+        yield tokens[:, known:][:, :left]
+        left -= n + 1
+
+
+def speak(runs, decode):
+    """Print the tokens of runs (1, n) as they come: their ids, and how many came a second."""
+    decoder, ids, start = codecs.getincrementaldecoder("utf-8")("replace"), [], time.perf_counter()
+    for run in runs:
+        ids += run[0].tolist()
+        print(decoder.decode(decode(run[0].tolist())), end="", flush=True)
+    print()
+    return ids, len(ids) / (time.perf_counter() - start)
+
+
+def write_samples(model, config, meta, device, path):
+    """Continue the prompt on the terminal and in path + ".txt", or draw pictures of every label in path + ".png": what
+    was measured while doing so, for the footer."""
+    sys.path.insert(0, str(ROOT / "data"))  # turns tokens into text and pictures, not needed while training
+    if meta["encoding"] == "scenes":
+        import draw
+        import studio
+        labels = torch.arange(meta["document_start"], meta["vocab"], device=device).repeat_interleave(4)[:, None]
+        drawn = torch.cat(list(generate(model, labels, dataclasses.replace(config, sample_tokens=64))), 1)
+        made = list(studio.Studio(device).pictures(drawn.clamp(max=meta["document_start"] - 1)))
+        draw.sheet([made[i:i + 8] for i in range(0, len(made), 8)], path.with_suffix(".png"))
+        return {}
+    import streams
+    encode, decode = streams.codec(meta)
+    prompt = encode(config.prompt or "\n")
+    if max(prompt) >= meta["vocab"]:
+        raise Fault(f"--prompt={config.prompt} has characters that {config.data} does not")
+    start = torch.tensor([prompt], device=device)
+    ids, speed = speak(generate(model, start, config), decode)
+    path.with_suffix(".txt").write_bytes(decode(prompt + ids))
+    numbers = {"sampled_per_second": round(speed, 1)}
+    if config.draft:
+        draft, runs = load_draft(config, meta, device), []
+        guessed = (runs.append(run) or run for run in speculate(model, draft, start, config))
+        _, speed = speak(guessed, decode)
+        numbers.update(speculated_per_second=round(speed, 1),
+                       tokens_per_check=round(config.sample_tokens / len(runs), 2))
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+# --- frozen: eval ---
+def read_validation(config):
+    """The first eval_tokens + 1 tokens of the validation stream, a tensor (N + 1,), and the sha256 of it all."""
+    folder = ROOT / "data" / config.data
+    paths = sorted(folder.glob("val*.bin"))
+    if not paths:
+        raise Fault(f"no validation stream in {folder}: the script that makes the training stream makes it too")
+    try:
+        stream = np.concatenate([read_bin(path) for path in paths])[:config.eval_tokens + 1].astype(np.int64)
+    except (OSError, ValueError) as error:
+        raise Fault(f"{folder} is damaged ({error}): delete it and make it again") from None
+    if len(stream) <= config.eval_tokens:
+        raise Fault(f"--eval_tokens={config.eval_tokens} is more than the {len(stream) - 1} there are in {config.data}")
+    return torch.from_numpy(stream), frozen_sha256(*paths)
+
+
+@torch.no_grad()
+def evaluate(model, stream, config, rank, world):
+    """Mean cross-entropy in nats of stream[1:], every token given at most the eval_context tokens before it.
+
+    Windows of eval_context tokens advance by eval_stride; a token counts in the first window that holds it. At place t
+    of a window token_nats may look at the window's tokens up to t alone. Ranks share the windows; all get the result.
+    """
+    N, T = len(stream) - 1, min(config.eval_context, len(stream) - 1)
+    ends = torch.tensor([*range(T, N, config.eval_stride), N])
+    fresh = ends.diff(prepend=torch.zeros(1, dtype=torch.long))  # tokens that a window is the first to hold
+    total, place = torch.zeros((), dtype=torch.float64, device=stream.device), torch.arange(T)
+    for part in torch.arange(rank, len(ends), world).split(config.eval_batch):
+        at = (ends[part, None] - T + place).to(stream.device)  # (B, T)
+        counted = (place >= T - fresh[part, None]).to(stream.device)
+        total += token_nats(model, stream[at], stream[at + 1])[counted].double().sum()
+    if world > 1:
+        dist.all_reduce(total)
+    return total.item() / N
+# --- end: eval ---
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+# --- copied: muon ---
+POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
+         (2.3465, -1.7098, 0.4232))  # Polar Express (arXiv:2505.16932), five steps
+
+
+def orthogonalise(G):
+    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; in bfloat16."""
+    X = G.bfloat16()
+    X = X.mT if G.size(1) > G.size(2) else X
+    X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
+    for a, b, c in POLAR:
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return (X.mT if G.size(1) > G.size(2) else X).to(G.dtype)
+
+
+class Muon:
+    """Nesterov momentum, then an orthogonalised step, for matrices (kellerjordan.github.io/posts/muon).
+
+    Matrices of one shape go through it as one stack; the ranks divide the stack among themselves.
+    """
+
+    def __init__(self, params, momentum, rank=0, world=1):
+        self.momentum, self.rank, self.world, by_shape = momentum, rank, world, {}
+        for p in params:
+            by_shape.setdefault(p.shape, []).append(p)
+        self.stacks = [(ps, torch.zeros(len(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
+
+    @torch.no_grad()
+    def step(self, lr):
+        for params, buffer in self.stacks:
+            grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+            buffer.lerp_(grads, 1 - self.momentum)
+            update = grads.lerp_(buffer, self.momentum)
+            each = -(-len(params) // self.world)  # matrices a rank, the last one's filled up with zeros
+            update = F.pad(update, (0, 0, 0, 0, 0, each * self.world - len(params)))
+            mine = orthogonalise(update[self.rank * each:(self.rank + 1) * each])
+            if self.world > 1:
+                parts = [torch.empty_like(mine) for _ in range(self.world)]
+                dist.all_gather(parts, mine.contiguous())
+                mine = torch.cat(parts)
+            rows, columns = params[0].shape
+            torch._foreach_add_(params, list(mine[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+# --- end: muon ---
+
+
+def make_optimizers(model, config, rank, world):
+    """Muon for the blocks' matrices, Adam for the rest; every parameter is in exactly one."""
+    hidden, rest = [], []
+    for name, p in model.named_parameters():
+        (hidden if "blocks" in name and p.dim() == 2 else rest).append(p)
+    return (Muon(hidden, config.momentum, rank, world),
+            torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True))
+
+
+def schedule(step, config):
+    """Share of the peak learning rates: 1, then linearly down to 0."""
+    return min(1.0, (1 - step / config.num_steps) / config.cooldown)
+
+
+# --- copied: sum gradients ---
+def sum_gradients(model, world):
+    """Add up the gradients of all ranks, in one flat message."""
+    if world == 1:
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g))
+# --- end: sum gradients ---
+
+
+# --- copied: checkpoint ---
+def save_checkpoint(path, model, config):
+    """Weights in half precision with the Config in the file's metadata; a temporary name first."""
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save_file({name: p.half().contiguous().cpu() for name, p in model.state_dict().items()}, part,
+              metadata={"config": json.dumps(dataclasses.asdict(config))})
+    part.replace(path)
+
+
+def load_checkpoint(path, model, config):
+    """Load weights that save_checkpoint wrote for the same architecture."""
+    try:
+        with safe_open(path, "pt") as file:
+            saved = json.loads((file.metadata() or {})["config"])
+            state = {name: file.get_tensor(name).float() for name in file.keys()}
+    except Exception as error:  # safetensors raises its own kinds
+        raise Fault(f"--load={path} is not a checkpoint of this script ({type(error).__name__}: {error})") from None
+    different = [f"{key} {saved.get(key)}" for key in ARCHITECTURE if saved.get(key) != getattr(config, key)]
+    if different:
+        raise Fault(f"--load={path} was trained with {', '.join(different)}: pass the same as overrides")
+    if missing := set(model.state_dict()) ^ set(state):
+        raise Fault(f"--load={path} has other weights than this model, e.g. {sorted(missing)[0]}")
+    if other := [name for name, p in model.state_dict().items() if p.shape != state[name].shape]:
+        raise Fault(f"--load={path} has another shape of {other[0]} than this model: was it trained on other data?")
+    model.load_state_dict(state)
+# --- end: checkpoint ---
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+def load_draft(config, meta, device):
+    """The smaller model of --draft, whatever its Config was."""
+    try:
+        with safe_open(config.draft, "pt") as file:
+            saved = json.loads((file.metadata() or {})["config"])
+        config = dataclasses.replace(config, **{key: saved[key] for key in ARCHITECTURE})
+    except Exception as error:  # safetensors raises its own kinds
+        why = f"{type(error).__name__}: {error}"
+        raise Fault(f"--draft={config.draft} is not a checkpoint of this script ({why})") from None
+    draft = GPT(config, meta).to(device).eval()
+    load_checkpoint(config.draft, draft, config)
+    return draft
+
+
+def flops_per_token(model, config):
+    """Matmul FLOPs of a training step a token, backward being twice forward; causal attention counts half."""
+    hidden = sum(p.numel() for p in model.blocks.parameters()) + config.depth * config.context * config.dim
+    return 6 * (hidden + model.head.weight.numel())
+
+
+def main(argv):
+    config, overrides = read_config(argv)
+    least = min(config.batch, config.context, config.eval_every, config.eval_batch, config.ahead)
+    if config.num_steps < 0 or least < 1:
+        raise Fault("num_steps must be at least 0, batch, context, eval_every, eval_batch and ahead at least 1")
+    if config.dim % config.head_dim:
+        raise Fault(f"dim {config.dim} is not a multiple of head_dim {config.head_dim}")
+    if not 1 <= config.eval_stride <= config.eval_context:
+        raise Fault("eval_stride must be at least 1 and at most eval_context")
+    rank, world, device = setup()
+    if config.batch % world:
+        raise Fault(f"a batch of {config.batch} rows cannot be divided among {world} processes")
+    tokens, meta, data_sha256 = read_streams(config)
+    val_tokens, eval_sha256 = read_validation(config)
+    val_tokens = val_tokens.to(device)
+    torch.manual_seed(config.seed)
+    model = GPT(config, meta).to(device)
+    init_weights(model)
+    if config.load:
+        load_checkpoint(config.load, model, config)
+    log = Log("gpt", config, overrides, rank, device)
+    peak = matmul_peak(device)
+    muon, adam = make_optimizers(model, config, rank, world)
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16)
+
+    mine = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
+
+    def train_step(inputs, targets, step):
+        """One step on a global batch (batch, context): this rank's part of its loss."""
+        with autocast():
+            loss = token_nats(model, inputs[mine], targets[mine]).mean() / world
+        loss.backward()
+        sum_gradients(model, world)
+        factor = schedule(step, config)
+        muon.step(config.muon_lr * factor)
+        adam.param_groups[0]["lr"] = config.adam_lr * factor
+        adam.step()
+        model.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    # Warm-up on dummy data, untimed, then everything back to where it was.
+    start = time.perf_counter()
+    if config.num_steps:
+        before = copy.deepcopy(model.state_dict())
+        dummy = torch.zeros(config.batch, config.context, dtype=torch.long, device=device)
+        for i in range(3):
+            train_step(dummy, dummy, i)
+        model.load_state_dict(before)
+        muon, adam = make_optimizers(model, config, rank, world)
+    sync()
+    compile_seconds = time.perf_counter() - start
+
+    # The clock starts here.
+    train_seconds, step, val_loss = 0.0, 0, math.nan
+    start = time.perf_counter()
+    loader = Loader(tokens, config, device)
+    bar = tqdm(total=config.num_steps, disable=rank > 0, unit="step", dynamic_ncols=True)
+    while True:
+        last = step == config.num_steps
+        if last or (step % config.eval_every == 0 and step):
+            sync()
+            train_seconds += time.perf_counter() - start
+            model.eval()
+            with autocast():
+                val_loss = evaluate(model, val_tokens, config, rank, world)
+            model.train()
+            log.say(f"step:{step}/{config.num_steps} val_loss:{val_loss:.4f} train_time:{1000 * train_seconds:.0f}ms "
+                    f"step_avg:{1000 * train_seconds / max(1, step):.2f}ms")
+            if last:
+                break
+            sync()
+            start = time.perf_counter()
+        loss = train_step(*loader(), step)
+        step += 1
+        if step % 10 == 0:
+            value = finite(loss.item() * world, step)
+            bar.set_postfix(loss=f"{value:.3f}", seconds=f"{train_seconds + time.perf_counter() - start:.0f}")
+        bar.update()
+    bar.close()
+    finite(val_loss, step)
+
+    # The result.
+    seen = step * config.batch * config.context
+    footer = {"script": HERE.name, "task": "gpt", "track": config.track, "seed": config.seed,
+              "world_size": world, "hardware": hardware(device), "steps": step,
+              "parameters": sum(p.numel() for p in model.parameters()), "tokens": seen,
+              "val_loss": round(val_loss, 5), "target": config.target, "reached": val_loss <= config.target,
+              "train_seconds": round(train_seconds, 3), "compile_seconds": round(compile_seconds, 1),
+              "tokens_per_second": round(seen / max(train_seconds, 1e-9)),
+              "mfu": round(flops_per_token(model, config) * seen / max(train_seconds, 1e-9) / peak / world, 4),
+              "matmul_peak_tflops": round(peak / 1e12, 2), "peak_memory_mib": round(peak_memory_mib(device)),
+              "data_sha256": data_sha256, "eval_sha256": eval_sha256}
+    if rank == 0:
+        model.eval()
+        if config.save:
+            save_checkpoint(ROOT / "checkpoints" / f"{log.run_id}.safetensors", model, config)
+        footer.update(write_samples(model, config, meta, device, ROOT / "samples" / "gpt"))
+        footer["overrides"] = " ".join(f"--{key}={value}" for key, value in overrides.items()) or "none"
+        for key, value in footer.items():
+            log.say(f"{key}: {value}")
+        with open(ROOT / "records" / "runs.jsonl", "a") as file:
+            file.write(json.dumps({"run_id": log.run_id, **footer}) + "\n")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Fault as fault:
+        sys.exit(f"{HERE.name}: {fault}")
