@@ -140,6 +140,9 @@ def show_loss(losses):
     spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
     return f"{np.mean(losses):.4f}{spread} ({len(losses)})"
 
+def show_seconds(seconds):
+    return f"{seconds:.1f}" if seconds >= 10 else f"{seconds:.3f}"
+
 def no_record(track):
     return "no record yet" + (" – not yet run on a GPU" if track["track"] == "gpu" else "")
 
@@ -161,7 +164,7 @@ def track_section(folder, track, records):
         p = "–" if math.isnan(r["p"]) else f"{r['p']:.2g}"
         lines = str(r["lines"]) + (f" ({r['lines'] - records[r['number'] - 2]['lines']:+d})" if r["number"] > 1 else "")
         link = f"[logs]({folder.name}/{r['path'].name})"
-        rows.append([f"{r['number']}{r['mark']}", f"{r['seconds']:.1f}", f"{r['speedup']:.2f}x",
+        rows.append([f"{r['number']}{r['mark']}", show_seconds(r["seconds"]), f"{r['speedup']:.2f}x",
                      show_loss(r["losses"]), p, lines, r["title"], r["date"], r["hardware"], link])
         if r["rerun"]:
             notes.append(f"The speed-up of #{r['number']} is over the baseline re-run in alternation with it on the "
@@ -183,7 +186,7 @@ def summary(tracks):
         best = max(records, key=lambda r: (not r["mark"], r["speedup"]))
         for r in [best] + [records[0]] * (best is not records[0]):
             title = f"[#{r['number']}{r['mark']} {r['title']}](records/{folder.name}/{r['path'].name})"
-            rows.append([name, title, f"{r['seconds']:.1f}", f"{r['speedup']:.2f}x", show_loss(r["losses"]),
+            rows.append([name, title, show_seconds(r["seconds"]), f"{r['speedup']:.2f}x", show_loss(r["losses"]),
                          track["target"], r["hardware"], r["date"]])
     return table(FRONT_COLUMNS, rows) + f"\n\n{PROVISIONAL}" * any("†" in row[1] for row in rows)
 

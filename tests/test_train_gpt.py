@@ -1,4 +1,4 @@
-"""train_gpt.py: streams, masks, model, evaluation, sampling with and without cache and draft, whole runs on tiny data."""
+"""train_gpt.py: streams, masks, model, evaluation, sampling with cache and draft, whole runs on tiny data."""
 import dataclasses
 import json
 import os
