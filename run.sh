@@ -8,7 +8,7 @@ PY=.venv/bin/python
 usage() {
     cat <<'EOF'
 ./run.sh [4m] [--field=value ...]            set up, make the data, train nano4M: the main job; on a CPU without
-                                             arguments --num_steps=800, longer than a record
+                                             arguments every family trains longer than its record
 ./run.sh gpt|maskgit|4m|flow|vlm [--...]     the same for one model family
 ./run.sh all [--...]                         every family whose script is here
 ./run.sh test [pytest arguments]             set up, then the tests
@@ -62,7 +62,11 @@ train() {  # train TASK [--field=value ...]
     if [ "$gpus" -gt 0 ]; then track=gpu; fi
     for arg in "$@"; do case $arg in --track=*) track=${arg#--track=};; esac; done
     # A record stops where the baseline did, before its samples are worth a look: the main job trains on.
-    if [ "$task $track" = "4m cpu" ] && [ $# -eq 0 ]; then set -- --num_steps=800 --eval_every=200; fi
+    case "$task $track $#" in
+        "4m cpu 0") set -- --num_steps=800 --eval_every=200;;
+        "gpt cpu 0") set -- --depth=4 --dim=192 --orders=3 --window=128 --context=128 --batch=16 --num_steps=500 --eval_every=100;;
+        "maskgit cpu 0") set -- --num_steps=1500 --eval_every=300;;
+    esac
     prepare "$task" "$track" "$@"
     if [ "$track" = gpu ] && [ "$gpus" -gt 0 ]; then
         $PY -m torch.distributed.run --standalone --nproc_per_node="$gpus" "train_$task.py" "$@"
