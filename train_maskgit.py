@@ -502,11 +502,11 @@ def write_samples(model, config, frozen, folder):
         made = pictures(generate(model, label.expand(4), row.expand(4, -1), hidden))
         rows.append([(true * (1 - cover) + 0.15 * cover, "given"), *((p, "filled in") for p in made), (true, "true")])
     draw.sheet(rows, folder / "maskgit.png")
-    _, history = sample(classes, return_history=True)
-    frames = []
-    for made, hidden in history:
+    tokens, history = sample(classes, return_history=True)
+    made, frames = pictures(tokens), []  # a token that is placed stays: of the final picture show what there is
+    for _, hidden in history:
         cover = F.interpolate(hidden.view(-1, 1, 8, 8).float(), scale_factor=8).cpu()
-        frames.append(pictures(made) * (1 - cover) + 0.5 * cover)
+        frames.append(made * (1 - cover) + 0.5 * cover)
     draw.animation(frames, folder / "maskgit_steps.gif")
     wanted = classes.repeat(config.quality_pictures // model.labels)
     for steps in (1, 4, 8, 16, 32, 64) if len(wanted) else ():
