@@ -774,9 +774,11 @@ def make_optimizers(model, config, rank, world):
             torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True))
 
 
+# --- copied: schedule ---
 def schedule(step, config):
     """Share of the peak learning rates: 1, then linearly down to 0."""
     return min(1.0, (1 - step / config.num_steps) / config.cooldown)
+# --- end: schedule ---
 
 
 def input_budget(step, config):

@@ -5,7 +5,7 @@ embeddings of the last few tokens. Times against the baseline, record #1, are in
 
     python train_gpt.py                                         # the cpu track, data from `python data/shakespeare.py`
     torchrun --standalone --nproc_per_node=8 train_gpt.py       # the gpu track, data/fineweb.py (not yet run on a GPU)
-    python train_gpt.py --load=data/frozen/gpt.safetensors --num_steps=0 --prompt="ROMEO:"    # the ready model speaks
+    python train_gpt.py --num_steps=1500 --save=true            # 20 s; then --num_steps=0 --load=<checkpoint>
 """
 import codecs
 import copy
@@ -223,7 +223,7 @@ def finite(loss, step):
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
-# --- copied: streams ---
+# --- copied: read bin ---
 def read_bin(path):
     """The tokens of a .bin file in modded-nanogpt's format, a memory map (N,) uint16."""
     header = np.fromfile(path, np.int32, 256)
@@ -232,6 +232,7 @@ def read_bin(path):
     if path.stat().st_size != 1024 + 2 * int(header[2]):
         raise ValueError(f"{path.name} should hold {header[2]} tokens and is {path.stat().st_size} bytes long")
     return np.memmap(path, np.uint16, "r", offset=1024, shape=(int(header[2]),))
+# --- end: read bin ---
 
 
 def read_streams(config):
@@ -249,7 +250,6 @@ def read_streams(config):
     except (OSError, ValueError, KeyError) as error:
         raise Fault(f"{folder} is damaged ({error}): delete it and run `{make}`") from None
     return tokens, meta, hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
-# --- end: streams ---
 
 
 class Loader:
@@ -270,7 +270,6 @@ class Loader:
 # ------------------------------------------------------------------------------------------------------------
 # Attention
 
-# --- copied: masked attend ---
 flex, block_mask = torch.compile(flex_attention), torch.compile(create_block_mask)
 
 
@@ -291,7 +290,6 @@ def attend(q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.size(-1) ** -0.5) @ k.mT  # written out: torch 2.13's fused kernel is 3x slower on a CPU with AMX
     return scores.masked_fill(~mask, -3e4).softmax(-1).type_as(v) @ v
-# --- end: masked attend ---
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -422,21 +420,26 @@ def token_nats(model, tokens, targets):
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 
+# --- copied: sharpen ---
+def sharpen(logits, temperature, top_k, top_p):
+    """Logits (..., V) of what is drawn: at a temperature, the top_k likeliest, of them the fewest that hold top_p."""
+    logits = logits / max(temperature, 1e-4)
+    if top_k:
+        least = logits.topk(min(top_k, logits.size(-1)))[0][..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        ranked, order = logits.softmax(-1).sort(-1, descending=True)
+        cut = ranked.cumsum(-1) - ranked >= top_p  # the likeliest token always stays
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -math.inf)
+    return logits
+# --- end: sharpen ---
+
+
 def probabilities(logits, config):
-    """What is drawn from, (..., V): softmax(logits / temperature), cut to the top_k likeliest, then to the fewest that
-    together hold top_p. At temperature 0 everything is on the likeliest."""
+    """What is drawn from, (..., V); at temperature 0 everything is on the likeliest."""
     if config.temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    logits = logits / config.temperature
-    if config.top_k:
-        least = logits.topk(min(config.top_k, logits.size(-1)))[0][..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    p = logits.softmax(-1)
-    if config.top_p < 1:
-        ranked, order = p.sort(-1, descending=True)
-        cut = ranked.cumsum(-1) - ranked >= config.top_p  # the likeliest token always stays
-        p = p.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), 0)
-    return p / p.sum(-1, keepdim=True)
+    return sharpen(logits, config.temperature, config.top_k, config.top_p).softmax(-1)
 
 
 class Reader:
@@ -640,9 +643,11 @@ def make_optimizers(model, config, rank, world):
             torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True))
 
 
+# --- copied: schedule ---
 def schedule(step, config):
     """Share of the peak learning rates: 1, then linearly down to 0."""
     return min(1.0, (1 - step / config.num_steps) / config.cooldown)
+# --- end: schedule ---
 
 
 # --- copied: sum gradients ---

@@ -205,7 +205,6 @@ def finite(loss, step):
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
-# --- copied: labelled rows ---
 def read_rows(config):
     """Training tokens (N, L) int16, labels (N,), what meta.json says of both, and the sha256 of how they were made."""
     folder, make = ROOT / config.data, "python data/scenes.py --objects"
@@ -224,7 +223,18 @@ def read_rows(config):
         raise Fault(f"{folder} is damaged ({error}): delete it and run `{make}`") from None
     tokens, labels = (torch.from_numpy(arrays[m].astype(np.int16)) for m in ("rgb", "label"))
     return tokens, labels[:, 0], meta["modalities"], hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
-# --- end: labelled rows ---
+
+
+# --- copied: read bin ---
+def read_bin(path):
+    """The tokens of a .bin file in modded-nanogpt's format, a memory map (N,) uint16."""
+    header = np.fromfile(path, np.int32, 256)
+    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+        raise ValueError(f"{path.name} is not a .bin token file")
+    if path.stat().st_size != 1024 + 2 * int(header[2]):
+        raise ValueError(f"{path.name} should hold {header[2]} tokens and is {path.stat().st_size} bytes long")
+    return np.memmap(path, np.uint16, "r", offset=1024, shape=(int(header[2]),))
+# --- end: read bin ---
 
 
 def read_text(length=64, rows=2000):
@@ -232,8 +242,10 @@ def read_text(length=64, rows=2000):
     folder = ROOT / "data" / "shakespeare"
     if not (folder / "train.bin").exists():
         raise Fault(f"no data in {folder}: make it with `python data/{folder.name}.py`")
-    train, val = (torch.from_numpy(np.fromfile(folder / f"{split}.bin", np.uint16)[512:].astype(np.int16))
-                  for split in ("train", "val"))  # after a header of 256 int32
+    try:
+        train, val = (torch.from_numpy(read_bin(folder / f"{name}.bin").astype(np.int16)) for name in ("train", "val"))
+    except (OSError, ValueError) as error:
+        raise Fault(f"{folder} is damaged ({error}): delete it and run `python data/{folder.name}.py`") from None
     train, val = (part[:len(part) // length * length].view(-1, length) for part in (train, val))
     modalities = {"rgb": {"length": length, "vocab": 256}, "label": {"length": 1, "vocab": 1}}
     labels = lambda part: torch.zeros(len(part), dtype=torch.long)
@@ -413,17 +425,19 @@ def halton_order(side):
     return torch.tensor(list(cells))
 
 
+# --- copied: sharpen ---
 def sharpen(logits, temperature, top_k, top_p):
-    """Logits (n, V) of what is drawn: at a temperature, the top_k likeliest, of them the fewest that hold top_p."""
+    """Logits (..., V) of what is drawn: at a temperature, the top_k likeliest, of them the fewest that hold top_p."""
     logits = logits / max(temperature, 1e-4)
     if top_k:
-        least = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]
+        least = logits.topk(min(top_k, logits.size(-1)))[0][..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p < 1:
         ranked, order = logits.softmax(-1).sort(-1, descending=True)
         cut = ranked.cumsum(-1) - ranked >= top_p  # the likeliest token always stays
         logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -math.inf)
     return logits
+# --- end: sharpen ---
 
 
 @torch.no_grad()
@@ -613,9 +627,11 @@ def make_optimizers(model, config, rank, world):
             torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True))
 
 
+# --- copied: schedule ---
 def schedule(step, config):
     """Share of the peak learning rates: 1, then linearly down to 0."""
     return min(1.0, (1 - step / config.num_steps) / config.cooldown)
+# --- end: schedule ---
 
 
 # --- copied: sum gradients ---
