@@ -251,7 +251,8 @@ def check_record(record, records, track, root=ROOT):
     need(re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", record["date"]), "there is no such date")
     need(record["title"], "its README.md needs a title in the first line")
     if number == 1:
-        target = math.ceil(round(100 * np.mean(record["losses"]), 6)) / 100
+        step = track.get("target_step", 0.01)
+        target = round(math.ceil(round(np.mean(record["losses"]) / step, 6)) * step, 6)
         need(target == track["target"], f"the target is {track['target']}, and record #1's mean rounded up {target}")
         return
     rival = record["rival"]
