@@ -50,6 +50,8 @@ prepare() {  # prepare TASK TRACK [--field=value ...]: the data a script trains 
         "4m ") if [ "$track" = gpu ]; then set -- scenes --size=128 --num=200000; else set -- scenes; fi;;
         "gpt ") if [ "$track" = gpu ]; then set -- fineweb; else set -- shakespeare; fi;;
         "maskgit text") set -- shakespeare;;
+        "flow ") if [ "$track" = gpu ]; then set -- scenes --objects --size=128; else set -- scenes --objects; fi;;
+        "vlm ") if [ "$track" = gpu ]; then set -- scenes --qa --num=200000; else set -- scenes --qa; fi;;
         "gpt scenes"|"maskgit ") set -- scenes --objects;;
         *) set -- "$data";;
     esac
@@ -66,6 +68,8 @@ train() {  # train TASK [--field=value ...]
         "4m cpu 0") set -- --num_steps=800 --eval_every=200;;
         "gpt cpu 0") set -- --depth=4 --dim=192 --orders=3 --window=128 --context=128 --batch=16 --num_steps=500 --eval_every=100;;
         "maskgit cpu 0") set -- --num_steps=1500 --eval_every=300;;
+        "flow cpu 0") set -- --num_steps=3000 --eval_every=500;;
+        "vlm cpu 0") set -- --num_steps=1000 --eval_every=200;;
     esac
     prepare "$task" "$track" "$@"
     if [ "$track" = gpu ] && [ "$gpus" -gt 0 ]; then
