@@ -55,21 +55,15 @@ def main(name):
     """Make data/<name>, a set of SETS, or verify it."""
     repo, revision, column, files = SETS[name]
     folder = ROOT / name
-    out, part = folder / "train", folder / "train.part"
     identity = {"name": name, "version": VERSION, "size": SIZE, "seed": 0, "repo": repo, "revision": revision}
-    if verified(out, identity):
-        print(f"{folder} is there and whole")
+    if verified(folder, identity):
         return
-    for split, (file, digest) in files.items():
-        Source(repo, revision).fetch(file, digest, folder / "parquet" / f"{split}.parquet")
-    train = read(folder / "parquet" / "train.parquet", column)
-    val = read(folder / "parquet" / "test.parquet", column, VALIDATION)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    for m, array in train.items():
-        np.save(part / f"{m}.npy", array)
-    finish(part, {**identity, "num": len(train["label"])}, {"label": {"length": 1, "vocab": CLASSES, "pad": -1}}, val)
-    shutil.rmtree(folder / "parquet")
+    source = Source(repo, revision)
+    path = {split: source.fetch(*file, folder / "work" / f"{split}.parquet") for split, file in files.items()}
+    train, val = read(path["train"], column), read(path["test"], column, VALIDATION)
+    kinds = {"label": {"length": 1, "vocab": CLASSES, "pad": -1}}
+    finish(folder, {**identity, "num": len(train["label"])}, kinds, train, val)
+    shutil.rmtree(folder / "work")
     print(f"{folder}: {len(train['label']):,} pictures for training, {len(val['label']):,} for validation")
 
 

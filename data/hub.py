@@ -1,7 +1,7 @@
 """What fineweb.py, cifar10.py and cauldron.py share: pinned files of the Hugging Face hub, and sets of pictures.
 
-A set of pictures is data/<name>/train with <array>.npy, num rows each, and meta.json; for validation data/<name>/val.npz
-with arrays of the same names, and `modalities`, that part of meta.json as bytes.
+A set of pictures is data/<name>/train with meta.json and <array>.npy, num rows each, and for validation
+data/<name>/val.npz with arrays of the same names, and `modalities`, that part of meta.json as bytes.
 """
 import contextlib
 import json
@@ -58,10 +58,12 @@ class Source:
         return self.ask(f"revision {self.revision}", HfApi().repo_info).sha
 
     def files(self, folder):
-        """{path: sha256} of the parquet files in a folder, in the order of their names."""
+        """{path: sha256} of the parquet files in a folder, at least one, in the order of their names."""
         tree = self.ask(folder, lambda *repo, **options: list(HfApi().list_repo_tree(*repo, **options)), folder)
         hashes = {info.path: info.lfs.sha256 for info in tree if getattr(info, "lfs", None)}
-        return {path: hashes[path] for path in sorted(hashes) if path.endswith(".parquet")}
+        if not (paths := sorted(path for path in hashes if path.endswith(".parquet"))):
+            raise Fault(f"{folder}: {self.repo} has no parquet files there at revision {self.revision}")
+        return {path: hashes[path] for path in paths}
 
     def hashes(self, names):
         """{name: sha256} of some files as the hub states them."""
@@ -72,13 +74,14 @@ class Source:
         return hashes
 
     def fetch(self, name, digest, path, check=None):
-        """Download a file into part/ beside path, check it, and only then move it to path; not if it is there already.
-        What an interrupted download leaves in part/ is for the next run.
+        """Download a file into part/ beside path, check it, then move it to path, which is returned.
+
+        Nothing is downloaded if it is there already; what an interruption leaves in part/ is for the next run.
 
         check: a function of the downloaded file's path that raises ValueError if the file is not what it should be.
         """
         if path.exists() and sha256(path) == digest:
-            return
+            return path
         part = path.with_name("part")
         self.ask(name, hf_hub_download, name, local_dir=part)
         try:
@@ -89,35 +92,41 @@ class Source:
         except ValueError as error:
             shutil.rmtree(part)  # with what the hub's client noted about it
             raise Fault(f"{error}: it was not kept; run this again") from None
-        (part / name).replace(path)
+        return (part / name).replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Sets of pictures
 
-def verified(out, identity):
-    """Whether the set in the folder `out` is there. Fault if it is, but damaged or with another identity in meta.json."""
+def verified(folder, identity):
+    """Whether the set is there. Fault if it is, and damaged or with something else in meta.json than identity has."""
+    out = folder / "train"
     if not out.exists():
         return False
     try:
         meta = json.loads((out / "meta.json").read_text())
-        different = [key for key in identity if meta[key] != identity[key]]
+        different = [key for key in identity if meta.get(key) != identity[key]]
         wrong = [name for name in meta["sha256"] if sha256(out / name) != meta["sha256"][name]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # also a meta.json of another shape
-        raise Fault(f"{out} is damaged ({error}); delete {out.parent} and run this again") from None
+        raise Fault(f"{out} is damaged ({error}); delete {folder} and run this again") from None
     if different:
-        raise Fault(f"{out} was made with another {', '.join(different)}; delete {out.parent} to make this one")
+        raise Fault(f"{out} was made with another {', '.join(different)}; delete {folder} to make this one")
     if wrong:
-        raise Fault(f"{out} is damaged ({wrong[0]} is not what was written); delete {out.parent} and run this again")
+        raise Fault(f"{out} is damaged ({wrong[0]} is not what was written); delete {folder} and run this again")
+    print(f"{folder} is there and whole")
     return True
 
 
-def finish(part, meta, kinds, val):
-    """Write val.npz of the arrays `val` and meta.json, then rename the folder `part` with its .npy files to train."""
-    modalities = np.frombuffer(json.dumps(kinds).encode(), np.uint8)
-    np.savez_compressed(part / "val.npz", **val, modalities=modalities)
+def finish(folder, meta, kinds, train, val):
+    """Write a set: the arrays of train and val, and meta.json with meta and the modalities `kinds`."""
+    part = folder / "train.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for name, array in train.items():
+        np.save(part / f"{name}.npy", array)
+    np.savez_compressed(part / "val.npz", **val, modalities=np.frombuffer(json.dumps(kinds).encode(), np.uint8))
     hashes = {path.name: sha256(path) for path in sorted(part.glob("*.npy"))}
-    path = (part / "val.npz").replace(part.with_name("val.npz"))
+    path = (part / "val.npz").replace(folder / "val.npz")
     meta = {**meta, "modalities": kinds, "sha256": {**hashes, "../val.npz": sha256(path)}}
     (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    part.rename(part.with_name("train"))
+    part.rename(folder / "train")

@@ -1,4 +1,4 @@
-"""Sets of pictures from the Hugging Face hub, without a network: small parquet files of the true formats, a fake hub."""
+"""Sets of pictures from the Hugging Face hub, without a network: a fake hub with small parquet files."""
 import hashlib
 import io
 import json
@@ -153,14 +153,14 @@ def test_a_damaged_download_is_not_kept(root, hub, pictures):
     with pytest.raises(SystemExit) as caught:
         cifar10.main("cifar10")
     assert sentence(caught).startswith(f"cifar10.py: {test} has sha256 ")
-    assert names(root) == {"cifar10/parquet/train.parquet"}
+    assert names(root) == {"cifar10/work/train.parquet"}
     hub.damage[test] = no_network
     with pytest.raises(SystemExit) as caught:
         cifar10.main("cifar10")
     assert "did not come from the Hugging Face hub" in sentence(caught) and not (root / "cifar10" / "train").exists()
     hub.damage.clear()
     cifar10.main("cifar10")
-    assert hub.fetched == [train, test, test, test] and not (root / "cifar10" / "parquet").exists()
+    assert hub.fetched == [train, test, test, test] and not (root / "cifar10" / "work").exists()
 
 
 def test_an_interruption_leaves_no_half_a_set(root, hub, pictures, monkeypatch):
