@@ -77,7 +77,6 @@ class Source:
         """Download a file into part/ beside path, check it, then move it to path, which is returned.
 
         Nothing is downloaded if it is there already; what an interruption leaves in part/ is for the next run.
-
         check: a function of the downloaded file's path that raises ValueError if the file is not what it should be.
         """
         if path.exists() and sha256(path) == digest:
