@@ -270,6 +270,7 @@ class Loader:
 # ------------------------------------------------------------------------------------------------------------
 # Attention
 
+# --- copied: masks ---
 flex, block_mask = torch.compile(flex_attention), torch.compile(create_block_mask)
 
 
@@ -282,14 +283,17 @@ def make_mask(mask_mod, B, M, N, device, dense=False):
     return mask_mod(index(B, -1, 1, 1, 1), 0, index(M, -1, 1), index(N, -1)).expand(B, 1, M, N)
 
 
-def attend(q, k, v, mask):
-    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D), mask from make_mask."""
+def attend(q, k, v, mask=None):
+    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D), mask from make_mask; None: all is seen."""
     if isinstance(mask, BlockMask):
         return flex(q, k, v, block_mask=mask)
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.size(-1) ** -0.5) @ k.mT  # written out: torch 2.13's fused kernel is 3x slower on a CPU with AMX
-    return scores.masked_fill(~mask, -3e4).softmax(-1).type_as(v) @ v
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -3e4)
+    return scores.softmax(-1).type_as(v) @ v
+# --- end: masks ---
 
 
 # ------------------------------------------------------------------------------------------------------------

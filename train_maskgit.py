@@ -254,22 +254,25 @@ def read_text(length=64, rows=2000):
     return (train, labels(train), modalities, "none"), (*frozen, modalities, "none")
 
 
+# --- copied: loader ---
 class Loader:
-    """Endless shuffled batches of tokens (batch, L) and labels (batch,), the same on every rank, all on the device."""
+    """Endless shuffled batches of rows of some tensors (N, ...), the same on every rank, all on the device."""
 
-    def __init__(self, tokens, labels, batch, seed, device):
-        self.tokens, self.labels, self.batch = tokens.to(device), labels.to(device), batch
-        if batch > len(tokens):
-            raise Fault(f"a batch of {batch} pictures is more than the {len(tokens)} there are")
+    def __init__(self, tensors, batch, seed, device):
+        self.tensors, self.batch = [tensor.to(device) for tensor in tensors], batch
+        if batch > len(tensors[0]):
+            raise Fault(f"a batch of {batch} is more than the {len(tensors[0])} training examples there are")
         self.rng = torch.Generator(device).manual_seed(seed)
         self.order, self.next = torch.empty(0, dtype=torch.long, device=device), 0
 
     def __call__(self):
         if self.next + self.batch > len(self.order):
-            self.order, self.next = torch.randperm(len(self.tokens), generator=self.rng, device=self.tokens.device), 0
+            rows = len(self.tensors[0])
+            self.order, self.next = torch.randperm(rows, generator=self.rng, device=self.order.device), 0
         self.next += self.batch
         rows = self.order[self.next - self.batch:self.next]
-        return self.tokens[rows].long(), self.labels[rows].long()
+        return [tensor[rows] for tensor in self.tensors]
+# --- end: loader ---
 
 
 def draw_masks(B, L, rng):
@@ -719,6 +722,7 @@ def main(argv):
 
     def train_step(tokens, labels, rng, step):
         """One step on a global batch (batch, L): this rank's part of its loss."""
+        tokens, labels = tokens.long(), labels.long()
         masked = draw_masks(*tokens.shape, rng)
         dropped = torch.rand(len(labels), generator=rng, device=device) < config.label_drop
         labels = labels.masked_fill(dropped, model.labels)
@@ -748,7 +752,7 @@ def main(argv):
     # The clock starts here.
     train_seconds, step = 0.0, 0
     start = time.perf_counter()
-    loader = Loader(tokens, labels, config.batch, config.seed, device) if config.num_steps else None
+    loader = Loader((tokens, labels), config.batch, config.seed, device) if config.num_steps else None
     bar = tqdm(total=config.num_steps, disable=rank > 0, unit="step", dynamic_ncols=True)
     while True:
         last = step == config.num_steps

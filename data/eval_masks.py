@@ -1,11 +1,13 @@
-"""Freeze what train_4m.py and train_maskgit.py are evaluated on: which tokens of every validation scene are targets.
+"""Freeze what the training scripts' evaluations draw: which tokens of every validation scene are targets, and for
+train_flow.py times and noise.
 
 4M's are drawn once from the course's own masking (two budgets from U{1..128}, each split over the modalities by a
 Dirichlet(1) draw, places uniform without replacement, disjoint), here scene by scene in numpy, the plain way that the
 vectorised masking of the training scripts is tested against. MaskGIT's are a uniform number of the 64 rgb tokens at
-uniform places, so that every stage of its sampling counts, from all tokens hidden to one.
+uniform places, so that every stage of its sampling counts, from all tokens hidden to one. The flow's are one time of
+U(0, 1) and the seed of one noise a picture, the times spread evenly, so that no stretch of time is left out.
 
-    python data/eval_masks.py            # maintainers only -> data/frozen/eval_4m_{64,128}.npz, eval_maskgit_64.npz
+    python data/eval_masks.py   # maintainers only -> data/frozen/eval_{4m_64,4m_128,maskgit_64,flow}.npz
 """
 import json
 from pathlib import Path
@@ -61,3 +63,8 @@ if __name__ == "__main__":
     path = FROZEN / "eval_maskgit_64.npz"
     np.savez_compressed(path, masked=masked)
     print(f"{path}: {masked.sum(1).mean():.1f} masked tokens a scene, {path.stat().st_size / 1e6:.2f} MB")
+    rng, n = np.random.default_rng(0), len(masked)
+    times = (rng.permutation(n) + rng.random(n)) / n
+    path = FROZEN / "eval_flow.npz"
+    np.savez_compressed(path, index=np.arange(n), t=times.astype(np.float32), seed=rng.permutation(n).astype(np.uint32))
+    print(f"{path}: times around {times.mean():.3f}, {path.stat().st_size / 1e6:.2f} MB")

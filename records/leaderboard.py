@@ -1,137 +1,30 @@
 """
-Rebuild the leaderboards and loss plots from the logs. No number in them is typed by hand.
+Rebuild the leaderboards and plots from the logs. No number in them is typed by hand.
 
-    python records/leaderboard.py            # write records/README.md, the block in README.md and every loss.png
-    python records/leaderboard.py --check    # write nothing; exit 1 if a table on disk is not what the logs say
+    python records/leaderboard.py            # write records/README.md, the block in README.md and the plots
+    python records/leaderboard.py --check    # write nothing; exit 1 if one on disk is not what the logs say
 
 Reads records/<task>-<track>/track.json and records/<task>-<track>/YYYY-MM-DD_CamelCase/{README.md, <script>, *.log}.
-A record's optional baseline/ holds logs of record #1's script, re-run in alternation with the record on one machine.
+A record's baseline/ or previous/ holds logs of record #1 or of the record before, re-run in alternation with its own.
 """
 
-import json
+import hashlib
 import math
-import re
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-RULE = "=" * 100
-ALPHA, MIN_TRIALS = 0.01, 5  # a record needs p < ALPHA over at least MIN_TRIALS trials
+from rules import ALPHA, FOOTER_KEYS, MIN_TRIALS, ROOT, RULE, mean_seconds, p_value, parse_log, read_track  # noqa: F401
+
 PROVISIONAL = f"† provisional: a record needs at least {MIN_TRIALS} trials and p < {ALPHA}."
-TRACK_KEYS = "task track data data_sha256 eval_sha256 target hardware_class baseline".split()
-FOOTER_KEYS = """script task track seed world_size hardware steps parameters tokens val_loss target reached
-    train_seconds compile_seconds tokens_per_second mfu peak_memory_mib data_sha256 eval_sha256 overrides""".split()
 COLUMNS = ">#|>time (s, mean)|>speed-up|>loss mean ± std (n)|>p|>lines (± vs previous)|description|date|hardware|logs"
+TRIALS = ">seed|>validation loss|>train time (s)"
 FRONT_COLUMNS = "track|record|>time (s, mean)|>speed-up|>loss mean ± std (n)|>target|hardware|date"
 START, END = "<!-- leaderboard:start -->", "<!-- leaderboard:end -->"
-
-# -----------------------------------------------------------------------------
-# Logs
-
-def parse_value(key, text):
-    """A footer value as bool, int or float where it is one; hashes stay text."""
-    try:
-        return text if "sha" in key else json.loads({"True": "true", "False": "false"}.get(text, text))
-    except ValueError:
-        return text
-
-def parse_log(path):
-    """One training log -> {"source": str, "config": str, "steps": [(step, train seconds, val_loss)], "footer": dict}.
-    The script printed on top may itself hold rules and footers, so the log is split at its last two rules.
-    ValueError says what is wrong with a file that is not the log of a finished run.
-    """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    rules = [i for i, line in enumerate(lines) if line == RULE]
-    if len(rules) < 2:
-        raise ValueError(f"{path}: not a training log: it has {len(rules)} rule lines, and a log has 2 or more")
-    top, bottom = rules[-2:]
-    steps, footer, num_steps = [], {}, None
-    for line in lines[bottom + 1:]:
-        if m := re.match(r"step:(\d+)/(\d+) val_loss:(\S+) train_time:([\d.]+)ms", line):
-            steps.append((int(m[1]), float(m[4]) / 1000, float(m[3])))
-            num_steps = int(m[2])
-        elif m := re.match(r"([a-z]\w*): ?(.*)$", line):
-            footer[m[1]] = parse_value(m[1], m[2].strip())
-    if missing := [key for key in FOOTER_KEYS if key not in footer]:
-        raise ValueError(f"{path}: truncated log: its footer lacks {', '.join(missing)}")
-    if not steps or not steps[-1][0] == num_steps == footer["steps"]:
-        raise ValueError(f"{path}: its step lines do not end at {footer['steps']}, the footer's number of steps")
-    _, seconds, loss = steps[-1]
-    if abs(loss - footer["val_loss"]) > 1e-3 or abs(seconds - footer["train_seconds"]) > 0.1 + 0.001 * seconds:
-        raise ValueError(f"{path}: its last step line and its footer disagree on val_loss or train_seconds")
-    return dict(source="\n".join(lines[:top]), config="\n".join(lines[top + 1:bottom]), steps=steps, footer=footer)
-
-def read_logs(folder, track, source=None):
-    """The logs of a folder by seed, each checked against its track and its script: `source`, or the folder's own."""
-    logs = {}
-    for path in sorted(folder.glob("*.log")):
-        log = parse_log(path)
-        foot = log["footer"]
-        for key in "task", "track", "data_sha256", "eval_sha256":
-            if foot[key] != track[key]:
-                raise ValueError(f"{path}: its {key} is {foot[key]}, and the track's is {track[key]}")
-        if set(re.findall(r"(\w+)\W*[=:]", str(foot["overrides"]))) - {"seed", "track"}:
-            raise ValueError(f"{path}: a record runs with no override but seed and track: {foot['overrides']}")
-        if log["source"].strip() != (source or (folder / foot["script"]).read_text(encoding="utf-8")).strip():
-            raise ValueError(f"{path}: its source is not that of the {'baseline' if source else 'record'}'s script")
-        if foot["seed"] in logs:
-            raise ValueError(f"{path}: another log has the same seed, {foot['seed']}")
-        logs[foot["seed"]] = log
-    if len({log["footer"]["hardware"] for log in logs.values()}) != 1:
-        raise ValueError(f"{folder}: its trials must be on one kind of hardware, and at least one")
-    return [logs[seed] for seed in sorted(logs)]
-
-# -----------------------------------------------------------------------------
-# Statistics
-
-def student_t_sf(t, df):
-    """P(T > t) of Student's t: with t = sqrt(df) tan(a) the density is cos(a)^(df-1), integrated by Gauss-Legendre."""
-    x, w = np.polynomial.legendre.leggauss(100)
-    low = math.atan(t / math.sqrt(df))
-    half = (math.pi / 2 - low) / 2
-    area = half * np.sum(w * np.cos(low + half * (1 + x)) ** (df - 1))
-    return float(area / math.exp(math.lgamma(df / 2) - math.lgamma((df + 1) / 2)) / math.sqrt(math.pi))
-
-def p_value(losses, target):
-    """One-sided one-sample t-test: how likely are losses this low if their true mean is the target? nan for one."""
-    gap, n = target - np.mean(losses), len(losses)
-    error = np.std(losses, ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    if error == 0:
-        return 0.5 * (1 - float(np.sign(gap)))
-    return student_t_sf(gap / error, n - 1) if math.isfinite(error) else math.nan
-
-# -----------------------------------------------------------------------------
-# Tracks
-
-def mean_seconds(logs):
-    return float(np.mean([log["footer"]["train_seconds"] for log in logs]))
-
-def read_track(folder):
-    """records/<task>-<track> -> (track.json as a dict, its records as dicts: by date, on one date the slower first)."""
-    track = json.loads((folder / "track.json").read_text(encoding="utf-8"))
-    if missing := [key for key in TRACK_KEYS if key not in track]:
-        raise ValueError(f"{folder}/track.json lacks {', '.join(missing)}")
-    records = []
-    for path in filter(Path.is_dir, folder.iterdir()):
-        if not re.fullmatch(r"\d{4}-\d\d-\d\d_[A-Z]\w*", path.name):
-            raise ValueError(f"{path}: a record's folder is named YYYY-MM-DD_CamelCase")
-        title = (path / "README.md").read_text(encoding="utf-8").strip().partition("\n")[0].strip("# ")
-        logs = read_logs(path, track)
-        records.append(dict(path=path, date=path.name[:10], title=title, logs=logs, seconds=mean_seconds(logs)))
-    records.sort(key=lambda r: (r["date"], -r["seconds"], r["path"].name))
-    for i, r in enumerate(records):
-        feet, again = [log["footer"] for log in r["logs"]], r["path"] / "baseline"
-        if i > 0 and any(foot["target"] != track["target"] for foot in feet):  # record #1 is what defines the target
-            raise ValueError(f"{r['path']}: its logs have another target than the track's {track['target']}")
-        r["number"], r["hardware"], r["losses"] = i + 1, feet[0]["hardware"], [foot["val_loss"] for foot in feet]
-        r["lines"] = len(r["logs"][0]["source"].strip().split("\n"))
-        r["rerun"] = read_logs(again, track, records[0]["logs"][0]["source"]) if again.is_dir() else None
-        r["speedup"] = mean_seconds(r["rerun"] or records[0]["logs"]) / r["seconds"]
-        r["p"] = p_value(r["losses"], track["target"]) if i > 0 else math.nan
-        r["mark"] = "" if i == 0 or len(feet) >= MIN_TRIALS and r["p"] < ALPHA else "†"  # #1 defines the target
-    return track, records
+GREY = "#797979"  # of text and axes: as far from white as from black, so that plots read on either
+COLOURS = "#3b82f6 #d9700d #2f9e4f #e5484d #9a5fd6 #a8742f #d6409f #0f97a8".split()
 
 # -----------------------------------------------------------------------------
 # Tables
@@ -166,14 +59,21 @@ def track_section(folder, track, records):
         link = f"[logs]({folder.name}/{r['path'].name})"
         rows.append([f"{r['number']}{r['mark']}", show_seconds(r["seconds"]), f"{r['speedup']:.2f}x",
                      show_loss(r["losses"]), p, lines, r["title"], r["date"], r["hardware"], link])
-        if r["rerun"]:
-            notes.append(f"The speed-up of #{r['number']} is over the baseline re-run in alternation with it on the "
-                         f"same machine: {mean_seconds(r['rerun']):.1f} s, mean of {len(r['rerun'])}.")
-        elif r["hardware"] != records[0]["hardware"]:
-            notes.append(f"#{r['number']} ran on other hardware than #1: its speed-up is not like for like.")
+        number, rerun = r["number"], r["baseline"] or r["previous"]
+        if rerun:
+            whose = "over the baseline" if r["baseline"] else f"that of #{number - 1} times its own over #{number - 1}"
+            notes.append(f"The speed-up of #{number} is {whose} re-run in alternation with it on the same machine: "
+                         f"{show_seconds(mean_seconds(rerun))} s, mean of {len(rerun)}.")
+        elif r["hardware"] != r["rival"][0]["footer"]["hardware"]:
+            notes.append(f"#{number} ran on other hardware than #{number - 1}: its speed-up is not like for like.")
     out.append(table(COLUMNS, rows))
     notes += [PROVISIONAL] * any(r["mark"] for r in records)
     return "\n\n".join(out + notes + [f"![validation loss against train time]({folder.name}/loss.png)"])
+
+def trials_table(logs):
+    """The trials in the README.md of a record's folder."""
+    feet = sorted((log["footer"] for log in logs), key=lambda foot: foot["seed"])
+    return table(TRIALS, [[f["seed"], f"{f['val_loss']:.5f}", f"{f['train_seconds']:.3f}"] for f in feet])
 
 def summary(tracks):
     """The block in the front page: of every track the fastest record that is not provisional, and the baseline."""
@@ -190,14 +90,20 @@ def summary(tracks):
                          track["target"], r["hardware"], r["date"]])
     return table(FRONT_COLUMNS, rows) + f"\n\n{PROVISIONAL}" * any("†" in row[1] for row in rows)
 
-def build(root=ROOT):
-    """Everything this script writes but the plots: {path relative to root: text}. ValueError if a log is amiss."""
-    tracks = [(path.parent, *read_track(path.parent)) for path in sorted(Path(root, "records").glob("*/track.json"))]
+def read_tracks(root=ROOT):
+    """All tracks: [(folder, track.json, its records)]. ValueError if a log is amiss."""
+    return [(path.parent, *read_track(path.parent)) for path in sorted(Path(root, "records").glob("*/track.json"))]
+
+def build(root=ROOT, tracks=None):
+    """Everything this script writes but the plots: {path relative to root: text}."""
+    tracks = tracks or read_tracks(root)
     head = f"""# Records
 
 Written by `python records/leaderboard.py` from the logs in this folder: do not edit. Time is training time, without
 start-up and evaluation. Speed-up is over record #1, the baseline. p is that of a one-sided t-test that the mean loss
 reaches the target: a record needs at least {MIN_TRIALS} trials and p < {ALPHA}. Lines count the training script."""
+    if any(len(records) > 1 for _, _, records in tracks):
+        head += "\n\n![speed-up over the baseline, record by record](history.png)"
     files = {"records/README.md": "\n\n".join([head] + [track_section(*track) for track in tracks]) + "\n"}
     if (front := Path(root, "README.md")).is_file():
         before, start, rest = front.read_text(encoding="utf-8").partition(START)
@@ -210,22 +116,66 @@ reaches the target: a record needs at least {MIN_TRIALS} trials and p < {ALPHA}.
 # -----------------------------------------------------------------------------
 # Plots
 
-def plot(folder):
-    """Draw <folder>/loss.png. Mid-grey on a transparent ground reads on white and on black."""
-    from matplotlib import figure, rc_context  # here, so that the tables need numpy alone
-    track, records = read_track(folder)
+def draw_losses(ax, title, target, curves):
+    """Loss against train time. curves: [(label, [trial's steps as parse_log gives them])], a colour for each."""
+    ends = [steps[-1][1] for _, trials in curves for steps in trials]
+    for k, (label, trials) in enumerate(curves):
+        label = textwrap.shorten(label, 46, placeholder=" …")
+        for j, steps in enumerate(trials):
+            points = [(seconds, loss) for _, seconds, loss in steps if seconds > 0]  # log axis: no 0
+            ax.plot(*zip(*points), color=COLOURS[k % len(COLOURS)], linewidth=1, marker=".", markersize=3,
+                    label="" if j else label)
+    if target:
+        ax.axhline(target, color=GREY, linestyle="--", linewidth=1, label=f"target {target}")
+    ax.set(xscale="log" if max(ends) > 4 * min(ends) else "linear", xlabel="train time (s)", ylabel="validation loss",
+           title=title)
+    ax.xaxis.set_major_formatter("{x:g}")
+
+def draw_history(ax, history):
+    """Speed-up by record, a line for each track. history: [(track, [(speed-up, seconds) of each record])]."""
+    for k, (name, records) in enumerate(history):
+        colour = COLOURS[k % len(COLOURS)]
+        ax.plot(range(1, len(records) + 1), [gain for gain, _ in records], color=colour, marker="o", label=name)
+        for i, (gain, seconds) in enumerate(records[1:], 2):
+            ax.annotate(f"{show_seconds(seconds)} s", (i, gain), (6, 4), textcoords="offset points", color=colour)
+    ax.set(yscale="log", xlabel="record", ylabel="speed-up over the baseline", title="record history",
+           xticks=range(1, 1 + max(len(records) for _, records in history)))
+    ax.yaxis.set_major_formatter("{x:g}x")
+    ax.margins(x=0.12, y=0.12)
+
+def save_plot(path, draw, *arguments):
+    """A PNG of draw(axes, *arguments) on a transparent ground, with a digest of what it shows."""
+    from matplotlib import figure, rc_context  # here, so that the tables need no plots
     parts = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color"
-    with rc_context({part: "#808080" for part in parts.split()}):
-        ax = figure.Figure(figsize=(8, 4.5), layout="constrained").subplots()
-        for r in records:
-            for k, log in enumerate(r["logs"]):
-                points = [(seconds, loss) for _, seconds, loss in log["steps"] if seconds > 0]  # log axis: no 0
-                label = "" if k else f"#{r['number']} {r['title']}"
-                ax.plot(*zip(*points), color=f"C{(r['number'] - 1) % 10}", linewidth=0.8, label=label)
-        ax.axhline(track["target"], color="#808080", linestyle="--", linewidth=1, label=f"target {track['target']}")
-        ax.set(xscale="log", xlabel="train time (s)", ylabel="validation loss", title=folder.name)
-        ax.legend(frameon=False)
-        ax.figure.savefig(folder / "loss.png", dpi=150, transparent=True, metadata={"Software": None})
+    with rc_context({part: GREY for part in parts.split()} | {"font.size": 11}):
+        ax = figure.Figure(figsize=(8, 5), layout="constrained").subplots()
+        draw(ax, *arguments)
+        ax.grid(color=GREY, alpha=0.2)
+        ax.figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        ax.figure.savefig(path, dpi=150, transparent=True,
+                          metadata={"Software": None, "Description": plot_digest(draw, *arguments)})
+
+def plot_digest(draw, *arguments):
+    return hashlib.sha256(repr((draw.__name__, GREY, COLOURS, arguments)).encode()).hexdigest()
+
+def plots(root, tracks):
+    """The plots that belong beside the tables: {path: arguments of save_plot}."""
+    found, history = {}, []
+    for folder, track, records in tracks:
+        curves = [(f"#{r['number']} {r['title']}", [log["steps"] for log in r["logs"]]) for r in records]
+        if records:
+            found[folder / "loss.png"] = draw_losses, folder.name, track["target"], curves
+        if len(records) > 1:
+            history.append((folder.name, [(round(r["speedup"], 4), round(r["seconds"], 4)) for r in records]))
+    return found | ({Path(root, "records", "history.png"): (draw_history, history)} if history else {})
+
+def stale(root=ROOT):
+    """What on disk is not as the logs say: {path: the right text, or the arguments of save_plot}."""
+    tracks = read_tracks(root)
+    texts = {Path(root, name): text for name, text in build(root, tracks).items()}
+    old = {path: text for path, text in texts.items() if not path.is_file() or path.read_text("utf-8") != text}
+    return old | {path: plot for path, plot in plots(root, tracks).items()
+                  if not path.is_file() or plot_digest(*plot).encode() not in path.read_bytes()}
 
 def main(argv, root=ROOT):
     """Returns the exit status."""
@@ -233,21 +183,18 @@ def main(argv, root=ROOT):
         print(__doc__.strip(), file=sys.stderr)
         return 2
     try:
-        files = {Path(root, name): text for name, text in build(root).items()}
+        old = stale(root)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    if "--check" in argv:
-        for path in stale:
+    for path, content in old.items():
+        if "--check" in argv:
             print(f"{path} is not what the logs say: run python records/leaderboard.py", file=sys.stderr)
-        return int(bool(stale))
-    for path in stale:
-        path.write_text(files[path], encoding="utf-8")
-    for path in Path(root, "records").glob("*/track.json"):
-        if any(path.parent.glob("*/*.log")):
-            plot(path.parent)
-    return 0
+        elif isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+        else:
+            save_plot(path, *content)
+    return int("--check" in argv and bool(old))
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -250,7 +250,7 @@ def test_text(tmp_path, monkeypatch):
 @pytest.mark.parametrize("argv,message", [
     (["--data=nowhere"], "python data/scenes.py --objects"),
     (["--frozen=none.npz"], "is missing: it belongs to the repository"),
-    (["--batch=301"], "more than the 300 there are"),
+    (["--batch=301"], "more than the 300 training examples there are"),
     (["--head_dim=24"], "not a multiple of head_dim"),
     (["--load=none.safetensors"], "is not a checkpoint of this script"),
 ])

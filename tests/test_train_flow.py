@@ -1,0 +1,323 @@
+"""train_flow.py: the velocity, evaluation, samplers, whole runs on tiny data."""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import leaderboard
+import train_flow
+from train_flow import Fault, sample
+
+ROOT = Path(__file__).resolve().parent.parent
+DIMS = {"dim": 32, "head_dim": 16, "depth": 1}
+SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=16", "--eval_batch=40",
+         "--quality_pictures=0"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SIDE, CLASSES = 32, 24
+
+
+def small_model(std=0.0):
+    """A small model in float32; with std what starts at zero is drawn at random."""
+    torch.manual_seed(0)
+    model = train_flow.Flow(dataclasses.replace(train_flow.CONFIGS["cpu"], **DIMS), CLASSES, SIDE)
+    train_flow.init_weights(model)
+    if std:
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=std)
+    model.mean.uniform_(-0.5, 0.5)
+    model.sigma.fill_(0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return train_flow.read_frozen(train_flow.CONFIGS["cpu"])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with 300 training pictures and 100 validation draws, and the overrides that point there."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with np.load(ROOT / "data/frozen/objects64.npz") as arrays:
+        parts, about = {m: arrays[m] for m in ("pixels32", "label")}, arrays["modalities"]
+    (folder / "train").mkdir()
+    for m, rows in parts.items():
+        np.save(folder / "train" / f"{m}.npy", rows[:300])
+    meta = {"name": "objects64", "version": 1, "size": 64, "num": 300, "seed": 1,
+            "modalities": json.loads(bytes(about))}
+    (folder / "train/meta.json").write_text(json.dumps(meta))
+    np.savez(folder / "objects.npz", modalities=about, **{m: rows[:100] for m, rows in parts.items()})
+    with np.load(ROOT / "data/frozen/eval_flow.npz") as arrays:
+        np.savez(folder / "draws.npz", index=np.arange(100), t=(np.arange(100) + 0.5) / 100, seed=arrays["seed"][:100])
+    return folder, [f"--data={folder}/train", f"--frozen={folder}/objects.npz", f"--frozen_draws={folder}/draws.npz"]
+
+
+def make_root(folder):
+    folder.mkdir(exist_ok=True)
+    shutil.copy(train_flow.__file__, folder / "train_flow.py")
+    (folder / "data").symlink_to(ROOT / "data")
+    return folder
+
+
+def run_here(monkeypatch, root, argv):
+    monkeypatch.setattr(train_flow, "ROOT", root)
+    monkeypatch.setattr(train_flow, "matmul_peak", lambda device: 1e12)
+    monkeypatch.setattr(train_flow, "keep_memory", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    train_flow.main(argv)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Frozen draws and the velocity
+
+def test_frozen_draws(frozen):
+    pictures, times, noise, labels = frozen[:4]
+    assert pictures.shape == noise.shape == (2000, 3, SIDE, SIDE) and labels.max() < CLASSES == frozen[4]
+    assert -1 <= pictures.min() and pictures.max() <= 1
+    assert torch.equal((times * 2000).long().sort().values, torch.arange(2000)), "one time in every 2,000th"
+    assert noise.mean().abs() < 0.002 and abs(noise.std() - 1) < 0.002
+    assert (noise[0] - noise[1]).std() > 1
+
+
+def test_an_untrained_model_is_the_best_linear_guess():
+    """Around its mean the network's part is zero: the expected error is sigma^2 / spread^2, of any other guess more."""
+    model, n = small_model(), 400
+    torch.manual_seed(1)
+    x = model.mean + model.sigma * torch.randn(n, 3, SIDE, SIDE)
+    for t in (0.05, 0.3, 0.7, 0.95):
+        times, noise, labels = torch.full((n,), t), torch.randn_like(x), torch.zeros(n, dtype=torch.long)
+        with torch.no_grad():
+            found = train_flow.velocity_errors(model, x, times, noise, labels).mean().item()
+        spread = (1 - t) ** 2 * 0.3 ** 2 + t ** 2
+        assert found == pytest.approx(0.3 ** 2 / spread, rel=0.01)
+        z = (1 - t) * x + t * noise
+        for scale in (0.97, 1.03):
+            worse = scale * (model(z, times, labels) + model.mean) - model.mean
+            assert (worse - (noise - x)).square().mean().item() > found
+
+
+def test_fit():
+    model = small_model()
+    pictures = torch.randint(0, 256, (500, 3, SIDE, SIDE), dtype=torch.uint8)
+    model.fit(pictures)
+    x = train_flow.to_floats(pictures)
+    assert torch.allclose(model.mean, x.mean(0), atol=1e-5)
+    assert model.sigma.item() == pytest.approx((x - x.mean(0)).square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_a_patch_lands_where_it_was_seen():
+    """Changing one patch of the input changes the network's part there the most."""
+    model = small_model()
+    torch.nn.init.normal_(model.head.weight)
+    z, t, labels = torch.zeros(1, 3, SIDE, SIDE), torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)
+    changed = z.clone()
+    changed[:, :, 8:12, 20:24] += 3.0
+    with torch.no_grad():
+        far = (model(changed, t, labels) - model(z, t, labels)).abs().mean((0, 1))
+    blocks = far.view(8, 4, 8, 4).mean((1, 3))
+    assert blocks.argmax().item() == 2 * 8 + 5
+
+
+def test_conditions_matter():
+    model = small_model(std=0.2)
+    z, t = torch.randn(2, 3, SIDE, SIDE), torch.full((2,), 0.5)
+    same = model(z, t, torch.tensor([3, 3]))
+    assert not torch.allclose(same, model(z, t, torch.tensor([4, 4])), atol=1e-3)
+    assert not torch.allclose(same, model(z, t + 0.1, torch.tensor([3, 3])), atol=1e-3)
+
+
+def test_evaluation_against_a_plain_loop(frozen):
+    model, parts = small_model(std=0.1), [part[:50] for part in frozen[:4]]
+    config = dataclasses.replace(train_flow.CONFIGS["cpu"], eval_batch=20)
+    errors = []
+    with torch.no_grad():
+        for x, t, n, label in zip(*parts):
+            v = model(((1 - t) * x + t * n)[None], t[None], label[None])[0]
+            errors.append((v - (n - x)).square().mean().item())
+        found, quarters = train_flow.evaluate(model, *parts, config, 0, 1)
+    assert found == pytest.approx(np.mean(errors), rel=1e-4)
+    for q, value in enumerate(quarters):
+        assert value == pytest.approx(np.mean([e for e, t in zip(errors, parts[1]) if q <= 4 * t < q + 1]), rel=1e-4)
+
+
+def test_every_parameter_has_one_optimizer():
+    model = small_model()
+    muon, adam = train_flow.make_optimizers(model, train_flow.CONFIGS["cpu"], 0, 1)
+    hidden = [p for params, _ in muon.stacks for p in params]
+    taken = hidden + adam.param_groups[0]["params"]
+    assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
+    assert id(model.blocks[0].modulate.weight) not in {id(p) for p in hidden}, "AdaLN stays on Adam"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+class Point:
+    """The exact velocity towards one picture a class: v = (z - x) / t."""
+    side, classes = 8, 2
+
+    def __init__(self):
+        self.pictures = torch.stack([torch.full((3, 8, 8), value) for value in (-0.5, 0.5, 0.0)])
+        self.asked = []
+
+    def __call__(self, z, t, labels):
+        self.asked.append(t[0].item())
+        return (z - self.pictures[labels]) / t[:, None, None, None]
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun"])
+def test_solvers_reach_a_point(solver):
+    model, labels = Point(), torch.tensor([0, 1, 1])
+    for steps in (1, 7):
+        assert torch.allclose(sample(model, labels, steps, solver), model.pictures[labels], atol=1e-5)
+    assert min(model.asked) > 0, "the velocity is never asked for where there is no noise"
+
+
+def test_solvers_and_their_order():
+    """On Gaussian pictures the path is known: from noise n to mean + sigma n; a solver of order 2 is closer to it."""
+    model, labels = small_model(), torch.zeros(8, dtype=torch.long)
+    model.mean.zero_()
+    noise = torch.randn(8, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    gap = {(solver, steps): (sample(model, labels, steps, solver, noise=noise) - 0.3 * noise).abs().mean().item()
+           for solver in ("euler", "midpoint", "heun") for steps in (10, 20, 40)}
+    for solver, order in (("euler", 1), ("midpoint", 2)):
+        assert math.log2(gap[solver, 20] / gap[solver, 40]) == pytest.approx(order, abs=0.35)
+    assert gap["heun", 20] < gap["euler", 20] / 3 and gap["midpoint", 20] < gap["euler", 20] / 3
+
+
+def test_trajectory_and_shift():
+    model, labels = small_model(std=0.1), torch.arange(2)
+    made, path = sample(model, labels, 4, "euler", shift=3.0, return_trajectory=True)
+    times = [t for t, _ in path]
+    assert times[0] == 1 and times[-1] == 0 and times == sorted(times, reverse=True)
+    assert times[1:-1] == pytest.approx([3 * t / (1 + 2 * t) for t in (0.75, 0.5, 0.25)])
+    assert torch.equal(made, path[-1][1].clamp(-1, 1))
+    assert torch.equal(made, sample(model, labels, 4, "euler", shift=3.0))
+    assert not torch.equal(made, sample(model, labels, 4, "euler", shift=3.0, seed=1))
+
+
+def test_guidance():
+    model, labels = Point(), torch.tensor([0, 1])
+    guided = sample(model, labels, 5, "euler", guidance=1.5)
+    assert torch.allclose(guided, 1.5 * model.pictures[labels], atol=1e-5), "beyond the class, away from no class"
+    plain = sample(model, labels, 5, "euler")
+    assert torch.equal(plain, sample(model, labels, 5, "euler", guidance=1.5, interval=(2.0, 3.0)))
+
+
+def test_sample_refuses():
+    for settings in ({"solver": "rk4"}, {"steps": 0}, {"shift": 0}):
+        with pytest.raises(Fault, match="solvers are euler, midpoint, heun"):
+            sample(Point(), torch.zeros(1, dtype=torch.long), **settings)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+def test_run_and_load(tiny, tmp_path, monkeypatch):
+    root = make_root(tmp_path / "root")
+    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"])
+    log, = (root / "logs").iterdir()
+    log = leaderboard.parse_log(log)
+    assert [step for step, _, _ in log["steps"]] == [10, 20, 30]
+    assert log["footer"]["val_loss"] < 0.25 < 1 < log["footer"]["constant_loss"]
+    assert {p.name for p in (root / "samples").iterdir()} == {"flow.png", "flow.gif"}
+    weights, = (root / "checkpoints").iterdir()
+    again = make_root(tmp_path / "again")
+    run_here(monkeypatch, again, [*SMALL, *tiny[1], "--num_steps=0", f"--load={weights}"])
+    log2, = (again / "logs").iterdir()
+    assert leaderboard.parse_log(log2)["footer"]["val_loss"] == pytest.approx(log["footer"]["val_loss"], abs=0.005)
+
+
+def test_quality_numbers(frozen, tmp_path):
+    """The judge gets what was drawn: a sampler that returns the validation pictures themselves is near perfect."""
+    pictures, labels = frozen[0], frozen[3]
+    first = torch.stack([pictures[labels == c][0] for c in range(CLASSES)])
+    config = dataclasses.replace(train_flow.CONFIGS["cpu"], quality_pictures=CLASSES)
+    made = lambda model, labels, *_, return_trajectory=False, **__: (
+        (first[labels], [(1.0, first[labels]), (0.0, first[labels])]) if return_trajectory else first[labels])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_flow, "sample", made)
+        numbers = train_flow.write_samples(small_model(), config, frozen, tmp_path)
+    assert {numbers[f"accuracy_{steps}_steps"] for steps in (1, 2, 5, 10, 25, 50)} == {1.0}
+
+
+def test_pairs_of_reflow():
+    model = small_model(std=0.1)
+    pictures, labels, noise = train_flow.draw_pairs(model, 300, 0, "cpu")
+    assert pictures.dtype == torch.uint8 and len(pictures) == len(labels) == len(noise) == 300
+    again = sample(model, labels[250:], noise=noise[250:])
+    assert (train_flow.to_floats(pictures[250:]) - again).abs().max() <= 1 / 127
+
+
+def test_reflow_straightens(tiny, tmp_path, monkeypatch):
+    """Trained on its own pairs, a model's single Euler step comes closer to what its many steps draw."""
+    root, gaps = make_root(tmp_path / "root"), []
+    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=60", "--save=true"])
+    first, = (root / "checkpoints").iterdir()
+    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=150", "--seed=1", "--save=true", f"--load={first}",
+                                 "--reflow=200", "--label_drop=0"])
+    for path in (first, *(set((root / "checkpoints").iterdir()) - {first})):
+        model = small_model()
+        train_flow.load_checkpoint(path, model, dataclasses.replace(train_flow.CONFIGS["cpu"], **DIMS))
+        labels = torch.arange(CLASSES)
+        gaps.append((sample(model, labels, 1, "euler") - sample(model, labels, 25)).square().mean().item())
+    assert gaps[1] < 0.8 * gaps[0]
+
+
+@pytest.mark.parametrize("argv,message", [
+    (["--reflow=10"], "--reflow needs a model"),
+    (["--data=nowhere"], "python data/scenes.py --objects"),
+    (["--frozen=none.npz"], "is missing: it belongs to the repository"),
+    (["--batch=301"], "more than the 300 training examples there are"),
+    (["--head_dim=24"], "not a multiple of head_dim"),
+    (["--patch=5"], "do not tile pictures of 32"),
+    (["--pixels=label"], "is damaged"),
+    (["--load=none.safetensors"], "is not a checkpoint of this script"),
+    (["--num_steps=-1"], "num_steps must be at least 0"),
+])
+def test_bad_arguments(tiny, monkeypatch, tmp_path, argv, message):
+    root = make_root(tmp_path / "root")
+    with pytest.raises(Fault, match=message):
+        run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=10", *argv])
+    assert not list(root.glob("samples/*"))
+
+
+def test_damaged_shards(tiny, monkeypatch, tmp_path):
+    folder = shutil.copytree(tiny[0] / "train", tmp_path / "train")
+    np.save(folder / "label.npy", np.full((300, 1), 24, np.uint16))
+    with pytest.raises(Fault, match="is damaged .*delete it and run"):
+        run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, *tiny[1], f"--data={folder}"])
+    (folder / "pixels32.npy").write_bytes((folder / "pixels32.npy").read_bytes()[:-10])
+    with pytest.raises(Fault, match="is damaged .*delete it and run"):
+        run_here(monkeypatch, tmp_path / "root", [*SMALL, *tiny[1], f"--data={folder}"])
+
+
+def test_two_processes_are_the_same_run(tiny, tmp_path):
+    losses = {}
+    for world in (1, 2):
+        root = make_root(tmp_path / str(world))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10"]
+        done = subprocess.run([*launcher, "train_flow.py", *argv], cwd=root, env=ENV, capture_output=True, text=True,
+                              timeout=240)
+        assert done.returncode == 0, done.stderr
+        log, = (root / "logs").iterdir()
+        losses[world] = [loss for _, _, loss in leaderboard.parse_log(log)["steps"]]
+    assert losses[1] == pytest.approx(losses[2], abs=1e-3)
+
+
+def test_gpu_track_shapes():
+    config = train_flow.CONFIGS["gpu"]
+    with torch.device("meta"):
+        model = train_flow.Flow(config, CLASSES, 64)
+        v = model(torch.empty(2, 3, 64, 64), torch.empty(2), torch.zeros(2, dtype=torch.long))
+    assert v.shape == (2, 3, 64, 64)
