@@ -192,8 +192,7 @@ def save(model):
     part.replace(WEIGHTS)
 
 
-HEADING = "## Judge of the objects set"
-REPORT = HEADING + """
+REPORT = """## Judge of the objects set
 
 `classifier.safetensors`, {parameters:,} parameters in half precision: its accuracy over the {classes} classes, and
 Fréchet distances to the 2,000 validation pictures as rendered (exact, for models of pixels) and as their tokens give
@@ -208,7 +207,7 @@ them what faults cost. Written by `python data/classifier.py report`.
 
 def report(n=1000):
     """Replace the classifier's section of data/frozen/README.md."""
-    judge, coder, readme = load(), tokenizer.load_tokenizer(), tokenizer.FROZEN / "README.md"
+    judge, coder = load(), tokenizer.load_tokenizer()
     exact, decoded, labels = validation_set()
     pixels, rgb, label, _ = (array[:n] for array in training_set())
     torch.manual_seed(0)
@@ -228,7 +227,7 @@ def report(n=1000):
             for name, pictures, labels in cases]
     section = REPORT.format(parameters=sum(p.numel() for p in judge.parameters()), classes=len(world.CLASSES), n=n,
                             rows="\n".join(rows))
-    readme.write_text(readme.read_text().partition(HEADING)[0].rstrip() + "\n\n" + section)
+    tokenizer.write_sections(section)
     print(section)
 
 

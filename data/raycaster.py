@@ -14,6 +14,8 @@ import torch.nn.functional as F
 SHAPES = ("cube", "sphere", "cylinder")
 COLORS = {"gray": (87, 87, 87), "red": (173, 35, 35), "blue": (42, 75, 215), "green": (29, 125, 20),
           "brown": (129, 74, 25), "purple": (129, 38, 192), "cyan": (41, 208, 208), "yellow": (255, 238, 51)}
+MATERIALS = ("rubber", "metal")
+SIZES = ("small", "large")
 SEG_PALETTE = ((24, 26, 32), (235, 94, 85), (76, 161, 242), (250, 200, 80))  # ground, then SHAPES
 HALF = (0.74, 0.92, 0.80)  # of an object's radius: cube half side, sphere radius, cylinder radius and half height
 MAX_OBJECTS = 4

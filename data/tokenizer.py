@@ -1,16 +1,17 @@
-"""Tokenizers: one FSQ autoencoder for all image-like modalities, one tiktoken encoding for all scene texts.
+"""Tokenizers: one FSQ autoencoder for all image-like modalities, tiktoken encodings for scene texts and for questions.
 
 Image tokens: a small convolutional autoencoder with finite scalar quantisation (arXiv:2309.15505): 8x downsampling,
 four digits of eight levels each, so a vocabulary of 4096. A 64 px picture is 8x8 tokens, a 128 px picture 16x16.
 
     python data/tokenizer.py train                   # 30 minutes on 2 CPU cores -> data/frozen/tokenizer.safetensors
-    python data/tokenizer.py text                    # the text encoding (needs rustbpe) -> data/frozen/text.tiktoken
+    python data/tokenizer.py text                    # the encodings (rustbpe) -> data/frozen/{text,qa}.tiktoken
     python data/tokenizer.py report                  # PSNR per modality -> data/frozen/README.md, samples/tokenizer.png
 """
 import argparse
 import base64
 import math
 import random
+import re
 import time
 from pathlib import Path
 
@@ -22,12 +23,12 @@ from torch import nn
 from tqdm import tqdm
 
 FROZEN = Path(__file__).resolve().parent / "frozen"
-WEIGHTS, TEXT = FROZEN / "tokenizer.safetensors", FROZEN / "text.tiktoken"
+WEIGHTS, TEXT, QA = FROZEN / "tokenizer.safetensors", FROZEN / "text.tiktoken", FROZEN / "qa.tiktoken"
 LEVELS, DIGITS = 8, 4
 VOCAB = LEVELS ** DIGITS
-TEXT_VOCAB = 512
-# pieces of text that merges never cross: every fact of a description, words, digits, single marks
-TEXT_PATTERN = (r" ?Object \d - Position: x=\d+| y=\d+| Shape: \w+| Color: \w+| Material: \w+\.|"
+TEXT_VOCAB = 512  # of each encoding
+# pieces of text that merges never cross: a turn's headings, every fact of a description, words, digits, single marks
+TEXT_PATTERN = (r"Question:| Answer:| ?Object \d - Position: x=\d+| y=\d+| Shape: \w+| Color: \w+| Material: \w+\.|"
                 r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\s")
 
 
@@ -110,12 +111,12 @@ def load_tokenizer(device="cpu", path=WEIGHTS):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Text encoding
+# Text encodings
 
-def load_text():
-    """The scenes' tiktoken.Encoding, vocabulary TEXT_VOCAB with <|end|> and <|pad|> as its last two ids."""
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, TEXT.read_text().splitlines())}
-    return tiktoken.Encoding("scenes", pat_str=TEXT_PATTERN, mergeable_ranks=ranks,
+def load_text(path=TEXT):
+    """The tiktoken.Encoding in a file, vocabulary TEXT_VOCAB with <|end|> and <|pad|> as its last two ids."""
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
+    return tiktoken.Encoding(path.stem, pat_str=TEXT_PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|end|>": TEXT_VOCAB - 2, "<|pad|>": TEXT_VOCAB - 1})
 
 
@@ -136,20 +137,25 @@ def decode_text(encoding, row):
 
 
 def train_text():
-    """Learn the merges on 20,000 scenes' texts with rustbpe and write them in tiktoken's format."""
-    import rustbpe
+    """Learn the merges of both encodings on the texts of 20,000 scenes and on questions about them."""
+    import questions
     import scenes as world
     scenes, rng = world.sample_scenes(20000, seed=1), random.Random(0)
     objects = world.facts(scenes, torch.zeros(20000, 1, 1, dtype=torch.long))
-    texts = [text for o in objects for text in (world.describe(o), world.caption(o, rng))]
+    learn_text(TEXT, [text for o in objects for text in (world.describe(o), world.caption(o, rng))])
+    learn_text(QA, [questions.text(turns) for turns in questions.ask(objects, rng)])
+
+
+def learn_text(path, texts):
+    """Learn an encoding's merges with rustbpe and write them in tiktoken's format."""
+    import rustbpe
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(iter(texts), TEXT_VOCAB - 2, pattern=TEXT_PATTERN)
     ranks = sorted((rank, bytes(token)) for token, rank in bpe.get_mergeable_ranks())
-    TEXT.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks))
-    encoding = load_text()
-    lengths = torch.tensor([[len(encoding.encode_ordinary(t)) + 1 for t in texts[i::2]] for i in (0, 1)]).float()
-    print(f"{len(ranks)} tokens; desc mean {lengths[0].mean():.1f} max {lengths[0].max():.0f}, "
-          f"caption mean {lengths[1].mean():.1f} max {lengths[1].max():.0f}")
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks))
+    encoding = load_text(path)
+    lengths = [len(encoding.encode_ordinary(text)) + 1 for text in texts]
+    print(f"{path.name}: {len(ranks)} tokens; a text is {sum(lengths) / len(texts):.1f} long, {max(lengths)} at most")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -237,10 +243,11 @@ What makes losses comparable everywhere; never edited, hash-checked by every run
 | `scenes64.npz`, `scenes128.npz` | 2,000 validation scenes: tokens of every modality, texts, and the scenes themselves (`python data/scenes.py --frozen`) |
 | `eval_4m_64.npz`, `eval_4m_128.npz` | which of their tokens are inputs and which are targets (`python data/eval_masks.py`) |
 | `objects64.npz` | 2,000 validation scenes with one object: label and rgb tokens, pixels at 32 x 32, and the scenes (`python data/scenes.py --objects --frozen`) |
+| `qa64.npz` | 2,000 validation scenes with questions: pixels, tokens, where the answers are, families, and the scenes, those of `scenes64.npz` (`python data/scenes.py --qa --frozen`) |
 | `eval_maskgit_64.npz` | which of their rgb tokens are masked (`python data/eval_masks.py`) |
 | `classifier.safetensors` | judge of generated pictures of one object (`python data/classifier.py train`) |
 | `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/tokenizer.py train --minutes=14`, then `--minutes=5 --resume`, on earlier forms of this world) |
-| `text.tiktoken` | text encoding in tiktoken's format (`python data/tokenizer.py text`) |
+| `text.tiktoken`, `qa.tiktoken` | encodings of the scenes' texts and of questions in tiktoken's format (`python data/tokenizer.py text`) |
 | `4m.safetensors` | nano4M trained longer than a record (`python train_4m.py --load=data/frozen/4m.safetensors --num_steps=0`) |
 | `gpt.safetensors`, `gpt_draft.safetensors` | GPTs trained longer than a record: four blocks of dim 192, and the record's shape (`python train_gpt.py --depth=4 --dim=192 --orders=3 --window=128 --load=data/frozen/gpt.safetensors --draft=data/frozen/gpt_draft.safetensors --num_steps=0`) |
 
@@ -274,10 +281,17 @@ def report():
             draw.sheet(sheet, FROZEN.parents[1] / "samples" / "tokenizer.png")
     text = REPORT.format(parameters=sum(p.numel() for p in model.parameters()), vocab=VOCAB, rows="\n".join(rows),
                          names=" | ".join(world.IMAGES), rule="---|" * (len(world.IMAGES) - 1) + "---")
-    readme = FROZEN / "README.md"
-    judge = "".join(readme.read_text().partition("\n## Judge")[1:])  # written by classifier.py
-    readme.write_text(text + judge)
+    write_sections(text)
     print(text)
+
+
+def write_sections(text):
+    """Put the sections of a Markdown text into data/frozen/README.md, in place of those with the same headings."""
+    def sections(text):
+        parts = filter(None, re.split(r"^(?=#+ )", text, flags=re.M))
+        return {part.partition("\n")[0]: part.strip() + "\n" for part in parts}
+    readme = FROZEN / "README.md"
+    readme.write_text("\n".join((sections(readme.read_text()) | sections(text)).values()))
 
 
 if __name__ == "__main__":

@@ -225,8 +225,8 @@ def hub(root, tmp_path, monkeypatch):
         fake.fetched.append(name)
         (local_dir / name).write_bytes(data)
 
-    monkeypatch.setattr(fineweb, "HfApi", lambda: types.SimpleNamespace(get_paths_info=get_paths_info))
-    monkeypatch.setattr(fineweb, "hf_hub_download", download)
+    monkeypatch.setattr("hub.HfApi", lambda: types.SimpleNamespace(get_paths_info=get_paths_info))
+    monkeypatch.setattr("hub.hf_hub_download", download)
     return fake
 
 
@@ -282,7 +282,7 @@ def test_fineweb_without_a_network(root, hub, monkeypatch):
     fineweb.main(1)
     assert names(root / "fineweb") == {"val_000000.bin", "train_000001.bin", "meta.json"}
     assert hub.fetched.count("fineweb_val_000000.bin") == 1
-    monkeypatch.setattr(fineweb, "HfApi", lambda: types.SimpleNamespace(get_paths_info=no_network))
+    monkeypatch.setattr("hub.HfApi", lambda: types.SimpleNamespace(get_paths_info=no_network))
     fineweb.main(1)
     with pytest.raises(SystemExit) as caught:
         fineweb.main(2)

@@ -1,0 +1,131 @@
+"""What fineweb.py, cifar10.py and cauldron.py share: pinned files of the Hugging Face hub, and sets of pictures.
+
+A set of pictures is data/<name>/train with meta.json and <array>.npy, num rows each, and for validation
+data/<name>/val.npz with arrays of the same names, and `modalities`, that part of meta.json as bytes.
+"""
+import contextlib
+import json
+import shutil
+import sys
+
+import numpy as np
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+
+from streams import sha256
+
+
+class Fault(Exception):
+    """What went wrong, in one sentence."""
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def sentences(script):
+    """Around a main function: what goes wrong inside ends the program with one sentence, led by the script's name."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: interrupted; run the same command to continue")
+    except (Fault, OSError) as error:
+        sys.exit(f"{script}: {first_line(error)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files of the hub
+
+class Source:
+    """A dataset of the hub at one revision. All methods raise Fault if they fail."""
+
+    def __init__(self, repo, revision):
+        self.repo, self.revision = repo, revision
+
+    def ask(self, what, function, *arguments, **options):
+        """What a function of the hub returns for this dataset."""
+        try:
+            return function(self.repo, *arguments, repo_type="dataset", revision=self.revision, **options)
+        except (RemoteEntryNotFoundError, RevisionNotFoundError):
+            raise Fault(f"{what}: {self.repo} has no such thing at revision {self.revision}") from None
+        except Exception as error:  # those of the hub, of HTTP and of its transfer library share no other base
+            raise Fault(f"{what} did not come from the Hugging Face hub; run this again, it goes on where it stopped "
+                        f"({type(error).__name__}: {first_line(error)})") from None
+
+    def commit(self):
+        """The commit that the revision stands for."""
+        return self.ask(f"revision {self.revision}", HfApi().repo_info).sha
+
+    def files(self, folder):
+        """{path: sha256} of the parquet files in a folder, at least one, in the order of their names."""
+        tree = self.ask(folder, lambda *repo, **options: list(HfApi().list_repo_tree(*repo, **options)), folder)
+        hashes = {info.path: info.lfs.sha256 for info in tree if getattr(info, "lfs", None)}
+        if not (paths := sorted(path for path in hashes if path.endswith(".parquet"))):
+            raise Fault(f"{folder}: {self.repo} has no parquet files there at revision {self.revision}")
+        return {path: hashes[path] for path in paths}
+
+    def hashes(self, names):
+        """{name: sha256} of some files as the hub states them."""
+        infos = self.ask("the list of files", HfApi().get_paths_info, names)
+        hashes = {info.path: info.lfs.sha256 for info in infos if getattr(info, "lfs", None)}
+        if missing := [name for name in names if name not in hashes]:
+            raise Fault(f"{self.repo} has no file {missing[0]} at revision {self.revision}")
+        return hashes
+
+    def fetch(self, name, digest, path, check=None):
+        """Download a file into part/ beside path, check it, then move it to path, which is returned.
+
+        Nothing is downloaded if it is there already; what an interruption leaves in part/ is for the next run.
+        check: a function of the downloaded file's path that raises ValueError if the file is not what it should be.
+        """
+        if path.exists() and sha256(path) == digest:
+            return path
+        part = path.with_name("part")
+        self.ask(name, hf_hub_download, name, local_dir=part)
+        try:
+            if (found := sha256(part / name)) != digest:
+                raise ValueError(f"{name} has sha256 {found}, and {digest} was expected")
+            if check:
+                check(part / name)
+        except ValueError as error:
+            shutil.rmtree(part)  # with what the hub's client noted about it
+            raise Fault(f"{error}: it was not kept; run this again") from None
+        return (part / name).replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sets of pictures
+
+def verified(folder, identity):
+    """Whether the set is there. Fault if it is, and damaged or with something else in meta.json than identity has."""
+    out = folder / "train"
+    if not out.exists():
+        return False
+    try:
+        meta = json.loads((out / "meta.json").read_text())
+        different = [key for key in identity if meta.get(key) != identity[key]]
+        wrong = [name for name in meta["sha256"] if sha256(out / name) != meta["sha256"][name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # also a meta.json of another shape
+        raise Fault(f"{out} is damaged ({error}); delete {folder} and run this again") from None
+    if different:
+        raise Fault(f"{out} was made with another {', '.join(different)}; delete {folder} to make this one")
+    if wrong:
+        raise Fault(f"{out} is damaged ({wrong[0]} is not what was written); delete {folder} and run this again")
+    print(f"{folder} is there and whole")
+    return True
+
+
+def finish(folder, meta, kinds, train, val):
+    """Write a set: the arrays of train and val, and meta.json with meta and the modalities `kinds`."""
+    part = folder / "train.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for name, array in train.items():
+        np.save(part / f"{name}.npy", array)
+    np.savez_compressed(part / "val.npz", **val, modalities=np.frombuffer(json.dumps(kinds).encode(), np.uint8))
+    hashes = {path.name: sha256(path) for path in sorted(part.glob("*.npy"))}
+    path = (part / "val.npz").replace(folder / "val.npz")
+    meta = {**meta, "modalities": kinds, "sha256": {**hashes, "../val.npz": sha256(path)}}
+    (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    part.rename(folder / "train")
