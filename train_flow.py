@@ -55,7 +55,7 @@ class Config:
     mlp_ratio: int = 4
     patch: int = 4  # pixels across a token
     # schedule
-    num_steps: int = 235
+    num_steps: int = 260
     batch: int = 40  # pictures a step, over all processes
     label_drop: float = 0.1  # share of pictures without their label, for classifier-free guidance
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
