@@ -1,17 +1,17 @@
 """The scenes world: a procedural, CLEVR-style world in which every modality is exact and aligned.
 
 A scene is a camera, a lamp and 1-4 objects on a ground plane. data/raycaster.py renders rgb, depth, normal, seg and
-edge; desc, caption and bbox are written from the scene itself. Image-like modalities are stored as tokens of
-data/tokenizer.py, texts as tokens of its text encoding.
+edge; desc, caption and bbox are written from the scene itself, questions and answers by data/questions.py. Image-like
+modalities are stored as tokens of data/tokenizer.py (with questions: as pixels), texts as tokens of its encodings.
 
     python data/scenes.py                            # 20,000 training scenes at 64 px -> data/scenes64/train
     python data/scenes.py --size=128 --num=200000    # the gpu track's set            -> data/scenes128/train
     python data/scenes.py --objects                  # 20,000 with one object, labels -> data/objects64, data/scenes
-    python data/scenes.py [--objects] --preview      # a contact sheet                -> samples/scenes.png, objects.png
-    python data/scenes.py [--objects] --frozen       # remake data/frozen/{scenes,objects}<size>.npz (maintainers only)
+    python data/scenes.py --qa                       # the first set's scenes, pixels and questions -> data/qa64
+    python data/scenes.py [--objects|--qa] --preview # a contact sheet      -> samples/{scenes,objects,qa}.png
+    python data/scenes.py [--objects|--qa] --frozen  # remake data/frozen/{scenes,objects,qa}<size>.npz (maintainers)
 """
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -27,14 +27,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import draw
+import questions
 import streams
 import tokenizer
-from raycaster import COLORS, HALF, MAX_OBJECTS, SHAPES, primary_rays, project, render, trace, unproject
+from raycaster import (COLORS, HALF, MATERIALS, MAX_OBJECTS, SHAPES, SIZES, primary_rays, project, render, trace,
+                       unproject)
+from streams import sha256
 
 VERSION = 1  # of everything that decides the content of a scene; raise it and every frozen number is void
 ROOT = Path(__file__).resolve().parent
-MATERIALS = ("rubber", "metal")
-SIZES = ("small", "large")
 RADIUS = (0.72, 1.05)  # world units, of a small / large object's footprint
 # Jitter, turns and places come in steps and the camera looks from afar, so that an object looks alike wherever it
 # stands on the token grid, and a small model learns the world in minutes. Camera and objects turn by the same step: a
@@ -48,7 +49,8 @@ MIN_VISIBLE = 0.012  # of the frame's pixels every described object shows at lea
 IMAGES = ("rgb", "depth", "normal", "seg", "edge")
 BBOX_BINS = 64  # coordinate tokens per side, one set for each of xmin, ymin, xmax, ymax, as in 4M
 BBOX_PAD, BBOX_EOS, BBOX_VOCAB = 0, 1, 2 + 4 * BBOX_BINS + len(SHAPES)
-LENGTHS = {"desc": 24, "caption": 48, "bbox": 5 * MAX_OBJECTS + 1}  # tokens with the end token; images: (size / 8)^2
+LENGTHS = {"desc": 24, "caption": 48, "bbox": 5 * MAX_OBJECTS + 1,  # tokens with the end token; images: (size / 8)^2
+           "qa": 88}  # four of the longest questions fit
 CHUNK = 1000  # scenes made between two points of resumption
 CLASSES = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)  # of the objects set: shape * 8 + color
 LOOK = (len(SHAPES), len(COLORS), 2, 2, 4, 3, 2, PLACES, PLACES)  # values of what `look` counts, in its order
@@ -217,16 +219,14 @@ def stop(message):
     sys.exit(f"scenes.py: {message}")
 
 
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def modalities(size, objects=False):
-    """Length, vocabulary and pad id (-1: none) of each modality of the shards at this picture size."""
+def modalities(size, kind="scenes"):
+    """Length, vocabulary and pad id (-1: none) of each modality of the scenes, objects or qa shards at this size."""
     image = {"length": (size // 8) ** 2, "vocab": tokenizer.VOCAB, "pad": -1}
-    if objects:
-        return {"label": {"length": 1, "vocab": len(CLASSES), "pad": -1}, "rgb": image}
     text = {"vocab": tokenizer.TEXT_VOCAB, "pad": tokenizer.TEXT_VOCAB - 1}
+    if kind == "objects":
+        return {"label": {"length": 1, "vocab": len(CLASSES), "pad": -1}, "rgb": image}
+    if kind == "qa":
+        return {"qa": {"length": LENGTHS["qa"], **text}}
     return {**{m: image for m in IMAGES}, "desc": {"length": LENGTHS["desc"], **text},
             "caption": {"length": LENGTHS["caption"], **text},
             "bbox": {"length": LENGTHS["bbox"], "vocab": BBOX_VOCAB, "pad": BBOX_PAD}}
@@ -260,13 +260,37 @@ def make_objects(n, size, seed, device, coder, encoding=None, avoid=()):
                     "look": look(scenes), "pixels32": (F.avg_pool2d(rgb, 2) * 255).round().byte().cpu().numpy()}, {}
 
 
-def make_shards(size, num, seed, device, objects=False):
-    """Write data/{scenes,objects}<size>/train: an array of num rows a modality and meta.json. Resumes, or verifies."""
-    name = f"objects{size}" if objects else f"scenes{size}"
+def make_qa(n, size, seed, device, coder, encoding):
+    """n scenes in the form of make_tokens, those it makes with the same seed, and questions about them.
+
+    pixels (n, 3, size, size) uint8; qa tokens; answer (n, length) uint8, 1 to 4 where that turn's answer is; family
+    (n, 4) uint8, of questions.FAMILIES counted from 1 on, 0: no such turn.
+    """
+    scenes = sample_scenes(n, seed, device)
+    images, index = render(scenes, size)
+    dialogues = questions.ask(facts(scenes, index), random.Random(seed))
+    tokens, marks = zip(*(questions.encode(encoding, turns, LENGTHS["qa"]) for turns in dialogues))
+    families = [[family for family, _, _ in turns] + [0] * (questions.MOST - len(turns)) for turns in dialogues]
+    return scenes, {"pixels": (images["rgb"] * 255).round().byte().cpu().numpy(), "qa": np.array(tokens, np.uint16),
+                    "answer": np.array(marks, np.uint8), "family": np.array(families, np.uint8)}, {}
+
+
+def maker(kind, device):
+    """A function (n, size, seed) -> as make_tokens, for a kind of set."""
+    make = {"scenes": make_tokens, "objects": make_objects, "qa": make_qa}[kind]
+    coder = tokenizer.load_tokenizer(device)
+    encoding = tokenizer.load_text(tokenizer.QA if kind == "qa" else tokenizer.TEXT)
+    return lambda n, size, seed, **more: make(n, size, seed, device, coder, encoding, **more)
+
+
+def make_shards(size, num, seed, device, kind="scenes"):
+    """Write data/<kind><size>/train: an array of num rows a modality and meta.json. Resumes, or verifies."""
+    name = f"{kind}{size}"
     out = ROOT / name / "train"
     part = out.with_name("train.part")
-    identity = {"name": name, "version": VERSION, "size": size, "num": num, "seed": seed,
-                "tokenizer": sha256(tokenizer.WEIGHTS), "text": sha256(tokenizer.TEXT)}
+    identity = {"name": name, "version": VERSION, "size": size, "num": num, "seed": seed}
+    identity |= ({"questions": questions.VERSION, "text": sha256(tokenizer.QA)} if kind == "qa" else
+                 {"tokenizer": sha256(tokenizer.WEIGHTS), "text": sha256(tokenizer.TEXT)})
     if out.exists():
         try:
             meta = json.loads((out / "meta.json").read_text())
@@ -279,11 +303,14 @@ def make_shards(size, num, seed, device, objects=False):
             stop(f"{out} is damaged ({wrong[0]}.npy is not what was written); delete it and run this again")
         print(f"{out}: {num:,} scenes, already there and verified")
         return
-    kinds, state, done, make = modalities(size, objects), part / "state.json", 0, make_tokens
-    forms = {m: ((kind["length"],), np.uint16) for m, kind in kinds.items()}
-    if objects:
+    kinds, state, done, more = modalities(size, kind), part / "state.json", 0, {}
+    forms = {m: ((about["length"],), np.uint16) for m, about in kinds.items()}
+    if kind == "objects":
         forms |= {"look": ((), np.int32), "pixels32": ((3, 32, 32), np.uint8)}
-        make = functools.partial(make_objects, avoid=look(load_frozen_scenes(size, 2000, "objects")))
+        more = {"avoid": look(load_frozen_scenes(size, 2000, "objects"))}
+    if kind == "qa":
+        forms |= {"pixels": ((3, size, size), np.uint8), "answer": ((LENGTHS["qa"],), np.uint8),
+                  "family": ((questions.MOST,), np.uint8)}
     if state.exists() and json.loads(state.read_text())["identity"] == identity:
         done = json.loads(state.read_text())["done"]
         arrays = {m: np.lib.format.open_memmap(part / f"{m}.npy", "r+") for m in forms}
@@ -292,11 +319,11 @@ def make_shards(size, num, seed, device, objects=False):
         part.mkdir(parents=True)
         arrays = {m: np.lib.format.open_memmap(part / f"{m}.npy", "w+", dtype, (num, *shape))
                   for m, (shape, dtype) in forms.items()}
-    coder, encoding = tokenizer.load_tokenizer(device), tokenizer.load_text()
+    make = maker(kind, device)
     with tqdm(total=num, initial=done, unit=" scenes", desc=name) as bar:
         while done < num:
             n = min(CHUNK, num - done)
-            tokens = make(n, size, (seed << 32) + done // CHUNK, device, coder, encoding)[1]
+            tokens = make(n, size, (seed << 32) + done // CHUNK, **more)[1]
             for m, array in arrays.items():
                 array[done:done + n] = tokens[m]
                 array.flush()
@@ -310,16 +337,19 @@ def make_shards(size, num, seed, device, objects=False):
     state.unlink()
     part.rename(out)
     print(f"{out}: {num:,} scenes")
+    if kind == "qa":
+        turns = questions.decode(np.load(out / "qa.npy"), np.load(out / "family.npy"))
+        print("Answers guessed right without the picture, from every other question:\n"
+              + questions.table(turns[::2], turns[1::2]))
 
 
-def make_frozen(size, device, num=2000, seed=1 << 20, objects=False):
-    """Write data/frozen/scenes<size>.npz (objects<size>.npz): the validation set's tokens, texts, pixels and scenes."""
-    coder, encoding = tokenizer.load_tokenizer(device), tokenizer.load_text()
-    scenes, tokens, texts = (make_objects if objects else make_tokens)(num, size, seed << 32, device, coder, encoding)
+def make_frozen(size, device, num=2000, seed=1 << 20, kind="scenes"):
+    """Write data/frozen/<kind><size>.npz: the validation set's tokens, texts, pixels and scenes."""
+    scenes, tokens, texts = maker(kind, device)(num, size, seed << 32)
     texts = {f"{m}_text": np.frombuffer("\n".join(lines).encode(), np.uint8) for m, lines in texts.items()}
     arrays = {**tokens, **texts, **{f"scene_{name}": value.cpu().numpy() for name, value in scenes.items()},
-              "modalities": np.frombuffer(json.dumps(modalities(size, objects)).encode(), np.uint8)}
-    path = ROOT / "frozen" / f"{'objects' if objects else 'scenes'}{size}.npz"
+              "modalities": np.frombuffer(json.dumps(modalities(size, kind)).encode(), np.uint8)}
+    path = ROOT / "frozen" / f"{kind}{size}.npz"
     np.savez_compressed(path, **arrays)
     print(f"{path}: {num:,} scenes, {path.stat().st_size / 1e6:.1f} MB")
 
@@ -355,28 +385,42 @@ def preview_objects(path, device):
     print(path)
 
 
+def preview_qa(path, device):
+    """A contact sheet: pictures with their questions and answers."""
+    scenes, arrays, _ = maker("qa", device)(24, 64, 7)
+    cells = []
+    for picture, row, families in zip(arrays["pixels"], arrays["qa"], arrays["family"]):
+        turns = questions.decode([row], [families])
+        cells += [torch.from_numpy(picture) / 255, "\n".join(f"{question}  {answer}" for _, question, answer in turns)]
+    draw.sheet(["Questions and answers", *(cells[i:i + 6] for i in range(0, len(cells), 6))], path)
+    print(path)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=64, help="picture width and height in pixels, a multiple of 8")
     parser.add_argument("--num", type=int, default=20000, help="training scenes")
     parser.add_argument("--seed", type=int, default=1, help="of the training scenes; validation has its own")
-    parser.add_argument("--objects", action="store_true", help="scenes with one object and its class, 64 px")
+    kinds = parser.add_mutually_exclusive_group()
+    for option, about in (("objects", "scenes with one object and its class, 64 px"), ("qa", "scenes with questions")):
+        kinds.add_argument(f"--{option}", dest="kind", action="store_const", const=option, default="scenes", help=about)
     parser.add_argument("--preview", action="store_true", help="draw a contact sheet instead")
     parser.add_argument("--frozen", action="store_true", help="remake the frozen validation set instead")
     arguments = parser.parse_args()
-    fits = arguments.size == 64 if arguments.objects else arguments.size >= 16 and arguments.size % 8 == 0
+    kind, size = arguments.kind, arguments.size
+    fits = size == 64 if kind == "objects" else size >= 16 and size % 8 == 0
     if not fits or arguments.num < 1 or not 0 <= arguments.seed < 1 << 20:
         stop("--size must be a multiple of 8 from 16 up (--objects: 64), --num at least 1, --seed from 0 to 2^20 - 1")
     chosen = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if arguments.preview:
-            name, drawn = ("objects", preview_objects) if arguments.objects else ("scenes", preview)
-            drawn(ROOT.parent / "samples" / f"{name}.png", chosen)
+            drawn = {"scenes": preview, "objects": preview_objects, "qa": preview_qa}[kind]
+            drawn(ROOT.parent / "samples" / f"{kind}.png", chosen)
         elif arguments.frozen:
-            make_frozen(arguments.size, chosen, objects=arguments.objects)
+            make_frozen(size, chosen, kind=kind)
         else:
-            make_shards(arguments.size, arguments.num, arguments.seed, chosen, arguments.objects)
-            if arguments.objects:
+            make_shards(size, arguments.num, arguments.seed, chosen, kind)
+            if kind == "objects":
                 streams.write_objects()  # train_gpt.py --data=scenes reads it
     except KeyboardInterrupt:
         stop("interrupted; run the same command to continue")

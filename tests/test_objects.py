@@ -83,7 +83,7 @@ def test_one_object_of_every_kind_everywhere(frozen):
 
 
 def test_frozen_arrays(frozen, rendered):
-    kinds = world.modalities(64, objects=True)
+    kinds = world.modalities(64, "objects")
     assert json.loads(frozen["modalities"].tobytes()) == kinds and list(kinds) == ["label", "rgb"]
     scenes = {key for key in frozen if key.startswith("scene_")}
     assert set(frozen) - scenes == {"label", "rgb", "look", "pixels32", "modalities"}
@@ -123,7 +123,7 @@ def shards(tmp_path, monkeypatch):
 
     def make(name):
         monkeypatch.setattr(world, "ROOT", tmp_path / name)
-        world.make_shards(64, 12, 1, "cpu", objects=True)
+        world.make_shards(64, 12, 1, "cpu", "objects")
         return tmp_path / name / "objects64" / "train"
     return make
 
@@ -153,7 +153,7 @@ def test_interrupted_shards_continue(shards, monkeypatch, frozen):
     decoded = classifier.decode(torch.from_numpy(arrays["rgb"].astype(np.int64)))
     assert (decoded - torch.from_numpy(arrays["pixels32"]) / 255).abs().mean() < 0.02
     meta = json.loads((whole / "meta.json").read_text())
-    assert meta["modalities"] == world.modalities(64, objects=True) and meta["name"] == "objects64"
+    assert meta["modalities"] == world.modalities(64, "objects") and meta["name"] == "objects64"
 
 
 def test_finished_shards_are_verified(shards, capsys):
