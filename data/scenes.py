@@ -6,7 +6,7 @@ modalities are stored as tokens of data/tokenizer.py (with questions: as pixels)
 
     python data/scenes.py                            # 20,000 training scenes at 64 px -> data/scenes64/train
     python data/scenes.py --size=128 --num=200000    # the gpu track's set            -> data/scenes128/train
-    python data/scenes.py --objects                  # 20,000 with one object, labels -> data/objects64, data/scenes
+    python data/scenes.py --objects [--size=128]     # 20,000 with one object, labels -> data/objects64, data/scenes
     python data/scenes.py --qa                       # the first set's scenes, pixels and questions -> data/qa64
     python data/scenes.py [--objects|--qa] --preview # a contact sheet      -> samples/{scenes,objects,qa}.png
     python data/scenes.py [--objects|--qa] --frozen  # remake data/frozen/{scenes,objects,qa}<size>.npz (maintainers)
@@ -252,12 +252,13 @@ def make_tokens(n, size, seed, device, coder, encoding):
 
 
 def make_objects(n, size, seed, device, coder, encoding=None, avoid=()):
-    """n one-object scenes in the form of make_tokens: label and rgb tokens, look (n,), pixels (n, 3, 32, 32) uint8."""
+    """n one-object scenes in the form of make_tokens: label and rgb tokens, look (n,), bytes of pixels at half size."""
     scenes = sample_scenes(n, seed + (1 << 31), device, 1, avoid)  # other seeds than those of the scenes set
     rgb = render(scenes, size)[0]["rgb"]
+    pixels = F.avg_pool2d(rgb, 2)
     label = scenes["shape"][:, :1] * len(COLORS) + scenes["color"][:, :1]
     return scenes, {"label": label.cpu().numpy().astype(np.uint16), "rgb": image_tokens(coder, rgb),
-                    "look": look(scenes), "pixels32": (F.avg_pool2d(rgb, 2) * 255).round().byte().cpu().numpy()}, {}
+                    "look": look(scenes), f"pixels{size // 2}": (pixels * 255).round().byte().cpu().numpy()}, {}
 
 
 def make_qa(n, size, seed, device, coder, encoding):
@@ -306,7 +307,7 @@ def make_shards(size, num, seed, device, kind="scenes"):
     kinds, state, done, more = modalities(size, kind), part / "state.json", 0, {}
     forms = {m: ((about["length"],), np.uint16) for m, about in kinds.items()}
     if kind == "objects":
-        forms |= {"look": ((), np.int32), "pixels32": ((3, 32, 32), np.uint8)}
+        forms |= {"look": ((), np.int32), f"pixels{size // 2}": ((3, size // 2, size // 2), np.uint8)}
         more = {"avoid": look(load_frozen_scenes(size, 2000, "objects"))}
     if kind == "qa":
         forms |= {"pixels": ((3, size, size), np.uint8), "answer": ((LENGTHS["qa"],), np.uint8),
@@ -408,9 +409,9 @@ if __name__ == "__main__":
     parser.add_argument("--frozen", action="store_true", help="remake the frozen validation set instead")
     arguments = parser.parse_args()
     kind, size = arguments.kind, arguments.size
-    fits = size == 64 if kind == "objects" else size >= 16 and size % 8 == 0
+    fits = size in (64, 128) if kind == "objects" else size >= 16 and size % 8 == 0
     if not fits or arguments.num < 1 or not 0 <= arguments.seed < 1 << 20:
-        stop("--size must be a multiple of 8 from 16 up (--objects: 64), --num at least 1, --seed from 0 to 2^20 - 1")
+        stop("--size must be a multiple of 8 from 16 up (--objects: 64, 128), --num at least 1, --seed 0 to 2^20 - 1")
     chosen = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if arguments.preview:
@@ -420,7 +421,7 @@ if __name__ == "__main__":
             make_frozen(size, chosen, kind=kind)
         else:
             make_shards(size, arguments.num, arguments.seed, chosen, kind)
-            if kind == "objects":
+            if kind == "objects" and size == 64:
                 streams.write_objects()  # train_gpt.py --data=scenes reads it
     except KeyboardInterrupt:
         stop("interrupted; run the same command to continue")
