@@ -1,7 +1,7 @@
 """
 Rebuild the leaderboards and plots from the logs. No number in them is typed by hand.
 
-    python records/leaderboard.py            # write records/README.md, the block in README.md and the plots
+    python records/leaderboard.py            # write records/README.md, the block in README.md, the plots and docs/
     python records/leaderboard.py --check    # write nothing; exit 1 if one on disk is not what the logs say
 
 Reads records/<task>-<track>/track.json and records/<task>-<track>/YYYY-MM-DD_CamelCase/{README.md, <script>, *.log}.
@@ -10,6 +10,7 @@ A record's baseline/ or previous/ holds logs of record #1 or of the record befor
 
 import hashlib
 import math
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -177,6 +178,11 @@ def stale(root=ROOT):
     return old | {path: plot for path, plot in plots(root, tracks).items()
                   if not path.is_file() or plot_digest(*plot).encode() not in path.read_bytes()}
 
+def page(root, *argv):
+    """Run docs/page.py, if there is one: its exit status."""
+    script = Path(root, "docs", "page.py")
+    return subprocess.run([sys.executable, str(script), *argv]).returncode if script.is_file() else 0
+
 def main(argv, root=ROOT):
     """Returns the exit status."""
     if set(argv) - {"--check"}:
@@ -194,7 +200,7 @@ def main(argv, root=ROOT):
             path.write_text(content, encoding="utf-8")
         else:
             save_plot(path, *content)
-    return int("--check" in argv and bool(old))
+    return int("--check" in argv and bool(old)) or page(root, *argv)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from leaderboard import ROOT, TRIALS, show_loss, show_seconds, stale, table, trials_table
+from leaderboard import ROOT, TRIALS, page, show_loss, show_seconds, stale, table, trials_table
 from rules import check_record, read_track
 
 def anchors(text):
@@ -68,7 +68,7 @@ def verify(root=ROOT, say=print):
         faults += [f"{path} is not what the logs say: run python records/leaderboard.py" for path in stale(root)]
     except (ValueError, OSError) as error:
         faults += [str(error)] * (str(error) not in faults)
-    return faults
+    return faults + [f"{root / 'docs'} is out of date: run python docs/page.py"] * bool(page(root, "--check"))
 
 if __name__ == "__main__":
     found = verify()
