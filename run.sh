@@ -69,7 +69,7 @@ train() {  # train TASK [--field=value ...]
         "gpt cpu 0") set -- --depth=4 --dim=192 --orders=3 --window=128 --context=128 --batch=16 --num_steps=500 --eval_every=100;;
         "maskgit cpu 0") set -- --num_steps=1500 --eval_every=300;;
         "flow cpu 0") set -- --num_steps=3000 --eval_every=500;;
-        "vlm cpu 0") set -- --num_steps=1000 --eval_every=200;;
+        "vlm cpu 0") set -- --num_steps=800 --eval_every=200;;
     esac
     prepare "$task" "$track" "$@"
     if [ "$track" = gpu ] && [ "$gpus" -gt 0 ]; then
