@@ -263,7 +263,7 @@ def test_reflow_straightens(tiny, tmp_path, monkeypatch):
     root, gaps = make_root(tmp_path / "root"), []
     run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=60", "--save=true"])
     first, = (root / "checkpoints").iterdir()
-    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=150", "--seed=1", "--save=true", f"--load={first}",
+    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=100", "--seed=1", "--save=true", f"--load={first}",
                                  "--reflow=200", "--label_drop=0"])
     for path in (first, *(set((root / "checkpoints").iterdir()) - {first})):
         model = small_model()

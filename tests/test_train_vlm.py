@@ -418,7 +418,8 @@ def test_two_processes_are_the_same_run(tiny, tmp_path):
     for world in (1, 2):
         root = make_root(tmp_path / str(world))
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10"]
+        # low rates: while the loss falls from 6 to 3 in 20 steps, rounding in bfloat16 grows to 0.005 nats
+        argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10", "--adam_lr=0.001", "--muon_lr=0.005"]
         done = subprocess.run([*launcher, "train_vlm.py", *argv], cwd=root, env=ENV, capture_output=True, text=True,
                               timeout=240)
         assert done.returncode == 0, done.stderr
