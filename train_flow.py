@@ -472,7 +472,7 @@ def write_samples(model, config, frozen, folder):
     rows += [[(draws[steps, guidance][i], f"{steps}") for steps in STEPS]
              for i in range(len(few)) for guidance in (1.0, 2.0)]
     draw.sheet(rows, folder / "flow.png")
-    draw.animation([unit(z[::2]) for _, z in trajectory], folder / "flow.gif")
+    draw.animation([unit(z[::4]) for _, z in trajectory[::2]] + [unit(made[::4])], folder / "flow.gif")
     numbers = {}
     wanted = classes.repeat(-(-config.quality_pictures // model.classes))[:config.quality_pictures]
     for steps in STEPS if judge and len(wanted) else ():

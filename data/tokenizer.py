@@ -245,11 +245,13 @@ What makes losses comparable everywhere; never edited, hash-checked by every run
 | `objects64.npz` | 2,000 validation scenes with one object: label and rgb tokens, pixels at 32 x 32, and the scenes (`python data/scenes.py --objects --frozen`) |
 | `qa64.npz` | 2,000 validation scenes with questions: pixels, tokens, where the answers are, families, and the scenes, those of `scenes64.npz` (`python data/scenes.py --qa --frozen`) |
 | `eval_maskgit_64.npz` | which of their rgb tokens are masked (`python data/eval_masks.py`) |
+| `eval_flow.npz` | picture, time and noise seed of every draw that the flow is evaluated on (`python data/eval_masks.py`) |
 | `classifier.safetensors` | judge of generated pictures of one object (`python data/classifier.py train`) |
 | `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/tokenizer.py train --minutes=14`, then `--minutes=5 --resume`, on earlier forms of this world) |
 | `text.tiktoken`, `qa.tiktoken` | encodings of the scenes' texts and of questions in tiktoken's format (`python data/tokenizer.py text`) |
 | `4m.safetensors` | nano4M trained longer than a record (`python train_4m.py --load=data/frozen/4m.safetensors --num_steps=0`) |
 | `gpt.safetensors`, `gpt_draft.safetensors` | GPTs trained longer than a record: four blocks of dim 192, and the record's shape (`python train_gpt.py --depth=4 --dim=192 --orders=3 --window=128 --load=data/frozen/gpt.safetensors --draft=data/frozen/gpt_draft.safetensors --num_steps=0`) |
+| `flow.safetensors`, `vlm.safetensors` | the records' models trained longer: 3,000 and 800 steps (`python train_flow.py --load=data/frozen/flow.safetensors --num_steps=0`, the same for `vlm`) |
 
 ## Image tokenizer
 
