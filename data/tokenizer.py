@@ -242,7 +242,7 @@ What makes losses comparable everywhere; never edited, hash-checked by every run
 |---|---|
 | `scenes64.npz`, `scenes128.npz` | 2,000 validation scenes: tokens of every modality, texts, and the scenes themselves (`python data/scenes.py --frozen`) |
 | `eval_4m_64.npz`, `eval_4m_128.npz` | which of their tokens are inputs and which are targets (`python data/eval_masks.py`) |
-| `objects64.npz` | 2,000 validation scenes with one object: label and rgb tokens, pixels at 32 x 32, and the scenes (`python data/scenes.py --objects --frozen`) |
+| `objects64.npz`, `objects128.npz` | 2,000 validation scenes with one object: label and rgb tokens, pixels at half the size, and the scenes (`python data/scenes.py --objects --frozen`, with `--size=128`) |
 | `qa64.npz` | 2,000 validation scenes with questions: pixels, tokens, where the answers are, families, and the scenes, those of `scenes64.npz` (`python data/scenes.py --qa --frozen`) |
 | `eval_maskgit_64.npz` | which of their rgb tokens are masked (`python data/eval_masks.py`) |
 | `eval_flow.npz` | picture, time and noise seed of every draw that the flow is evaluated on (`python data/eval_masks.py`) |

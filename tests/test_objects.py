@@ -169,7 +169,7 @@ def test_finished_shards_are_verified(shards, capsys):
 
 
 def test_command_line_refuses_other_sizes(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["scenes.py", "--objects", "--size=128"])
+    monkeypatch.setattr(sys, "argv", ["scenes.py", "--objects", "--size=96"])
     with pytest.raises(SystemExit, match="--objects: 64"):
         runpy.run_path(world.__file__, run_name="__main__")
 
