@@ -118,7 +118,7 @@ def read_config(argv):
 
 # --- copied: keep memory ---
 def keep_memory():
-    """Have the C library keep freed memory, or every step on a CPU pays for new pages: in the flow 62 ms, with it 52."""
+    """Have the C library keep freed memory, or a step on a CPU pays for new pages: in the flow 62 ms, with it 52."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
