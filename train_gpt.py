@@ -16,7 +16,9 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,9 +29,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
@@ -53,6 +56,7 @@ class Config:
     # schedule
     num_steps: int = 45
     batch: int = 32  # rows a step, over all processes
+    rows: int = 512  # of them that a process computes at a time
     context: int = 64  # tokens a row
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # optimizer
@@ -68,6 +72,8 @@ class Config:
     eval_every: int = 15  # steps between evaluations; the clock stands still
     load: str = ""  # checkpoint to start from
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
+    save_every: int = 0  # steps between states that --resume can go on from; 0: only at SIGTERM
+    resume: str = ""  # state to go on from
     # sampling
     prompt: str = "\n"
     sample_tokens: int = 500
@@ -82,7 +88,7 @@ CONFIGS = {
     "cpu": Config(),
     # GPT-2 small's size on FineWeb, to modded-nanogpt's target
     "gpu": Config(track="gpu", data="fineweb", dim=768, depth=12, window=1024, orders=2, grams=65536, batch=512,
-                  context=1024, num_steps=3000, muon_lr=0.02, adam_lr=0.005, target=3.28, eval_tokens=10485760,
+                  rows=32, context=1024, num_steps=3000, muon_lr=0.02, adam_lr=0.005, target=3.28, eval_tokens=10485760,
                   eval_context=2048, eval_stride=1024, eval_batch=32, eval_every=250),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "window", "orders", "grams")  # what a checkpoint must agree on
@@ -183,6 +189,11 @@ def frozen_sha256(*paths):
     return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
 
 
+def graphs():
+    """How many graphs torch.compile has made so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 class Log:
     """Rank 0's log file: the source, the settings, then lines that also reach the console through `say`."""
 
@@ -215,7 +226,7 @@ class Log:
 def finite(loss, step):
     """Stop at the first loss that is no number: every later one would be none either."""
     if not math.isfinite(loss):
-        raise Fault(f"the loss is {loss} at step {step}: lower the learning rate (nothing was saved)")
+        raise Fault(f"the loss is {loss} at step {step}: lower the learning rate")
     return loss
 # --- end: setup ---
 
@@ -271,16 +282,34 @@ class Loader:
 # Attention
 
 # --- copied: masks ---
-flex, block_mask = torch.compile(flex_attention), torch.compile(create_block_mask)
+flex, build = torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
 
 
-def make_mask(mask_mod, B, M, N, device, dense=False):
-    """A FlexAttention mask_mod(b, h, q, k) in the form attend takes: a BlockMask on CUDA, elsewhere or if dense the
-    whole (B, 1, M, N), True where k may be seen."""
-    if device.type == "cuda" and not dense:
-        return block_mask(mask_mod, B, None, M, N, device=device)
-    index = lambda n, *shape: torch.arange(n, device=device).view(shape)
-    return mask_mod(index(B, -1, 1, 1, 1), 0, index(M, -1, 1), index(N, -1)).expand(B, 1, M, N)
+def dense_mask(rule, ids, start=0):
+    """The mask (B, 1, T - start, T) that attend takes, True where a place from start on may see a place.
+
+    rule(ids, b, q, k) decides by the numbers of row and places and by what ids (B, T) say of them, e.g. the document.
+    """
+    index = lambda first, last, *shape: torch.arange(first, last, device=ids.device).view(shape)
+    (B, T), rows = ids.shape, index(0, len(ids), -1, 1, 1, 1)
+    return rule(ids, rows, index(start, T, -1, 1), index(0, T, -1)).expand(B, 1, T - start, T)
+
+
+def block_mask(rule, ids, kept):
+    """The same for all places as a FlexAttention BlockMask. ids go into a tensor of this shape that stays in `kept`
+    with the one mask_mod over it: for a new one everything would be compiled again."""
+    if ids.shape not in kept:
+        own = torch.empty_like(ids)
+        kept[ids.shape] = own, lambda b, h, q, k: rule(own, b, q, k)
+    own, mask_mod = kept[ids.shape]
+    own.copy_(ids)
+    return build(mask_mod, len(ids), None, ids.size(1), ids.size(1), device=ids.device)
+
+
+def make_mask(rule, ids, start=0, kept=None):
+    """block_mask on CUDA, dense_mask elsewhere, where nothing is kept, and for lengths that do not fill its blocks."""
+    blocks = ids.is_cuda and kept is not None and ids.size(1) % 128 == 0
+    return block_mask(rule, ids, kept) if blocks else dense_mask(rule, ids, start)
 
 
 def attend(q, k, v, mask=None):
@@ -350,7 +379,7 @@ class GPT(nn.Module):
         super().__init__()
         C, vocab = config.dim, meta["vocab"]
         self.window, self.document_start = config.window, meta["document_start"]
-        self.grams, self.head_dim = config.grams, config.head_dim
+        self.grams, self.head_dim, self.kept = config.grams, config.head_dim, {}
         self.embed = nn.Embedding(vocab, C)
         self.embed_grams = nn.ModuleList(nn.Embedding(self.grams, C) for _ in range(1, config.orders))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -365,18 +394,18 @@ class GPT(nn.Module):
             x = x + table(code % self.grams)
         return x
 
-    def mask(self, tokens, start=0, dense=False):
-        """For attend: every place from start on sees the last `window` tokens (B, T) of its own document.
+    def may_see(self, documents, b, q, k):
+        """Whether place q of row b looks at place k: one of the last `window` tokens of its own document."""
+        return (k <= q) & (q - k < self.window) & (documents[b, q] == documents[b, k])
 
-        A document begins at each token of an id from document_start on.
+    def mask(self, tokens, start=0, kept=None):
+        """For attend, of the places from start on of tokens (B, T); kept: see make_mask.
+
+        A document begins at each token of an id from document_start on; without, a row is one document.
         """
-        B, T = tokens.shape
-        near = lambda b, h, q, k: (k <= q + start) & (q + start - k < self.window)
-        if self.document_start is None:
-            return make_mask(near, 1, T - start, T, tokens.device, dense)
-        documents = (tokens >= self.document_start).cumsum(1)
-        mask_mod = lambda b, h, q, k: near(b, h, q, k) & (documents[b, q + start] == documents[b, k])
-        return make_mask(mask_mod, B, T - start, T, tokens.device, dense)
+        one = self.document_start is None
+        documents = torch.zeros_like(tokens[:1]) if one else (tokens >= self.document_start).cumsum(1)
+        return make_mask(self.may_see, documents, start, kept)
 
     def turn(self, start, stop, device):
         """Cosine and sine (T, D / 2) of the rotary angles of places start .. stop - 1."""
@@ -417,7 +446,7 @@ def init_weights(model):
 
 def token_nats(model, tokens, targets):
     """Cross-entropy (B, T) in nats of targets (B, T), each given the tokens (B, T) up to its place."""
-    logits = model.logits(model(tokens, model.mask(tokens)))
+    logits = model.logits(model(tokens, model.mask(tokens, kept=model.kept)))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
@@ -462,7 +491,7 @@ class Reader:
     def __call__(self, tokens):
         """Logits (B, new, V) after each of the tokens (B, T) not read yet."""
         memories = [functools.partial(self.remember, i) for i in range(len(self.model.blocks))] if self.cached else None
-        mask = self.model.mask(tokens, self.read, dense=True)
+        mask = self.model.mask(tokens, self.read)
         logits = self.model.logits(self.model(tokens, mask, self.read, memories))
         self.read = tokens.size(1) if self.cached else 0
         return logits
@@ -597,44 +626,76 @@ POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.772
          (2.3465, -1.7098, 0.4232))  # Polar Express (arXiv:2505.16932), five steps
 
 
-def orthogonalise(G):
+def gram(X):
+    """X X^T of a stack of matrices (K, rows, columns)."""
+    return X @ X.mT
+
+
+def orthogonalise(G, gram=gram):
     """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; in bfloat16."""
     X = G.bfloat16()
     X = X.mT if G.size(1) > G.size(2) else X
     X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
     for a, b, c in POLAR:
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        A = gram(X)
+        X = a * X + (b * A + c * gram(A)) @ X  # A is symmetric: A A is A A^T
     return (X.mT if G.size(1) > G.size(2) else X).to(G.dtype)
 
 
 class Muon:
     """Nesterov momentum, then an orthogonalised step, for matrices (kellerjordan.github.io/posts/muon).
 
-    Matrices of one shape go through it as one stack; the ranks divide the stack among themselves.
+    Matrices of one shape are a stack, divided among the ranks: each adds up the gradients of its own matrices, keeps
+    their momentum and sends their update to all. Messages of one stack travel while another is computed.
     """
 
-    def __init__(self, params, momentum, rank=0, world=1):
-        self.momentum, self.rank, self.world, by_shape = momentum, rank, world, {}
+    def __init__(self, params, momentum, rank=0, world=1, gram=gram):
+        self.momentum, self.rank, self.world, self.gram, by_shape = momentum, rank, world, gram, {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)
-        self.stacks = [(ps, torch.zeros(len(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
+        each = lambda ps: -(-len(ps) // world)  # matrices a rank, the last one's filled up with zeros
+        self.stacks = [(ps, torch.zeros(each(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
+
+    def gather(self, mine, wait=True):
+        """The parts of all ranks (k, rows, columns), one after another, and what to wait for before they are read."""
+        if self.world == 1:
+            return mine, None
+        whole = mine.new_empty(self.world * len(mine), *mine.shape[1:])
+        return whole, dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=not wait)
 
     @torch.no_grad()
     def step(self, lr):
-        for params, buffer in self.stacks:
-            grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-            buffer.lerp_(grads, 1 - self.momentum)
-            update = grads.lerp_(buffer, self.momentum)
-            each = -(-len(params) // self.world)  # matrices a rank, the last one's filled up with zeros
-            update = F.pad(update, (0, 0, 0, 0, 0, each * self.world - len(params)))
-            mine = orthogonalise(update[self.rank * each:(self.rank + 1) * each])
+        """Move the parameters by their gradients, summed over the ranks; one without a gradient has a zero one."""
+        sent = []
+        for params, momentum in self.stacks:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            grads += [torch.zeros_like(params[0])] * (self.world * len(momentum) - len(params))
+            mine, job = torch.stack(grads), None
             if self.world > 1:
-                parts = [torch.empty_like(mine) for _ in range(self.world)]
-                dist.all_gather(parts, mine.contiguous())
-                mine = torch.cat(parts)
+                grads, mine = mine, torch.empty_like(momentum)
+                job = dist.reduce_scatter_tensor(mine, grads, async_op=True)
+            sent.append((mine, job, grads))  # grads must live until they are sent
+        updates = []
+        for (_, momentum), (mine, job, _) in zip(self.stacks, sent):
+            if job:
+                job.wait()
+            momentum.lerp_(mine, 1 - self.momentum)
+            mine = orthogonalise(mine.lerp_(momentum, self.momentum), self.gram)
+            updates.append((*self.gather(mine, wait=False), mine))  # so must mine
+        for (params, _), (update, job, _) in zip(self.stacks, updates):
+            if job:
+                job.wait()
             rows, columns = params[0].shape
-            torch._foreach_add_(params, list(mine[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+            torch._foreach_add_(params, list(update[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+
+    def momenta(self):
+        """The momentum of each stack, gathered: (matrices, rows, columns)."""
+        return [self.gather(momentum)[0][:len(params)] for params, momentum in self.stacks]
+
+    def load_momenta(self, momenta):
+        for (params, mine), whole in zip(self.stacks, momenta):
+            first, last = (min(r * len(mine), len(params)) for r in (self.rank, self.rank + 1))
+            mine[:last - first] = whole[first:last].to(mine.device)
 # --- end: muon ---
 
 
@@ -655,15 +716,16 @@ def schedule(step, config):
 
 
 # --- copied: sum gradients ---
-def sum_gradients(model, world):
-    """Add up the gradients of all ranks, in one flat message."""
+def sum_gradients(optimizer, world):
+    """Add up the gradients of an optimizer's parameters over all ranks, in one flat message. Where a rank has none it
+    sends zeros: every rank must take part."""
     if world == 1:
         return
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
     dist.all_reduce(flat)
-    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-        g.copy_(part.view_as(g))
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = part.view_as(p)
 # --- end: sum gradients ---
 
 
@@ -696,6 +758,89 @@ def load_checkpoint(path, model, config):
 # --- end: checkpoint ---
 
 
+# --- copied: resume ---
+WHOLE = StateDictOptions(full_state_dict=True)  # of a model that is divided among the ranks too
+CURSOR = ("order", "next", "pending")  # where a Loader is in its data, besides its rng; not each has all
+SIGTERM = []  # filled when the signal arrives: SLURM sends it before it takes a machine back
+
+
+def due(step, config, world, device):
+    """What is to follow a step: "stop" once SIGTERM has reached any rank, "save" every save_every steps, else ""."""
+    stop = bool(SIGTERM)
+    if world > 1:  # ranks hear of it at different steps: they agree on every tenth
+        flag = torch.tensor(float(stop), device=device)
+        if step % 10 == 0:
+            dist.all_reduce(flag)
+        stop = step % 10 == 0 and bool(flag)
+    if step == config.num_steps:
+        return ""
+    return "stop" if stop else "save" if config.save_every and step % config.save_every == 0 else ""
+
+
+def save_state(log, why, progress, config, rank, model, muon, adam, loader):
+    """All that the rest of a run depends on, in one safetensors file, the same for any number of processes; a temporary
+    name first, so that a full disk leaves the state before it. Ends the process if `why` is "stop"."""
+    state = {f"model.{name}": value for name, value in get_model_state_dict(model, options=WHOLE).items()}
+    state |= {f"muon.{i}": value for i, value in enumerate(muon.momenta())} if muon else {}
+    for i, moments in adam.state_dict()["state"].items():
+        state |= {f"adam.{i}.{name}": value for name, value in moments.items()}
+    state |= {f"loader.{name}": torch.as_tensor(getattr(loader, name)) for name in CURSOR if hasattr(loader, name)}
+    state["loader.rng"] = loader.rng.get_state()
+    path = ROOT / (config.resume or f"checkpoints/{log.run_id}.state.safetensors")
+    part, problem = path.with_name(path.name + ".part"), ""
+    if rank == 0:
+        try:
+            save_file({name: value.detach().cpu().clone() for name, value in state.items()}, part,
+                      metadata={"config": json.dumps(dataclasses.asdict(config)), "progress": json.dumps(progress)})
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+            log.say(f"state of step {progress['step']} in {path}")
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            problem = f"the state of step {progress['step']} could not be saved ({error}); any before it is kept"
+            log.say(problem)
+    if why == "stop":
+        log.say(f"stopped by SIGTERM: go on with the same command and --resume={path}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(1 if problem else 0)
+
+
+def read_state(config, data_sha256):
+    """What save_state wrote of this very run: its tensors by name, and its progress."""
+    try:
+        with safe_open(config.resume, "pt") as file:
+            saved, progress = (json.loads((file.metadata() or {})[name]) for name in ("config", "progress"))
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # safetensors raises its own kinds
+        raise Fault(f"--resume={config.resume} is not the state of a run ({type(error).__name__}: {error})") from None
+    now = dataclasses.asdict(config) | {name: saved.get(name) for name in ("resume", "save_every", "save", "shard")}
+    if different := [f"--{name}={saved.get(name)}" for name in now if saved.get(name) != now[name]]:
+        raise Fault(f"--resume={config.resume} is of a run with {' '.join(different)}: pass the same")
+    if progress["data_sha256"] != data_sha256:
+        raise Fault(f"--resume={config.resume} is of a run on other training data")
+    return state, progress
+
+
+def load_state(state, model, muon, adam, loader):
+    """Put a state that was read back where it came from."""
+    part = lambda start: {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+    set_model_state_dict(model, part("model."), options=WHOLE)
+    if muon:
+        muon.load_momenta([value for _, value in sorted(part("muon.").items(), key=lambda item: int(item[0]))])
+    moments = {}
+    for name, value in part("adam.").items():
+        moments.setdefault(int(name.partition(".")[0]), {})[name.partition(".")[2]] = value
+    adam.load_state_dict({"state": moments, "param_groups": adam.state_dict()["param_groups"]})
+    loader.rng.set_state(state["loader.rng"])
+    for name in CURSOR:
+        if (value := state.get(f"loader.{name}")) is not None:
+            now = getattr(loader, name)
+            setattr(loader, name, value.to(now.device) if torch.is_tensor(now) else value.tolist())
+# --- end: resume ---
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -722,6 +867,8 @@ def flops_per_token(model, config):
 def main(argv):
     config, overrides = read_config(argv)
     least = min(config.batch, config.context, config.eval_every, config.eval_batch, config.ahead)
+    if config.resume and not config.num_steps:
+        raise Fault("--resume goes on with a run: pass its --num_steps, or --load to evaluate a checkpoint")
     if config.num_steps < 0 or least < 1:
         raise Fault("num_steps must be at least 0, batch, context, eval_every, eval_batch and ahead at least 1")
     if config.dim % config.head_dim:
@@ -731,6 +878,9 @@ def main(argv):
     rank, world, device = setup()
     if config.batch % world:
         raise Fault(f"a batch of {config.batch} rows cannot be divided among {world} processes")
+    rows = min(config.rows, config.batch // world)
+    if rows < 1 or config.batch // world % rows:
+        raise Fault(f"{config.rows} rows at a time do not divide a process's {config.batch // world} rows of the batch")
     tokens, meta, data_sha256 = read_streams(config)
     val_tokens, eval_sha256 = read_validation(config)
     val_tokens = val_tokens.to(device)
@@ -739,26 +889,33 @@ def main(argv):
     init_weights(model)
     if config.load:
         load_checkpoint(config.load, model, config)
+    state, progress = read_state(config, data_sha256) if config.resume else (None, {})
     log = Log("gpt", config, overrides, rank, device)
     peak = matmul_peak(device)
     muon, adam = make_optimizers(model, config, rank, world)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     autocast = lambda: torch.autocast(device.type, torch.bfloat16)
+    if device.type == "cuda":
+        model.compile(fullgraph=True, dynamic=False)
 
     mine = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
 
     def train_step(inputs, targets, step):
         """One step on a global batch (batch, context): this rank's part of its loss."""
-        with autocast():
-            loss = token_nats(model, inputs[mine], targets[mine]).mean() / world
-        loss.backward()
-        sum_gradients(model, world)
+        loss = 0.0
+        for first in range(mine.start, mine.stop, rows):
+            part = slice(first, first + rows)
+            with autocast():
+                nats = token_nats(model, inputs[part], targets[part]).sum() / inputs.numel()
+            nats.backward()
+            loss += nats.detach()
+        sum_gradients(adam, world)
         factor = schedule(step, config)
         muon.step(config.muon_lr * factor)
         adam.param_groups[0]["lr"] = config.adam_lr * factor
         adam.step()
         model.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss
 
     # Warm-up on dummy data, untimed, then everything back to where it was.
     start = time.perf_counter()
@@ -767,16 +924,24 @@ def main(argv):
         dummy = torch.zeros(config.batch, config.context, dtype=torch.long, device=device)
         for i in range(3):
             train_step(dummy, dummy, i)
+        if device.type == "cuda":  # its shapes are compiled too
+            with autocast():
+                evaluate(model, val_tokens, config, rank, world)
         model.load_state_dict(before)
         muon, adam = make_optimizers(model, config, rank, world)
     sync()
-    compile_seconds = time.perf_counter() - start
+    compile_seconds, compiled = time.perf_counter() - start, graphs()
 
     # The clock starts here.
-    train_seconds, step, val_loss = 0.0, 0, math.nan
+    train_seconds, waited, step, val_loss = 0.0, 0.0, 0, math.nan
     start = time.perf_counter()
     loader = Loader(tokens, config, device)
-    bar = tqdm(total=config.num_steps, disable=rank > 0, unit="step", dynamic_ncols=True)
+    if config.resume:
+        load_state(state, model, muon, adam, loader)
+        step, train_seconds, waited = (progress[name] for name in ("step", "seconds", "waited"))
+        start = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: SIGTERM.append(True))
+    bar = tqdm(total=config.num_steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     while True:
         last = step == config.num_steps
         if last or (step % config.eval_every == 0 and step):
@@ -792,12 +957,22 @@ def main(argv):
                 break
             sync()
             start = time.perf_counter()
-        loss = train_step(*loader(), step)
+        asked = time.perf_counter()
+        batch = loader()
+        waited += time.perf_counter() - asked
+        loss = train_step(*batch, step)
         step += 1
         if step % 10 == 0:
             value = finite(loss.item() * world, step)
             bar.set_postfix(loss=f"{value:.3f}", seconds=f"{train_seconds + time.perf_counter() - start:.0f}")
         bar.update()
+        if why := due(step, config, world, device):
+            sync()
+            train_seconds += time.perf_counter() - start
+            progress = {"data_sha256": data_sha256, "step": step, "seconds": train_seconds, "waited": waited}
+            save_state(log, why, progress, config, rank, model, muon, adam, loader)
+            start = time.perf_counter()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     bar.close()
     finite(val_loss, step)
 
@@ -808,6 +983,7 @@ def main(argv):
               "parameters": sum(p.numel() for p in model.parameters()), "tokens": seen,
               "val_loss": round(val_loss, 5), "target": config.target, "reached": val_loss <= config.target,
               "train_seconds": round(train_seconds, 3), "compile_seconds": round(compile_seconds, 1),
+              "recompiles": graphs() - compiled, "loader_share": round(waited / max(train_seconds, 1e-9), 4),
               "tokens_per_second": round(seen / max(train_seconds, 1e-9)),
               "mfu": round(flops_per_token(model, config) * seen / max(train_seconds, 1e-9) / peak / world, 4),
               "matmul_peak_tflops": round(peak / 1e12, 2), "peak_memory_mib": round(peak_memory_mib(device)),
@@ -816,7 +992,8 @@ def main(argv):
         model.eval()
         if config.save:
             save_checkpoint(ROOT / "checkpoints" / f"{log.run_id}.safetensors", model, config)
-        footer.update(write_samples(model, config, meta, device, ROOT / "samples" / "gpt"))
+        with torch.compiler.set_stance("force_eager"):  # every token is another shape
+            footer.update(write_samples(model, config, meta, device, ROOT / "samples" / "gpt"))
         footer["overrides"] = " ".join(f"--{key}={value}" for key, value in overrides.items()) or "none"
         for key, value in footer.items():
             log.say(f"{key}: {value}")
@@ -827,8 +1004,16 @@ def main(argv):
         dist.destroy_process_group()
 
 
+# --- copied: start ---
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Fault as fault:
         sys.exit(f"{HERE.name}: {fault}")
+    except RuntimeError as error:  # NCCL and gloo have no kind of their own for a process that is gone
+        if not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)", str(error)):
+            raise
+        print(f"{HERE.name}: another process of this run has ended, see its message ({str(error).splitlines()[0]}); "
+              "--resume goes on from a saved state", file=sys.stderr, flush=True)
+        os._exit(1)  # the usual way out waits for the other process
+# --- end: start ---

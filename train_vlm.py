@@ -17,7 +17,9 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,9 +32,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
@@ -81,6 +84,8 @@ class Config:
     samples: int = 12  # validation pictures on the sheet
     load: str = ""  # checkpoint to start from
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
+    save_every: int = 0  # steps between states that --resume can go on from; 0: only at SIGTERM
+    resume: str = ""  # state to go on from
     # sampling
     chat: str = ""  # a picture to ask about in the terminal, after training
     max_tokens: int = 24  # of an answer
@@ -202,6 +207,11 @@ def frozen_sha256(*paths):
     return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
 
 
+def graphs():
+    """How many graphs torch.compile has made so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 class Log:
     """Rank 0's log file: the source, the settings, then lines that also reach the console through `say`."""
 
@@ -234,7 +244,7 @@ class Log:
 def finite(loss, step):
     """Stop at the first loss that is no number: every later one would be none either."""
     if not math.isfinite(loss):
-        raise Fault(f"the loss is {loss} at step {step}: lower the learning rate (nothing was saved)")
+        raise Fault(f"the loss is {loss} at step {step}: lower the learning rate")
     return loss
 # --- end: setup ---
 
@@ -317,16 +327,34 @@ class Loader:
 # Attention
 
 # --- copied: masks ---
-flex, block_mask = torch.compile(flex_attention), torch.compile(create_block_mask)
+flex, build = torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
 
 
-def make_mask(mask_mod, B, M, N, device, dense=False):
-    """A FlexAttention mask_mod(b, h, q, k) in the form attend takes: a BlockMask on CUDA, elsewhere or if dense the
-    whole (B, 1, M, N), True where k may be seen."""
-    if device.type == "cuda" and not dense:
-        return block_mask(mask_mod, B, None, M, N, device=device)
-    index = lambda n, *shape: torch.arange(n, device=device).view(shape)
-    return mask_mod(index(B, -1, 1, 1, 1), 0, index(M, -1, 1), index(N, -1)).expand(B, 1, M, N)
+def dense_mask(rule, ids, start=0):
+    """The mask (B, 1, T - start, T) that attend takes, True where a place from start on may see a place.
+
+    rule(ids, b, q, k) decides by the numbers of row and places and by what ids (B, T) say of them, e.g. the document.
+    """
+    index = lambda first, last, *shape: torch.arange(first, last, device=ids.device).view(shape)
+    (B, T), rows = ids.shape, index(0, len(ids), -1, 1, 1, 1)
+    return rule(ids, rows, index(start, T, -1, 1), index(0, T, -1)).expand(B, 1, T - start, T)
+
+
+def block_mask(rule, ids, kept):
+    """The same for all places as a FlexAttention BlockMask. ids go into a tensor of this shape that stays in `kept`
+    with the one mask_mod over it: for a new one everything would be compiled again."""
+    if ids.shape not in kept:
+        own = torch.empty_like(ids)
+        kept[ids.shape] = own, lambda b, h, q, k: rule(own, b, q, k)
+    own, mask_mod = kept[ids.shape]
+    own.copy_(ids)
+    return build(mask_mod, len(ids), None, ids.size(1), ids.size(1), device=ids.device)
+
+
+def make_mask(rule, ids, start=0, kept=None):
+    """block_mask on CUDA, dense_mask elsewhere, where nothing is kept, and for lengths that do not fill its blocks."""
+    blocks = ids.is_cuda and kept is not None and ids.size(1) % 128 == 0
+    return block_mask(rule, ids, kept) if blocks else dense_mask(rule, ids, start)
 
 
 def attend(q, k, v, mask=None):
@@ -444,7 +472,7 @@ class Llama(nn.Module):
 class VLM(nn.Module):
     def __init__(self, config, vocab):
         super().__init__()
-        self.side, self.shuffle = config.side, config.shuffle
+        self.side, self.shuffle, self.kept = config.side, config.shuffle, {}
         self.grid = config.side // config.patch  # patches across
         self.image_tokens = (self.grid // config.shuffle) ** 2
         self.vit, self.lm = Vit(config), Llama(config, vocab)
@@ -463,15 +491,19 @@ class VLM(nn.Module):
         x = self.lm.embed_tokens(tokens.clamp(min=0))
         return x.masked_scatter((tokens == IMAGE)[..., None], self.see(pixels).type_as(x))
 
-    def mask(self, document, image, start=0, dense=False):
-        """For attend: a token sees what came before it in its document (B, T), and a picture's tokens all of it."""
-        mask_mod = lambda b, h, q, k: ((document[b, q + start] == document[b, k])
-                                       & ((k <= q + start) | (image[b, q + start] & image[b, k])))
-        return make_mask(mask_mod, *document[:, start:].shape, document.size(1), document.device, dense)
+    @staticmethod
+    def may_see(ids, b, q, k):
+        """Whether place q of row b looks at place k: what came before it in its document, and of a picture all."""
+        q_id, k_id = ids[b, q], ids[b, k]
+        return (q_id >> 1 == k_id >> 1) & ((k <= q) | (q_id & k_id & 1 > 0))
+
+    def mask(self, document, image, start=0, kept=None):
+        """For attend, of the places from start on of documents (B, T), image (B, T) True at a picture's tokens."""
+        return make_mask(self.may_see, 2 * document.long() + image, start, kept)
 
     def forward(self, tokens, document, pixels):
         """Final states (B, T, C) for tokens (B, T) of documents (B, T) with pictures pixels (n, 3, S, S)."""
-        return self.lm(self.embed(tokens, pixels), self.mask(document, tokens == IMAGE))
+        return self.lm(self.embed(tokens, pixels), self.mask(document, tokens == IMAGE, kept=self.kept))
 
 
 def init_weights(model):
@@ -627,7 +659,7 @@ class Reader:
         lm, (B, T) = self.model.lm, x.shape[:2]
         memories = [functools.partial(self.remember, i) for i in range(len(lm.layers))] if self.cached else None
         image = (torch.arange(T, device=x.device) < self.model.image_tokens).expand(B, T)
-        mask = self.model.mask(torch.zeros_like(image, dtype=torch.long), image, self.read, dense=True)
+        mask = self.model.mask(torch.zeros_like(image, dtype=torch.long), image, self.read)
         states = lm(x[:, self.read:], mask, self.read, memories)
         self.read = T if self.cached else 0
         return lm.logits(states[:, -1])
@@ -766,44 +798,76 @@ POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.772
          (2.3465, -1.7098, 0.4232))  # Polar Express (arXiv:2505.16932), five steps
 
 
-def orthogonalise(G):
+def gram(X):
+    """X X^T of a stack of matrices (K, rows, columns)."""
+    return X @ X.mT
+
+
+def orthogonalise(G, gram=gram):
     """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; in bfloat16."""
     X = G.bfloat16()
     X = X.mT if G.size(1) > G.size(2) else X
     X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
     for a, b, c in POLAR:
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        A = gram(X)
+        X = a * X + (b * A + c * gram(A)) @ X  # A is symmetric: A A is A A^T
     return (X.mT if G.size(1) > G.size(2) else X).to(G.dtype)
 
 
 class Muon:
     """Nesterov momentum, then an orthogonalised step, for matrices (kellerjordan.github.io/posts/muon).
 
-    Matrices of one shape go through it as one stack; the ranks divide the stack among themselves.
+    Matrices of one shape are a stack, divided among the ranks: each adds up the gradients of its own matrices, keeps
+    their momentum and sends their update to all. Messages of one stack travel while another is computed.
     """
 
-    def __init__(self, params, momentum, rank=0, world=1):
-        self.momentum, self.rank, self.world, by_shape = momentum, rank, world, {}
+    def __init__(self, params, momentum, rank=0, world=1, gram=gram):
+        self.momentum, self.rank, self.world, self.gram, by_shape = momentum, rank, world, gram, {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)
-        self.stacks = [(ps, torch.zeros(len(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
+        each = lambda ps: -(-len(ps) // world)  # matrices a rank, the last one's filled up with zeros
+        self.stacks = [(ps, torch.zeros(each(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
+
+    def gather(self, mine, wait=True):
+        """The parts of all ranks (k, rows, columns), one after another, and what to wait for before they are read."""
+        if self.world == 1:
+            return mine, None
+        whole = mine.new_empty(self.world * len(mine), *mine.shape[1:])
+        return whole, dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=not wait)
 
     @torch.no_grad()
     def step(self, lr):
-        for params, buffer in self.stacks:
-            grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-            buffer.lerp_(grads, 1 - self.momentum)
-            update = grads.lerp_(buffer, self.momentum)
-            each = -(-len(params) // self.world)  # matrices a rank, the last one's filled up with zeros
-            update = F.pad(update, (0, 0, 0, 0, 0, each * self.world - len(params)))
-            mine = orthogonalise(update[self.rank * each:(self.rank + 1) * each])
+        """Move the parameters by their gradients, summed over the ranks; one without a gradient has a zero one."""
+        sent = []
+        for params, momentum in self.stacks:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            grads += [torch.zeros_like(params[0])] * (self.world * len(momentum) - len(params))
+            mine, job = torch.stack(grads), None
             if self.world > 1:
-                parts = [torch.empty_like(mine) for _ in range(self.world)]
-                dist.all_gather(parts, mine.contiguous())
-                mine = torch.cat(parts)
+                grads, mine = mine, torch.empty_like(momentum)
+                job = dist.reduce_scatter_tensor(mine, grads, async_op=True)
+            sent.append((mine, job, grads))  # grads must live until they are sent
+        updates = []
+        for (_, momentum), (mine, job, _) in zip(self.stacks, sent):
+            if job:
+                job.wait()
+            momentum.lerp_(mine, 1 - self.momentum)
+            mine = orthogonalise(mine.lerp_(momentum, self.momentum), self.gram)
+            updates.append((*self.gather(mine, wait=False), mine))  # so must mine
+        for (params, _), (update, job, _) in zip(self.stacks, updates):
+            if job:
+                job.wait()
             rows, columns = params[0].shape
-            torch._foreach_add_(params, list(mine[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+            torch._foreach_add_(params, list(update[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+
+    def momenta(self):
+        """The momentum of each stack, gathered: (matrices, rows, columns)."""
+        return [self.gather(momentum)[0][:len(params)] for params, momentum in self.stacks]
+
+    def load_momenta(self, momenta):
+        for (params, mine), whole in zip(self.stacks, momenta):
+            first, last = (min(r * len(mine), len(params)) for r in (self.rank, self.rank + 1))
+            mine[:last - first] = whole[first:last].to(mine.device)
 # --- end: muon ---
 
 
@@ -829,15 +893,16 @@ def schedule(step, config):
 
 
 # --- copied: sum gradients ---
-def sum_gradients(model, world):
-    """Add up the gradients of all ranks, in one flat message."""
+def sum_gradients(optimizer, world):
+    """Add up the gradients of an optimizer's parameters over all ranks, in one flat message. Where a rank has none it
+    sends zeros: every rank must take part."""
     if world == 1:
         return
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
     dist.all_reduce(flat)
-    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-        g.copy_(part.view_as(g))
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = part.view_as(p)
 # --- end: sum gradients ---
 
 
@@ -870,6 +935,89 @@ def load_checkpoint(path, model, config):
 # --- end: checkpoint ---
 
 
+# --- copied: resume ---
+WHOLE = StateDictOptions(full_state_dict=True)  # of a model that is divided among the ranks too
+CURSOR = ("order", "next", "pending")  # where a Loader is in its data, besides its rng; not each has all
+SIGTERM = []  # filled when the signal arrives: SLURM sends it before it takes a machine back
+
+
+def due(step, config, world, device):
+    """What is to follow a step: "stop" once SIGTERM has reached any rank, "save" every save_every steps, else ""."""
+    stop = bool(SIGTERM)
+    if world > 1:  # ranks hear of it at different steps: they agree on every tenth
+        flag = torch.tensor(float(stop), device=device)
+        if step % 10 == 0:
+            dist.all_reduce(flag)
+        stop = step % 10 == 0 and bool(flag)
+    if step == config.num_steps:
+        return ""
+    return "stop" if stop else "save" if config.save_every and step % config.save_every == 0 else ""
+
+
+def save_state(log, why, progress, config, rank, model, muon, adam, loader):
+    """All that the rest of a run depends on, in one safetensors file, the same for any number of processes; a temporary
+    name first, so that a full disk leaves the state before it. Ends the process if `why` is "stop"."""
+    state = {f"model.{name}": value for name, value in get_model_state_dict(model, options=WHOLE).items()}
+    state |= {f"muon.{i}": value for i, value in enumerate(muon.momenta())} if muon else {}
+    for i, moments in adam.state_dict()["state"].items():
+        state |= {f"adam.{i}.{name}": value for name, value in moments.items()}
+    state |= {f"loader.{name}": torch.as_tensor(getattr(loader, name)) for name in CURSOR if hasattr(loader, name)}
+    state["loader.rng"] = loader.rng.get_state()
+    path = ROOT / (config.resume or f"checkpoints/{log.run_id}.state.safetensors")
+    part, problem = path.with_name(path.name + ".part"), ""
+    if rank == 0:
+        try:
+            save_file({name: value.detach().cpu().clone() for name, value in state.items()}, part,
+                      metadata={"config": json.dumps(dataclasses.asdict(config)), "progress": json.dumps(progress)})
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+            log.say(f"state of step {progress['step']} in {path}")
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            problem = f"the state of step {progress['step']} could not be saved ({error}); any before it is kept"
+            log.say(problem)
+    if why == "stop":
+        log.say(f"stopped by SIGTERM: go on with the same command and --resume={path}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(1 if problem else 0)
+
+
+def read_state(config, data_sha256):
+    """What save_state wrote of this very run: its tensors by name, and its progress."""
+    try:
+        with safe_open(config.resume, "pt") as file:
+            saved, progress = (json.loads((file.metadata() or {})[name]) for name in ("config", "progress"))
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # safetensors raises its own kinds
+        raise Fault(f"--resume={config.resume} is not the state of a run ({type(error).__name__}: {error})") from None
+    now = dataclasses.asdict(config) | {name: saved.get(name) for name in ("resume", "save_every", "save", "shard")}
+    if different := [f"--{name}={saved.get(name)}" for name in now if saved.get(name) != now[name]]:
+        raise Fault(f"--resume={config.resume} is of a run with {' '.join(different)}: pass the same")
+    if progress["data_sha256"] != data_sha256:
+        raise Fault(f"--resume={config.resume} is of a run on other training data")
+    return state, progress
+
+
+def load_state(state, model, muon, adam, loader):
+    """Put a state that was read back where it came from."""
+    part = lambda start: {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+    set_model_state_dict(model, part("model."), options=WHOLE)
+    if muon:
+        muon.load_momenta([value for _, value in sorted(part("muon.").items(), key=lambda item: int(item[0]))])
+    moments = {}
+    for name, value in part("adam.").items():
+        moments.setdefault(int(name.partition(".")[0]), {})[name.partition(".")[2]] = value
+    adam.load_state_dict({"state": moments, "param_groups": adam.state_dict()["param_groups"]})
+    loader.rng.set_state(state["loader.rng"])
+    for name in CURSOR:
+        if (value := state.get(f"loader.{name}")) is not None:
+            now = getattr(loader, name)
+            setattr(loader, name, value.to(now.device) if torch.is_tensor(now) else value.tolist())
+# --- end: resume ---
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -884,6 +1032,8 @@ def flops_per_step(model, config, tokens, pictures):
 
 def main(argv):
     config, overrides = read_config(argv)
+    if config.resume and not config.num_steps:
+        raise Fault("--resume goes on with a run: pass its --num_steps, or --load to evaluate a checkpoint")
     if config.num_steps < 0 or min(config.rows, config.row, config.eval_every, config.eval_batch) < 1:
         raise Fault("num_steps must be at least 0, rows, row, eval_every and eval_batch at least 1")
     config, vocab = backbone_config(config)
@@ -916,11 +1066,12 @@ def main(argv):
             load_backbone(module, name)
     if config.load:
         load_checkpoint(config.load, model, config)
+    state, progress = read_state(config, data_sha256) if config.resume else (None, {})
     log = Log("vlm", config, overrides, rank, device)
     peak = matmul_peak(device)
     if device.type == "cuda" or shutil.which("g++") or shutil.which("clang++"):
         for block in (*model.vit.layers, *model.lm.layers):
-            block.compile()
+            block.compile(fullgraph=True)
     muon, adam = make_optimizers(model, config, rank, world)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     autocast = lambda: torch.autocast(device.type, torch.bfloat16)
@@ -931,7 +1082,7 @@ def main(argv):
             logits, truth = answer_logits(model, batch["tokens"], batch["answer"], batch["document"], batch["pixels"])
             loss = F.cross_entropy(logits, truth, reduction="sum") / batch["answers"]
         loss.backward()
-        sum_gradients(model, world)
+        sum_gradients(adam, world)
         factor = schedule(step, config)
         if muon:
             muon.step(config.muon_lr * factor)
@@ -950,16 +1101,24 @@ def main(argv):
         for i in range(5):
             batch = dummy()
             train_step(batch | {"tokens": batch["tokens"].clamp(max=0)}, i)  # no token but the first
+        if device.type == "cuda":  # its shapes are compiled too
+            with autocast():
+                evaluate(model, *frozen, config, rank, world)
         model.load_state_dict(before)
         muon, adam = make_optimizers(model, config, rank, world)
     sync()
-    compile_seconds = time.perf_counter() - start
+    compile_seconds, compiled = time.perf_counter() - start, graphs()
 
     # The clock starts here.
-    train_seconds, step, pictures = 0.0, 0, 0
+    train_seconds, waited, step, pictures = 0.0, 0.0, 0, 0
     start = time.perf_counter()
     loader = make_loader(pixels, tokens, answer) if config.num_steps else None
-    bar = tqdm(total=config.num_steps, disable=rank > 0, unit="step", dynamic_ncols=True)
+    if config.resume:
+        load_state(state, model, muon, adam, loader)
+        step, train_seconds, waited, pictures = (progress[name] for name in ("step", "seconds", "waited", "pictures"))
+        start = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: SIGTERM.append(True))
+    bar = tqdm(total=config.num_steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     while True:
         last = step == config.num_steps
         if last or (step % config.eval_every == 0 and step):
@@ -973,13 +1132,23 @@ def main(argv):
                 break
             sync()
             start = time.perf_counter()
+        asked = time.perf_counter()
         batch = loader()
+        waited += time.perf_counter() - asked
         loss = train_step(batch, step)
         step, pictures = step + 1, pictures + len(batch["pixels"]) * world
         if step % 10 == 0:
             value = finite(loss.item() * world, step)
             bar.set_postfix(loss=f"{value:.3f}", seconds=f"{train_seconds + time.perf_counter() - start:.0f}")
         bar.update()
+        if why := due(step, config, world, device):
+            sync()
+            train_seconds += time.perf_counter() - start
+            progress = {"data_sha256": data_sha256, "step": step, "seconds": train_seconds, "waited": waited,
+                        "pictures": pictures}
+            save_state(log, why, progress, config, rank, model, muon, adam, loader)
+            start = time.perf_counter()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     bar.close()
     finite(val_loss, step)
 
@@ -993,6 +1162,7 @@ def main(argv):
               **{f"accuracy_{name}": round(value, 4) for name, value in accuracy.items()},
               "target": config.target, "reached": val_loss <= config.target,
               "train_seconds": round(train_seconds, 3), "compile_seconds": round(compile_seconds, 1),
+              "recompiles": graphs() - compiled, "loader_share": round(waited / max(train_seconds, 1e-9), 4),
               "tokens_per_second": round(seen / max(train_seconds, 1e-9)),
               "mfu": round(flops / max(train_seconds, 1e-9) / peak / world, 4),
               "matmul_peak_tflops": round(peak / 1e12, 2), "peak_memory_mib": round(peak_memory_mib(device)),
@@ -1016,8 +1186,16 @@ def main(argv):
         dist.destroy_process_group()
 
 
+# --- copied: start ---
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Fault as fault:
         sys.exit(f"{HERE.name}: {fault}")
+    except RuntimeError as error:  # NCCL and gloo have no kind of their own for a process that is gone
+        if not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)", str(error)):
+            raise
+        print(f"{HERE.name}: another process of this run has ended, see its message ({str(error).splitlines()[0]}); "
+              "--resume goes on from a saved state", file=sys.stderr, flush=True)
+        os._exit(1)  # the usual way out waits for the other process
+# --- end: start ---

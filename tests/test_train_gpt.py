@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import leaderboard
 import streams
@@ -111,20 +110,20 @@ def test_window_and_documents():
     assert torch.equal(model.mask(tokens, 7)[0, 0], mask[7:]), "the rows from a place on"
 
 
-def test_mask_mod_is_the_same_for_flex_attention(monkeypatch):
-    """attend on a CPU against flex_attention with the BlockMask of the same mask_mod, forward."""
-    model, mods = small_model({**META, "document_start": 250}), []
-    plain = train_gpt.make_mask
-    monkeypatch.setattr(train_gpt, "make_mask", lambda mod, *rest: mods.append(mod) or plain(mod, *rest))
-    rng = torch.Generator().manual_seed(1)
-    tokens = torch.randint(256, (2, 128), generator=rng)
-    mask = model.mask(tokens)
-    q, k, v = (torch.randn(2, 2, 128, 32, generator=rng) for _ in range(3))
-    block = create_block_mask(mods[0], 2, None, 128, 128, device="cpu")
-    with torch.no_grad():
-        expected = flex_attention(q, k, v, block_mask=block)
-        assert torch.allclose(train_gpt.attend(q, k, v, mask), expected, atol=1e-5)
-        assert not torch.allclose(train_gpt.attend(q, k, v, torch.ones_like(mask)), expected, atol=1e-2)
+def test_block_mask_is_the_dense_mask():
+    """Flex attention with the BlockMask against attend with the dense mask, forward; nothing is compiled twice."""
+    model, rng, kept = small_model({**META, "document_start": 250}), torch.Generator().manual_seed(1), {}
+    for i in range(3):
+        tokens = torch.randint(256, (2, 256), generator=rng)
+        dense = model.mask(tokens)
+        documents = (tokens >= 250).cumsum(1)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0), torch.no_grad():
+            block = train_gpt.block_mask(model.may_see, documents, kept)
+            q, k, v = (torch.randn(2, 2, 256, 32, generator=rng) for _ in range(3))
+            found = train_gpt.attend(q, k, v, block)
+        assert torch.allclose(train_gpt.attend(q, k, v, dense), found, atol=1e-5)
+        assert not torch.allclose(train_gpt.attend(q, k, v, torch.ones_like(dense)), found, atol=1e-2)
+    assert len(kept) == 1
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -149,7 +148,7 @@ def test_gpu_model_on_the_meta_device():
     with torch.device("meta"):
         model = train_gpt.GPT(config, {"vocab": 50257, "document_start": 50256})
         tokens = torch.zeros(2, 1024, dtype=torch.long)
-        mask = model.mask(tokens, dense=True)
+        mask = model.mask(tokens)
         logits = model.logits(model(tokens, mask))
     assert logits.shape == (2, 1024, 50257) and mask.shape == (2, 1, 1024, 1024)
     hidden = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
@@ -328,6 +327,17 @@ def test_damaged_streams(tiny, monkeypatch, tmp_path, damage):
     with pytest.raises(Fault, match="is damaged .*delete it and run"):
         run_here(monkeypatch, tmp_path / "root", [*SMALL, f"--data={folder}"])
     assert not (tmp_path / "root").exists()
+
+
+def test_a_batch_in_parts_is_the_same_run(tiny, tmp_path, monkeypatch):
+    losses = []
+    for rows in (8, 2):
+        root = make_root(tmp_path / str(rows))
+        run_here(monkeypatch, root, [*SMALL, f"--data={tiny}", "--num_steps=4", f"--rows={rows}"])
+        losses.append(json.loads((root / "records/runs.jsonl").read_text())["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=5e-3) and losses[0] < np.log(256) - 0.5
+    with pytest.raises(Fault, match="3 rows at a time do not divide a process's 8 rows"):
+        run_here(monkeypatch, tmp_path / "2", [*SMALL, f"--data={tiny}", "--rows=3"])
 
 
 def test_two_processes_are_the_same_run(tiny, tmp_path):

@@ -1,0 +1,186 @@
+"""Muon over any number of processes, a model divided among them, graphs without breaks."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import leaderboard
+import test_train_4m
+import test_train_gpt
+import test_train_maskgit
+import train_4m
+import train_gpt
+import train_maskgit
+from test_train_4m import ENV, SMALL, SPY, make_root
+
+tiny, layout, frozen = test_train_4m.tiny, test_train_4m.layout, test_train_4m.frozen
+maskgit_model = test_train_maskgit.model
+
+
+def torchrun(processes):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Muon and the sums of gradients
+
+MUON = """
+import sys
+import torch, torch.distributed as dist
+import train_4m
+rank, world, device = train_4m.setup()
+rng = torch.Generator().manual_seed(0)
+shapes = [(24, 8)] * 5 + [(8, 8)] * 2 + [(8, 24)]  # uneven among 2, 3 or 4 ranks
+params = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in shapes]
+rest = [torch.nn.Parameter(torch.randn(7, generator=rng)) for _ in range(2)]
+muon, adam = train_4m.Muon(params, 0.9, rank, world), torch.optim.Adam(rest, lr=0.1)
+for step in range(4):
+    if step == 2 and world > 1:  # a state goes through any number of ranks
+        kept = muon.momenta()
+        muon = train_4m.Muon(params, 0.9, rank, world)
+        muon.load_momenta(kept)
+    for i, p in enumerate((*params, *rest)):
+        whole = torch.randn(p.shape, generator=rng)
+        parts = torch.randn(world, *p.shape, generator=torch.Generator().manual_seed(i))
+        parts[i % world] += whole - parts.sum(0)
+        p.grad = parts[rank].clone()
+        if i in (1, 9):  # one parameter has a gradient on the last rank alone
+            p.grad = whole if rank == world - 1 else None
+        if i == 2:  # and one nowhere
+            p.grad = None
+    train_4m.sum_gradients(adam, world)
+    muon.step(0.02)
+    adam.step()
+momenta = muon.momenta()  # by all ranks
+if rank == 0:
+    torch.save([p.data for p in (*params, *rest)] + momenta, sys.argv[1])
+if world > 1:
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_muon_is_the_same_on_any_number_of_processes(processes, tmp_path):
+    root, found = make_root(tmp_path / "root"), []
+    (root / "muon.py").write_text(MUON)
+    for launcher, name in (([sys.executable], "one"), (torchrun(processes), "many")):
+        done = subprocess.run([*launcher, "muon.py", name], cwd=root, env=ENV, capture_output=True, text=True,
+                              timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(torch.load(root / name, weights_only=True))
+    one, many = found
+    assert len(one) == len(many) == 10 + 3
+    for a, b in zip(one, many):
+        assert a.shape == b.shape and torch.allclose(a, b, atol=2e-3), "up to bfloat16 of the orthogonalisation"
+    start = torch.Generator().manual_seed(0)
+    first = torch.randn(24, 8, generator=start)
+    assert (one[0] - first).abs().mean() > 0.01, "the steps are larger than what is tolerated"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# FSDP2
+
+def test_a_divided_model_is_the_same_run(tiny, tmp_path):
+    """--shard=true on two processes against one process with the whole model, and its state resumed by that one."""
+    argv = [*SMALL, *tiny[1], "--enc_depth=2", "--dec_depth=2", "--num_steps=20", "--eval_every=10"]
+    runs = {"whole": ([sys.executable], []), "divided": (torchrun(2), ["--shard=true", "--save_every=10"])}
+    roots = {name: make_root(tmp_path / name) for name in runs}
+
+    def run(name, launcher, more):
+        (roots[name] / "spy.py").write_text(SPY)
+        done = subprocess.run([*launcher, "spy.py", *argv, *more], cwd=roots[name], env=ENV, capture_output=True,
+                              text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads((roots[name] / "records/runs.jsonl").read_text().splitlines()[-1])
+    whole, divided = (run(name, *runs[name]) for name in runs)
+    assert divided["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-3)
+    assert divided["parameters"] == whole["parameters"] and divided["world_size"] == 2
+    log, = (roots["divided"] / "logs").iterdir()
+    assert [step for step, _, _ in leaderboard.parse_log(log)["steps"]] == [10, 20]
+    state, = (roots["divided"] / "checkpoints").iterdir()
+    again = run("whole", [sys.executable], [f"--resume={state}"])
+    assert again["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-3)
+
+
+def test_dividing_needs_processes(tiny, tmp_path, monkeypatch):
+    with pytest.raises(train_4m.Fault, match="start several with torchrun"):
+        test_train_4m.run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, *tiny[1], "--shard=true"])
+
+
+@pytest.mark.parametrize("track,millions", [("gpu", 41), ("gpu-l", 613), ("gpu-xl", 2435)])
+def test_sizes_of_the_gpu_configs(track, millions, layout):
+    """Ours have no self-attention in the decoder: 4M's L has 705 M, its XL 2.8 B parameters."""
+    config = train_4m.CONFIGS[track]
+    with torch.device("meta"):
+        model = train_4m.Nano4M(config, layout)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
+    assert config.track == track and config.shard == (track != "gpu")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whole graphs: what torch.compile is given on CUDA has no breaks, and is compiled once a shape
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
+
+
+def test_the_loss_of_4m_is_one_graph_an_input_length(layout, frozen):
+    model, tokens = test_train_4m.small_model(layout), frozen[0]
+    with torch._dynamo.config.patch(recompile_limit=16):
+        loss_of, before = compiled(train_4m.masked_loss), train_4m.graphs()
+        for step in range(24):
+            batch = tokens[8 * step:8 * step + 8]
+            inputs = train_4m.input_budget(step, train_4m.CONFIGS["cpu"])
+            places = test_train_4m.draw(batch, layout, inputs, seed=step)
+            share = train_4m.target_shares(places[1], places[2], layout)
+            with torch._dynamo.config.patch(error_on_recompile=step >= 9):  # nine warm-up steps have every length
+                loss = loss_of(model, batch, *places, share, 60)
+            loss.backward()
+            if step % 8 == 0:
+                assert loss.item() == pytest.approx(
+                    train_4m.masked_loss(model, batch, *places, share, 60).item(), rel=1e-4)
+    assert train_4m.graphs() - before == 8
+
+
+def test_the_forward_pass_of_gpt_is_one_graph():
+    model, rng = test_train_gpt.small_model({**test_train_gpt.META, "document_start": 250}), torch.Generator()
+    forward = compiled(model.forward)
+    for step in range(4):
+        tokens = torch.randint(256, (2, 64), generator=rng.manual_seed(step))
+        mask = model.mask(tokens)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            y = forward(tokens, mask)
+        y.sum().backward()
+        assert torch.allclose(y, model(tokens, mask), atol=1e-5)
+
+
+def test_the_forward_pass_of_maskgit_is_one_graph(maskgit_model):
+    tokens, labels, masked = (part[:12] for part in train_maskgit.read_frozen(train_maskgit.CONFIGS["cpu"])[:3])
+    model = maskgit_model
+    forward = compiled(model.forward)
+    for step in range(3):
+        rows = slice(4 * step, 4 * step + 4)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            y = forward(tokens[rows], labels[rows], masked[rows])
+        y.sum().backward()
+        assert torch.allclose(y, model(tokens[rows], labels[rows], masked[rows]), atol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="a CPU compiles with g++")
+def test_flex_attention_inside_a_compiled_model():
+    """As on CUDA: the whole forward pass compiled, BlockMasks built outside it; no gradients, a CPU has none for it."""
+    model = test_train_gpt.small_model({**test_train_gpt.META, "document_start": 250}, window=100)
+    rng = torch.Generator()
+    torch._dynamo.reset()
+    forward, kept = torch.compile(model.forward, fullgraph=True, dynamic=False), {}
+    for step in range(3):
+        tokens = torch.randint(256, (2, 256), generator=rng.manual_seed(step))
+        documents = (tokens >= 250).cumsum(1)
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=step > 0):
+            y = forward(tokens, train_gpt.block_mask(model.may_see, documents, kept))
+        assert torch.allclose(y, model(tokens, model.mask(tokens)), atol=1e-4)
