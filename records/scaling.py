@@ -1,0 +1,366 @@
+"""
+What more processes do to a training step of train_4m.py: measured on this machine, computed for larger ones.
+
+    python records/scaling.py    # writes docs/SCALING.md and docs/scaling.png; about ten minutes on 2 cores
+
+The global batch stays the same, so w processes have 1/w of it each. A step then takes
+
+    t(w) = compute / w + replicated + sent(w) / bandwidth
+
+where `replicated` is what every process does for the whole batch or the whole model, and sent(w) are the bytes that a
+process passes on. Compute and replicated are measured with one process, the bandwidth with two; sent(w) follows from
+the shapes of the parameters and is compared with what was sent. The machine should do nothing else meanwhile.
+"""
+
+import argparse
+import collections
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from leaderboard import COLOURS, GREY, save_plot, table
+from rules import ROOT, parse_log, read_settings
+
+WORLDS = (1, 2, 3, 4)  # processes
+ARGV = ["--track=cpu", "--batch=48", "--quality_scenes=0"]  # a batch that all of WORLDS divide
+FLOAT = 4  # bytes; all messages are float32
+REPLICATED = {"loader": "the loader's global batch", "masking": "its inputs and targets",
+              "adam": "Adam of embeddings and heads"}
+# One H200 and its neighbours as the maker's data sheets have them, per direction; `reached` is a guess.
+GPU = dict(flops=989e12, reached=0.4, memory=4.8e12, nvlink=450e9, card=50e9, per_machine=8)
+GPUS = (1, 8, 16, 64)
+ADAM_PASSES = 7  # over a parameter: reads it, its gradient and two moments, writes all but the gradient
+MASKING_PASSES = 100  # over the global batch, 8 bytes a place: random numbers, sorts and comparisons, counted roughly
+POLAR_STEPS = 5
+
+# -----------------------------------------------------------------------------
+# The formula
+
+def parameters(model):
+    """({shape: number of Muon's matrices}, how many other parameters there are)."""
+    stacks, rest = collections.Counter(), 0
+    for name, p in model.named_parameters():
+        if "embed" in name or "head" in name:
+            rest += p.numel()
+        else:
+            stacks[tuple(p.shape)] += 1
+    return dict(stacks), rest
+
+def share(count, world):
+    """How many of `count` matrices of one shape each process orthogonalises; zeros fill up what is left."""
+    return -(-count // world)
+
+def volume(world, stacks, rest, sharded):
+    """Bytes that a process sends in a step, by what they are.
+
+    In a ring it passes on (w-1)/w of a message, twice for all_reduce. sharded: the gradients of Muon's matrices are
+    reduced to the process that orthogonalises them, not to all.
+    """
+    ring = (world - 1) / world * FLOAT
+    size = {shape: math.prod(shape) for shape in stacks}
+    padded = sum(share(count, world) * world * size[shape] for shape, count in stacks.items())
+    plain = sum(count * size[shape] for shape, count in stacks.items())
+    return {"gradients of Muon's matrices": ring * padded if sharded else 2 * ring * plain,
+            "their updates": ring * padded, "gradients of the rest": 2 * ring * rest}
+
+def step_seconds(world, compute, replicated, sent, bandwidth, cores=math.inf):
+    """The formula; where processes share cores, each is slower by as many as share one."""
+    return max(1, world / cores) * (compute / world + replicated) + sent / bandwidth
+
+def polar_flops(stacks, world):
+    """FLOPs of Muon's orthogonalisation on one process."""
+    total = 0
+    for shape, count in stacks.items():
+        short, long = sorted(shape)
+        total += share(count, world) * POLAR_STEPS * (4 * short ** 2 * long + 2 * short ** 3)
+    return total
+
+def project(world, stacks, rest, sharded, flops, places):
+    """A step on `world` GPUs by the data sheet, nothing measured: {part: seconds}, and MB sent.
+
+    flops: of the global batch without Muon; places: of the global batch, all modalities.
+    """
+    machines = -(-world // GPU["per_machine"])
+    sent = sum(volume(world, stacks, rest, sharded).values())
+    # a ring leaves a machine on one card, but there are as many rings as cards, each with its part of the message
+    bandwidth = GPU["nvlink"] if machines == 1 else min(GPU["nvlink"], GPU["card"] * GPU["per_machine"])
+    return {"sent": sent, "compute": (flops / world + polar_flops(stacks, world)) / (GPU["flops"] * GPU["reached"]),
+            "replicated": (ADAM_PASSES * FLOAT * rest + MASKING_PASSES * 8 * places) / GPU["memory"],
+            "messages": sent / bandwidth}
+
+# -----------------------------------------------------------------------------
+# Measuring
+
+def work(out, argv):
+    """One process: train_4m.py of this folder, with the time of its parts and its messages written to `out`."""
+    sys.path.insert(0, os.getcwd())
+    import torch
+    import torch.distributed as dist
+    import train_4m
+    seconds, sent, calls = collections.Counter(), collections.Counter(), collections.Counter()
+    world = int(os.environ["WORLD_SIZE"])
+
+    def nbytes(argument):
+        tensors = argument if isinstance(argument, (list, tuple)) else [argument]
+        return sum(t.nbytes for t in tensors if torch.is_tensor(t))
+
+    class Waited:
+        """An asynchronous message: what counts is how long it is waited for."""
+
+        def __init__(self, message):
+            self.message = message
+
+        def wait(self):
+            start = time.perf_counter()
+            self.message.wait()
+            seconds["messages"] += time.perf_counter() - start
+
+    def timed(owner, name, part, message=0):
+        """Time owner.name; message: how often a ring passes its largest argument on."""
+        original = getattr(owner, name)
+
+        def wrapper(*arguments, **named):
+            start = time.perf_counter()
+            result = original(*arguments, **named)
+            seconds[part] += time.perf_counter() - start
+            calls[part] += 1
+            if message:
+                largest = max(map(nbytes, [*arguments, *named.values()]))
+                sent[name] += message * (world - 1) / world * largest
+            return Waited(result) if hasattr(result, "wait") else result
+        setattr(owner, name, wrapper)
+
+    for name in "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor":
+        timed(dist, name, "messages", 1)
+    timed(dist, "all_reduce", "messages", 2)
+    timed(train_4m.Loader, "__call__", "loader")
+    timed(train_4m, "draw_places", "masking")
+    timed(train_4m, "target_shares", "masking")
+    timed(torch.optim.Adam, "step", "adam")
+    start_clock = train_4m.Loader.__init__
+
+    def begin(*arguments):  # the loader is made when the clock starts: what was before is warm-up
+        for counter in (seconds, sent, calls):
+            counter.clear()
+        start_clock(*arguments)
+    train_4m.Loader.__init__ = begin
+    train_4m.evaluate = lambda *_: (0.0, {})  # the clock stands still there, and nothing here is about the loss
+    train_4m.draw_samples = lambda *_: None
+    train_4m.main(argv)
+    if int(os.environ["RANK"]) == 0:
+        steps = calls["loader"]
+        per_step = lambda counter: {part: value / steps for part, value in counter.items()}
+        Path(out).write_text(json.dumps({"steps": steps, "seconds": per_step(seconds), "sent": per_step(sent)}))
+
+def measure(folder, world, threads, argv):
+    """One run of `world` processes in a folder with train_4m.py and its data: seconds a step, of its parts, bytes."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    out, before = Path(folder, "parts.json"), set(Path(folder).glob("logs/*.txt"))
+    out.unlink(missing_ok=True)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
+                           __file__, "--work", out, *argv], cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode or not out.exists():
+        raise ValueError(f"{world} processes failed: {done.stderr.strip()[-2000:]}")
+    path, = set(Path(folder).glob("logs/*.txt")) - before
+    log = parse_log(path)
+    if log["footer"]["world_size"] != world:
+        raise ValueError(f"{path}: its world_size is {log['footer']['world_size']}, not {world}")
+    return {**json.loads(out.read_text()), "world": world, "threads": threads, "step": log["averages"][-1] / 1000,
+            "torch": read_settings(log)["torch"], "hardware": str(log["footer"]["hardware"]).partition(" cores of ")[2]}
+
+def make_folder(folder, scenes):
+    """A folder with the script, its data scripts and so many training scenes: seconds that making these took."""
+    shutil.copy(ROOT / "train_4m.py", folder)
+    Path(folder, "data").mkdir()
+    for path in (ROOT / "data").glob("*.py"):
+        shutil.copy(path, Path(folder, "data"))
+    Path(folder, "data/frozen").symlink_to(ROOT / "data/frozen")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "data/scenes.py", f"--num={scenes}"], cwd=folder, capture_output=True,
+                          text=True)
+    if done.returncode:
+        raise ValueError(f"data/scenes.py failed: {done.stderr.strip()[-2000:]}")
+    return time.perf_counter() - start
+
+# -----------------------------------------------------------------------------
+# Reporting
+
+def median(runs, read):
+    return statistics.median(map(read, runs))
+
+def part(name):
+    """Reads the seconds a step of one part from a run's results."""
+    return lambda run: run["seconds"].get(name, 0.0)
+
+def fit(runs, stacks, rest, sharded, cores):
+    """The formula's constants from the runs {(processes, threads): [measure's results]}."""
+    replicated = {name: median(runs[1, 1], part(name)) for name in REPLICATED}
+    compute = median(runs[1, 1], lambda run: run["step"]) - sum(replicated.values())
+    sent = {world: sum(volume(world, stacks, rest, sharded).values()) for world in WORLDS}
+    bandwidth = sent[2] / median(runs[2, 1], part("messages"))
+    line = {world: step_seconds(world, compute, sum(replicated.values()), sent[world], bandwidth, cores)
+            for world in WORLDS}
+    return {"replicated": replicated, "compute": compute, "sent": sent, "bandwidth": bandwidth, "line": line}
+
+def draw_scaling(ax, points, line, cores):
+    """Measured step times, a point a run, over the formula's line. points: [(processes, milliseconds)]."""
+    ax.plot(*zip(*line), color=COLOURS[1], label="formula")
+    ax.scatter(*zip(*points), color=COLOURS[0], zorder=3, label="measured, one thread a process")
+    if cores < line[-1][0]:
+        ax.axvspan(cores + 0.5, line[-1][0] + 0.5, color=GREY, alpha=0.12, linewidth=0, label="processes share cores")
+    ax.set(xlabel="processes", ylabel="milliseconds a step", title="one step of train_4m.py, the same global batch",
+           xticks=[world for world, _ in line], ylim=(0, None), xlim=(line[0][0] - 0.5, line[-1][0] + 0.5))
+
+def measured_table(runs, found):
+    """A row for each number of processes and threads: times in ms, bytes in MB."""
+    rows = []
+    for (world, threads), group in sorted(runs.items()):
+        steps = [1000 * run["step"] for run in group]
+        step, formula = statistics.median(steps), 1000 * found["line"][world]
+        fits = [f"{formula:.1f}", f"{100 * (step / formula - 1):+.0f} %"] if threads == 1 else ["–", "–"]
+        parts = [1000 * median(group, part(name)) for name in (*REPLICATED, "messages")]
+        sent = [median(group, lambda run: sum(run["sent"].values())), found["sent"][world]]
+        rows.append([world, threads, f"{step:.1f} ({min(steps):.1f} to {max(steps):.1f})", *fits,
+                     *(f"{value:.1f}" for value in parts), *(f"{value / 1e6:.2f}" for value in sent)])
+    return table(">processes|>threads each|>step|>formula|>step over formula|>loader|>masking|>Adam|>messages|"
+                 ">sent|>sent by formula", rows)
+
+def projected_table(stacks, rest, sharded, flops, places, batch):
+    rows, first = [], None
+    for world in GPUS:
+        times = project(world, stacks, rest, sharded, flops, places)
+        sent, total = times.pop("sent"), sum(times.values())
+        first = first or total
+        rows.append([world, -(-world // GPU["per_machine"]), batch // world, f"{sent / 1e6:.0f}",
+                     *(f"{1000 * value:.2f}" for value in (*times.values(), total)), f"{first / total:.1f}x",
+                     f"{100 * first / total / world:.0f} %"])
+    return table(">GPUs|>machines|>scenes each|>MB sent|>compute (ms)|>replicated (ms)|>messages (ms)|>step (ms)|"
+                 ">speed-up|>efficiency", rows)
+
+REPORT = """# Scaling
+
+Written by `python records/scaling.py`: do not edit; every number is measured or computed there.
+
+## Measured
+
+{hardware}, {cores} cores; gloo over loopback; torch {torch}. `train_4m.py --track=cpu` with a global batch of {batch}
+whatever the number of processes, {steps} steps; medians of {repeats} runs that took turns, lowest and highest in
+parentheses. Times are milliseconds and bytes MB of a step, on process 0; waiting for the others counts as messages.
+{crowd}
+
+{measured}
+
+![milliseconds a step against processes: measured, and by formula](scaling.png)
+
+Data: {scenes} scenes were rendered and coded in {scene_seconds:.1f} s, start included, {scene_rate:.0f} a second. The
+loader gives {loader_rate:,.0f} rows a second, and training takes {train_rate:.0f}.
+
+## Formula
+
+    t(w) = compute / w + replicated + sent(w) / bandwidth
+
+- compute, {compute:.1f} ms: forward, backward and Muon's matrices, which the processes divide.
+- replicated, {replicated:.1f} ms: what each process does in full: {parts}.
+- sent(w), the bytes a process passes on, for P_m = {matrices:,} float32 parameters in Muon's matrices and
+  P_a = {rest:,} others: {reduced}, all_gather of their updates
+  (w-1)/w 4 P_m, all_reduce of the other gradients 2 (w-1)/w 4 P_a. Matrices of one shape are divided among the
+  processes; where that leaves a remainder, zeros fill it up.
+- bandwidth, {bandwidth:.2f} GB/s: sent(2) over the time that two processes spent on messages, waiting included.
+
+Compute and replicated come from one process with one thread, the bandwidth from two; the other rows test the formula.
+It leaves out that smaller matrices are slower for their size, that gradients are copied into messages and back, and
+what processes lose that take turns on a core.
+
+## Computed for H200, not measured
+
+The `gpu` track ({gpu_parameters:,} parameters, global batch {gpu_batch}) by the same formula: **nobody has run
+this table**. It assumes {flops:.0f} TFLOP/s in bfloat16, of which {reached:.0f} % are reached, and {memory:.1f} TB/s of
+memory; {per_machine} GPUs a machine with {nvlink:.0f} GB/s of NVLink each and direction; between machines an InfiniBand
+card of {card:.0f} GB/s for each GPU, over all of which the rings are spread. Replicated is the memory traffic of Adam
+({adam} passes over its parameters) and of masking (some {masking} over the batch). Left out are the start of kernels
+and of messages, and that a GPU with few scenes reaches less of its peak: with many GPUs the truth is slower than the
+table.
+
+{projected}
+"""
+
+def report(runs, cores, scenes, scene_seconds, model, large):
+    """The text of docs/SCALING.md, and the plot's arguments. model, large: what read_model gives of cpu and gpu."""
+    stacks, rest, sharded, _, _, _ = model
+    found, some = fit(runs, stacks, rest, sharded, cores), runs[1, 1][0]
+    batch = int(dict(word.split("=") for word in ARGV)["--batch"])
+    count = lambda stacks: sum(number * math.prod(shape) for shape, number in stacks.items())
+    shared, crowd = [str(world) for world in WORLDS if world > cores], ""
+    if shared:
+        crowd = (f"With {cores} cores, {' and '.join(shared)} processes share them: those rows show what crowding "
+                 "costs, not scaling; in the formula a core's time then counts for each process on it.")
+    text = REPORT.format(
+        hardware=some["hardware"], cores=cores, torch=some["torch"], batch=batch, steps=some["steps"],
+        repeats=len(runs[1, 1]), crowd=crowd, measured=measured_table(runs, found), scenes=scenes,
+        scene_seconds=scene_seconds, scene_rate=scenes / scene_seconds,
+        loader_rate=batch / found["replicated"]["loader"], train_rate=batch / found["line"][1],
+        compute=1000 * found["compute"], replicated=1000 * sum(found["replicated"].values()),
+        parts=", ".join(f"{what} ({1000 * found['replicated'][name]:.1f})" for name, what in REPLICATED.items()),
+        matrices=count(stacks), rest=rest, bandwidth=found["bandwidth"] / 1e9,
+        reduced=("reduce_scatter of the matrices' gradients (w-1)/w 4 P_m" if sharded else
+                 "all_reduce of the matrices' gradients 2 (w-1)/w 4 P_m"),
+        gpu_parameters=count(large[0]) + large[1], gpu_batch=large[-1], flops=GPU["flops"] / 1e12,
+        reached=100 * GPU["reached"], memory=GPU["memory"] / 1e12, per_machine=GPU["per_machine"],
+        nvlink=GPU["nvlink"] / 1e9, card=GPU["card"] / 1e9, adam=ADAM_PASSES, masking=MASKING_PASSES,
+        projected=projected_table(*large))
+    points = [(world, round(1000 * run["step"], 3)) for world in WORLDS for run in runs[world, 1]]
+    line = [(world, round(1000 * seconds, 3)) for world, seconds in found["line"].items()]
+    return text, (draw_scaling, points, line, cores)
+
+def read_model(track):
+    """(stacks, rest, sharded, FLOPs of a global batch, its places, batch) of a track of train_4m.py."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+    import train_4m
+    config = train_4m.CONFIGS[track]
+    tokens, _, modalities, _ = train_4m.read_frozen(config)
+    layout = train_4m.Layout(modalities)
+    with torch.device("meta"):  # shapes alone
+        model = train_4m.Nano4M(config, layout)
+    targets = config.image_targets + config.text_targets
+    budgets = [train_4m.input_budget(step, config) for step in range(config.num_steps)]
+    flops = statistics.mean(train_4m.flops_per_scene(model, config, inputs, targets) for inputs in budgets)
+    sharded = "reduce_scatter" in (ROOT / "train_4m.py").read_text()
+    return *parameters(model), sharded, config.batch * flops, config.batch * layout.size, config.batch
+
+def main(argv):
+    if argv[:1] == ["--work"]:
+        return work(argv[1], argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="of a run; inputs have 8 lengths in turn")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each number of processes")
+    parser.add_argument("--scenes", type=int, default=2000, help="training scenes to make")
+    options = parser.parse_args(argv)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # one thread a process, so that a process is a core; and, to compare, one process with a thread on every core
+    settings = [(world, 1) for world in WORLDS] + [(1, cores)] * (cores > 1)
+    runs = {setting: [] for setting in settings}
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = make_folder(folder, options.scenes)
+        for _ in range(options.repeats):  # in turn, so that a machine that slows down slows all
+            for world, threads in settings:
+                words = [*ARGV, f"--num_steps={options.steps}", "--eval_every=1000000"]
+                run = measure(folder, world, threads, words)
+                runs[world, threads].append(run)
+                print(f"processes: {world}, threads each: {threads}, {1000 * run['step']:.1f} ms a step", flush=True)
+    text, plot = report(runs, cores, options.scenes, seconds, read_model("cpu"), read_model("gpu"))
+    (ROOT / "docs" / "SCALING.md").write_text(text, encoding="utf-8")
+    save_plot(ROOT / "docs" / "scaling.png", *plot)
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"scaling.py: {error}")

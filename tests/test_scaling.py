@@ -1,0 +1,79 @@
+"""records/scaling.py: the formula by hand, its bytes against a real run's, the report of made-up measurements."""
+import re
+
+import pytest
+
+import leaderboard
+import scaling
+import train_4m
+from test_train_4m import DIMS, SMALL, make_root, tiny  # noqa: F401: tiny is a fixture
+
+
+def test_volume_by_hand():
+    stacks = {(2, 3): 3, (4, 4): 1}  # 18 and 16 parameters
+    assert set(scaling.volume(1, stacks, 10, True).values()) == {0}
+    # two processes: the stack of three is filled up to four, that of one to two
+    assert list(scaling.volume(2, stacks, 10, True).values()) == [0.5 * 4 * 56, 0.5 * 4 * 56, 4 * 10]
+    assert list(scaling.volume(2, stacks, 10, False).values()) == [4 * 34, 0.5 * 4 * 56, 4 * 10]
+    for sharded in (False, True):  # large worlds, no remainder: (w-1)/w of it all, two or three times
+        many = scaling.volume(4, {(2, 3): 4}, 0, sharded)
+        assert sum(many.values()) == 0.75 * 4 * 24 * (2 if sharded else 3)
+
+
+def test_step_by_hand():
+    assert scaling.step_seconds(1, 8.0, 1.0, 0, 1e9) == 9
+    assert scaling.step_seconds(4, 8.0, 1.0, 2e9, 1e9) == 2 + 1 + 2
+    assert scaling.step_seconds(4, 8.0, 1.0, 2e9, 1e9, cores=2) == 2 * (2 + 1) + 2
+    assert scaling.polar_flops({(3, 2): 3}, 2) == 2 * 5 * (2 * 2 * 2 * 3 * 2 + 2 * 2 ** 3)
+
+
+def test_projection():
+    large = scaling.read_model("gpu")
+    stacks, rest, _, flops, places, batch = large
+    assert batch == 512 and places == 512 * (5 * 256 + 93) and stacks[512, 512] == 6 * 4 + 6 * 4 + 1
+    one, eight, sixteen = (scaling.project(world, stacks, rest, True, flops, places) for world in (1, 8, 16))
+    assert one["sent"] == one["messages"] == 0 and one["replicated"] == sixteen["replicated"]
+    assert eight["messages"] == pytest.approx(eight["sent"] / 450e9)
+    assert sixteen["messages"] == pytest.approx(sixteen["sent"] / 400e9), "InfiniBand between two machines"
+    assert one["compute"] / 16 < sixteen["compute"] < one["compute"] / 12, "Muon's matrices leave a remainder"
+
+
+def test_bytes_of_a_real_run(tiny, tmp_path):  # noqa: F811
+    root = make_root(tmp_path / "root")
+    run = scaling.measure(root, 2, 1, [*SMALL, *tiny[1], "--num_steps=8"])
+    assert run["steps"] == 8 and run["world"] == 2 and run["step"] > sum(run["seconds"].values()) > 0
+    assert set(run["seconds"]) == {*scaling.REPLICATED, "messages"} and min(run["seconds"].values()) > 0
+    config = train_4m.dataclasses.replace(train_4m.CONFIGS["cpu"], **DIMS)
+    modalities = train_4m.read_frozen(config)[2]
+    stacks, rest = scaling.parameters(train_4m.Nano4M(config, train_4m.Layout(modalities)))
+    sharded = "reduce_scatter" in (root / "train_4m.py").read_text()
+    formula = sum(scaling.volume(2, stacks, rest, sharded).values())
+    assert sum(run["sent"].values()) == pytest.approx(formula, rel=0.01)
+
+
+def test_failed_run(tmp_path):
+    with pytest.raises(ValueError, match="(?s)1 processes failed: .*no training data"):
+        scaling.measure(make_root(tmp_path / "root"), 1, 1, [*SMALL, f"--data={tmp_path}/none"])
+
+
+def test_report(tmp_path):
+    def run(world, step):
+        seconds = {"loader": 0.001, "masking": 0.009, "adam": 0.01, **({"messages": 0.05} if world > 1 else {})}
+        return {"world": world, "threads": 1, "step": step, "steps": 40, "torch": "2.13.0", "hardware": "Some CPU",
+                "seconds": seconds, "sent": {"all_reduce": 1e6 * (world - 1)}}
+    model = {(10, 10): 4}, 1000, True, 1e9, 1000, 32
+    runs = {(world, 1): [run(world, 0.2 / world + 0.02 + k / 1000) for k in range(3)] for world in scaling.WORLDS}
+    runs[1, 2] = [run(1, 0.15)]
+    found = scaling.fit(runs, *model[:3], 2)
+    assert found["compute"] == pytest.approx(0.201) and sum(found["replicated"].values()) == pytest.approx(0.02)
+    assert found["line"][1] == pytest.approx(0.221) and found["line"][2] == pytest.approx(0.201 / 2 + 0.02 + 0.05)
+    text, plot = scaling.report(runs, 2, 2000, 4.0, model, scaling.read_model("gpu"))
+    assert "Some CPU, 2 cores" in text and "With 2 cores, 3 and 4 processes share them" in text
+    assert "## Computed for H200, not measured" in text and "500 a second" in text
+    rows = re.findall(r"(?m)^\| (\d+) \| (\d+) \| (.*) \|$", text)
+    assert [row[:2] for row in rows] == [("1", "1"), ("1", "2"), ("2", "1"), ("3", "1"), ("4", "1"),
+                                         ("1", "1"), ("8", "1"), ("16", "2"), ("64", "8")]
+    assert rows[0][2].startswith("221.0 (220.0 to 222.0) | 221.0 | +0 % | 1.0 | 9.0 | 10.0 | 0.0 | 0.00 | 0.00")
+    assert "share them" not in scaling.report(runs, 8, 2000, 4.0, model, scaling.read_model("gpu"))[0]
+    leaderboard.save_plot(tmp_path / "scaling.png", *plot)
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
