@@ -786,7 +786,7 @@ def save_state(log, why, progress, config, rank, model, muon, adam, loader):
         state |= {f"adam.{i}.{name}": value for name, value in moments.items()}
     state |= {f"loader.{name}": torch.as_tensor(getattr(loader, name)) for name in CURSOR if hasattr(loader, name)}
     state["loader.rng"] = loader.rng.get_state()
-    path = ROOT / (config.resume or f"checkpoints/{log.run_id}.state.safetensors")
+    path = Path(config.resume or ROOT / "checkpoints" / f"{log.run_id}.state.safetensors")
     part, problem = path.with_name(path.name + ".part"), ""
     if rank == 0:
         try:
