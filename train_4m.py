@@ -155,8 +155,9 @@ def hardware(device):
     return f"{torch.get_num_threads()} cores of {name}"
 
 
-def matmul_peak(device, n=2048, seconds=0.5):
+def matmul_peak(device, seconds=0.5):
     """Measured bf16 matmul throughput of this machine in FLOP/s, what MFU is relative to."""
+    n = 8192 if device.type == "cuda" else 2048  # smaller ones leave a large GPU idle
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     a @ b
@@ -817,7 +818,8 @@ def shard_blocks(model, world, device):
     """Divide the weights of all blocks by rows among the ranks with FSDP2, which gathers a block while it is computed.
     Embeddings and heads stay whole: they are a few percent. Gradients are summed, not averaged."""
     outside = {p for name, p in model.named_parameters() if not name.startswith(("encoder", "decoder", "mix"))}
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    weights = torch.bfloat16 if device.type == "cuda" else None  # what is gathered; autocast would round them as well
+    policy = MixedPrecisionPolicy(weights, torch.float32, cast_forward_inputs=False)
     wrap = dict(mesh=init_device_mesh(device.type, (world,)), mp_policy=policy)
     for part in (*model.encoder, *model.decoder, model.mix):
         if device.type == "cuda" and part is not model.mix:

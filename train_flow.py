@@ -160,8 +160,9 @@ def hardware(device):
     return f"{torch.get_num_threads()} cores of {name}"
 
 
-def matmul_peak(device, n=2048, seconds=0.5):
+def matmul_peak(device, seconds=0.5):
     """Measured bf16 matmul throughput of this machine in FLOP/s, what MFU is relative to."""
+    n = 8192 if device.type == "cuda" else 2048  # smaller ones leave a large GPU idle
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     a @ b

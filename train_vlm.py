@@ -177,8 +177,9 @@ def hardware(device):
     return f"{torch.get_num_threads()} cores of {name}"
 
 
-def matmul_peak(device, n=2048, seconds=0.5):
+def matmul_peak(device, seconds=0.5):
     """Measured bf16 matmul throughput of this machine in FLOP/s, what MFU is relative to."""
+    n = 8192 if device.type == "cuda" else 2048  # smaller ones leave a large GPU idle
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     a @ b
@@ -360,7 +361,7 @@ def make_mask(rule, ids, start=0, kept=None):
 def attend(q, k, v, mask=None):
     """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D), mask from make_mask; None: all is seen."""
     if isinstance(mask, BlockMask):
-        return flex(q, k, v, block_mask=mask)
+        return flex(q.type_as(v), k.type_as(v), v, block_mask=mask)  # autocast leaves norms in float32
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.size(-1) ** -0.5) @ k.mT  # written out: torch 2.13's fused kernel is 3x slower on a CPU with AMX

@@ -124,6 +124,9 @@ def test_block_mask_is_the_dense_mask():
         assert torch.allclose(train_gpt.attend(q, k, v, dense), found, atol=1e-5)
         assert not torch.allclose(train_gpt.attend(q, k, v, torch.ones_like(dense)), found, atol=1e-2)
     assert len(kept) == 1
+    with torch.no_grad():  # as under autocast
+        rough = train_gpt.attend(q, k, v.bfloat16(), block)
+    assert rough.dtype == torch.bfloat16 and torch.allclose(rough.float(), found, atol=0.05)
 
 
 def test_rotary_scores_depend_on_distance_alone():
