@@ -63,11 +63,11 @@ prepare() {  # prepare TASK TRACK [--field=value ...]: the data a script trains 
     local task=$1 track=$2 data="" arg; shift 2
     for arg in "$@"; do case $arg in --data=*) data=${arg#--data=};; esac; done
     case "$task $data" in
-        "4m ") if [ "$track" = gpu ]; then set -- scenes --size=128 --num=200000; else set -- scenes; fi;;
-        "gpt ") if [ "$track" = gpu ]; then set -- fineweb; else set -- shakespeare; fi;;
+        "4m ") if [[ $track = gpu* ]]; then set -- scenes --size=128 --num=200000; else set -- scenes; fi;;
+        "gpt ") if [[ $track = gpu* ]]; then set -- fineweb; else set -- shakespeare; fi;;
         "maskgit text") set -- shakespeare;;
-        "flow ") if [ "$track" = gpu ]; then set -- scenes --objects --size=128; else set -- scenes --objects; fi;;
-        "vlm ") if [ "$track" = gpu ]; then set -- scenes --qa --num=200000; else set -- scenes --qa; fi;;
+        "flow ") if [[ $track = gpu* ]]; then set -- scenes --objects --size=128; else set -- scenes --objects; fi;;
+        "vlm ") if [[ $track = gpu* ]]; then set -- scenes --qa --num=200000; else set -- scenes --qa; fi;;
         "gpt scenes"|"maskgit ") set -- scenes --objects;;
         *) set -- "$data";;
     esac
@@ -93,7 +93,7 @@ train() {  # train TASK [--field=value ...]
         "vlm cpu 0") set -- --num_steps=800 --eval_every=200;;
     esac
     prepare "$task" "$track" "$@"
-    if [ "$track" = gpu ] && [ "$gpus" -gt 0 ]; then
+    if [[ $track = gpu* ]] && [ "$gpus" -gt 0 ]; then
         $PY -m torch.distributed.run --standalone --nproc_per_node="$gpus" "train_$task.py" "$@"
     else
         $PY -u "train_$task.py" "$@"
