@@ -36,6 +36,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it comes with torch for CUDA, and is for Linux alone
+    triton = None
+
 # ------------------------------------------------------------------------------------------------------------
 # Config
 
@@ -327,6 +333,152 @@ def attend(q, k, v, mask=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Kernels
+
+def cross_entropy(logits, targets, cap=0.0):
+    """Cross-entropy (N,) in nats, float32, of targets (N,) under logits (N, V); a cap above 0 keeps the logits
+    within it, cap * tanh(logits / cap) (arXiv:2408.00118)."""
+    logits = logits.float()
+    return F.cross_entropy(cap * torch.tanh(logits / cap) if cap > 0 else logits, targets, reduction="none")
+
+
+if triton:  # else the references above are all there is
+    @triton.jit
+    def capped(x, CAP: tl.constexpr):
+        return CAP * (2 * tl.sigmoid(2 * x / CAP) - 1) if CAP > 0 else x  # tanh, of what tl offers
+
+    @triton.jit
+    def nats_kernel(logits, targets, nats, sums, V, CAP: tl.constexpr, BLOCK: tl.constexpr):
+        """A program a row: its log-sum-exp, in blocks, the sum rescaled as its maximum grows (arXiv:1805.02867)."""
+        row = tl.program_id(0).to(tl.int64)  # there can be more than 2^31 logits
+        logits += row * V
+        top, total = tl.full((), -1e30, tl.float32), tl.full((), 0.0, tl.float32)
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            z = capped(tl.load(logits + column, column < V, 0.0).to(tl.float32), CAP)
+            z = tl.where(column < V, z, float("-inf"))
+            higher = tl.maximum(top, tl.max(z, 0))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
+            top = higher
+        log_sum = top + tl.log(total)
+        tl.store(sums + row, log_sum)
+        tl.store(nats + row, log_sum - capped(tl.load(logits + tl.load(targets + row)).to(tl.float32), CAP))
+
+    @triton.jit
+    def nats_gradient_kernel(logits, targets, sums, gradient, out, V, CAP: tl.constexpr, BLOCK: tl.constexpr):
+        """A program a block of a row: softmax less one-hot, times the row's gradient. out may be logits."""
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        z = capped(tl.load(logits + row * V + column, column < V, 0.0).to(tl.float32), CAP)
+        slope = tl.exp(z - tl.load(sums + row)) - tl.where(column == tl.load(targets + row), 1.0, 0.0)
+        slope *= tl.load(gradient + row)
+        if CAP > 0:
+            slope *= 1 - (z / CAP) * (z / CAP)
+        tl.store(out + row * V + column, slope, column < V)
+
+    @triton.jit
+    def symmetric_kernel(X, out, m, n, matrix, row, column, TILE: tl.constexpr, DEPTH: tl.constexpr):
+        """A program a tile of X X^T on or below the diagonal, and its mirror image; after github.com/nil0x9/flash-muon.
+        matrix, row, column: strides of X."""
+        i, j, k = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        if j > i:
+            return
+        r, c, d = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
+        tile = tl.zeros((TILE, TILE), tl.float32)
+        for start in range(0, n, DEPTH):
+            at = X + k * matrix + (start + d) * column
+            a = tl.load(at[None] + r[:, None] * row, (r[:, None] < m) & (start + d[None] < n), 0.0)
+            b = tl.load(at[:, None] + c[None] * row, (c[None] < m) & (start + d[:, None] < n), 0.0)
+            tile = tl.dot(a, b, tile)
+        out += k * m * m
+        tl.store(out + r[:, None] * m + c[None], tile, (r[:, None] < m) & (c[None] < m))
+        if j < i:
+            tl.store(out + c[:, None] * m + r[None], tl.trans(tile), (c[:, None] < m) & (r[None] < m))
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """Keeps the logits and a number a row; backward overwrites the logits with their gradient (arXiv:2410.10989)."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, cap):
+        (N, V), nats = logits.shape, torch.empty(len(logits), device=logits.device)
+        sums = torch.empty_like(nats)
+        ctx.block, ctx.cap = min(4096, triton.next_power_of_2(V)), float(cap)
+        nats_kernel[(N,)](logits, targets, nats, sums, V, ctx.cap, ctx.block, num_warps=8)
+        ctx.reuse = not (logits if logits._base is None else logits._base).is_leaf  # whose values must stay
+        ctx.save_for_backward(logits, targets, sums)
+        return nats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        logits, targets, sums = ctx.saved_tensors
+        (N, V), out = logits.shape, logits if ctx.reuse else torch.empty_like(logits)
+        nats_gradient_kernel[N, triton.cdiv(V, ctx.block)](logits, targets, sums, gradient.contiguous(), out, V,
+                                                           ctx.cap, ctx.block, num_warps=8)
+        if ctx.reuse:  # whoever else needs them for a gradient of their own gets an error
+            torch.autograd.graph.increment_version(logits)
+        return out, None, None
+
+
+def fused_cross_entropy(logits, targets, cap=0.0):
+    """cross_entropy without a float32 copy of the logits. Backward overwrites them, unless they are a leaf's."""
+    return FusedCrossEntropy.apply(logits.contiguous(), targets.contiguous(), cap)
+
+
+def symmetric(X):
+    """gram, X X^T of a stack (K, m, n), at half the work; X may have any strides."""
+    (K, m, n), tiles = X.shape, triton.cdiv(X.size(1), 128)
+    out = X.new_empty(K, m, m)
+    symmetric_kernel[tiles, tiles, K](X, out, m, n, *X.stride(), 128, 64, num_warps=8)
+    return out
+
+
+def measure(function, examples, tries=10):
+    """Of a function on CUDA and its backward: median seconds, most MiB beside its inputs, result and gradients."""
+    seconds = []
+    for _ in range(3 + tries):  # 3: it compiles first
+        results, inputs = None, [x.clone() for x in examples]  # copies, for they may be overwritten
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        results, wanted = [function(*inputs)], [x for x in inputs if x.requires_grad]
+        results += torch.autograd.grad(results[0].sum(), wanted) if wanted else []
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    mib = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    torch.cuda.reset_peak_memory_stats()  # the run's own peak comes later
+    return np.median(seconds[3:]), mib, [x.detach() for x in results]
+
+
+def faster(kernel, reference, *examples):
+    """The faster of two functions on examples, if the kernel's results are right, and a line for the footer."""
+    theirs, their_mib, expected = measure(reference, examples)
+    try:
+        mine, my_mib, found = measure(kernel, examples)
+    except Exception as error:  # Triton's own kinds: this GPU has too little of something, or is unknown
+        return reference, f"{kernel.__name__} failed ({type(error).__name__})"
+    right = all((a - b).norm() <= 0.01 * b.norm() for a, b in zip(found, expected))  # bfloat16 rounds by 0.002
+    verdict = "wrong" if not right else "yes" if mine < theirs else "no"
+    line = f"{kernel.__name__} {verdict} {theirs / mine:.2f}x {my_mib:.0f} MiB for {their_mib:.0f}"
+    return kernel if verdict == "yes" else reference, line
+
+
+def choose_kernels(model, config, world, device):
+    """Implementations of cross_entropy and of X X^T for this run's shapes, and what the footer says about them."""
+    if triton is None or device.type != "cuda":
+        return cross_entropy, gram, "none"
+    rows, V = min(8192, config.batch // world * config.context), model.head.weight.size(0)  # more rows: the same ratio
+    logits = torch.randn(rows, V, device=device, dtype=torch.bfloat16, requires_grad=True)
+    nats, line = faster(fused_cross_entropy, cross_entropy, logits, torch.randint(V, (rows,), device=device))
+    shapes = [p.shape for p in model.blocks.parameters() if p.dim() == 2]
+    largest = max(shapes, key=sorted, default=(1, 1))
+    K = -(-shapes.count(largest) // world)  # matrices of a rank in Muon
+    X = torch.randn(K, *sorted(largest), device=device, dtype=torch.bfloat16)
+    product, other = faster(symmetric, gram, X)
+    return nats, product, f"{line}, {other}"
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Model
 
 # --- copied: norm ---
@@ -385,6 +537,7 @@ class GPT(nn.Module):
         self.embed_grams = nn.ModuleList(nn.Embedding(self.grams, C) for _ in range(1, config.orders))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Linear(C, vocab)
+        self.cross_entropy = cross_entropy
 
     def embedding(self, tokens, start):
         """Embeddings (B, T - start, C) of tokens (B, T) from start on."""
@@ -447,8 +600,8 @@ def init_weights(model):
 
 def token_nats(model, tokens, targets):
     """Cross-entropy (B, T) in nats of targets (B, T), each given the tokens (B, T) up to its place."""
-    logits = model.logits(model(tokens, model.mask(tokens, kept=model.kept)))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    logits = model.head(model(tokens, model.mask(tokens, kept=model.kept)))
+    return model.cross_entropy(logits.flatten(0, 1), targets.flatten()).view_as(targets)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -700,12 +853,12 @@ class Muon:
 # --- end: muon ---
 
 
-def make_optimizers(model, config, rank, world):
+def make_optimizers(model, config, rank, world, gram=gram):
     """Muon for the blocks' matrices, Adam for the rest; every parameter is in exactly one."""
     hidden, rest = [], []
     for name, p in model.named_parameters():
         (hidden if "blocks" in name and p.dim() == 2 else rest).append(p)
-    return (Muon(hidden, config.momentum, rank, world),
+    return (Muon(hidden, config.momentum, rank, world, gram),
             torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True))
 
 
@@ -893,7 +1046,6 @@ def main(argv):
     state, progress = read_state(config, data_sha256) if config.resume else (None, {})
     log = Log("gpt", config, overrides, rank, device)
     peak = matmul_peak(device)
-    muon, adam = make_optimizers(model, config, rank, world)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     autocast = lambda: torch.autocast(device.type, torch.bfloat16)
     if device.type == "cuda":
@@ -920,6 +1072,8 @@ def main(argv):
 
     # Warm-up on dummy data, untimed, then everything back to where it was.
     start = time.perf_counter()
+    model.cross_entropy, product, kernels = choose_kernels(model, config, world, device)
+    muon, adam = make_optimizers(model, config, rank, world, product)
     if config.num_steps:
         before = copy.deepcopy(model.state_dict())
         dummy = torch.zeros(config.batch, config.context, dtype=torch.long, device=device)
@@ -929,7 +1083,7 @@ def main(argv):
             with autocast():
                 evaluate(model, val_tokens, config, rank, world)
         model.load_state_dict(before)
-        muon, adam = make_optimizers(model, config, rank, world)
+        muon, adam = make_optimizers(model, config, rank, world, product)
     sync()
     compile_seconds, compiled = time.perf_counter() - start, graphs()
 
@@ -988,6 +1142,7 @@ def main(argv):
               "tokens_per_second": round(seen / max(train_seconds, 1e-9)),
               "mfu": round(flops_per_token(model, config) * seen / max(train_seconds, 1e-9) / peak / world, 4),
               "matmul_peak_tflops": round(peak / 1e12, 2), "peak_memory_mib": round(peak_memory_mib(device)),
+              "kernels": kernels,
               "data_sha256": data_sha256, "eval_sha256": eval_sha256}
     if rank == 0:
         model.eval()
