@@ -14,7 +14,9 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,9 +29,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
@@ -50,23 +55,26 @@ class Config:
     dec_depth: int = 3
     mlp_ratio: int = 4
     # schedule
-    num_steps: int = 290
+    num_steps: int = 450
     batch: int = 32  # scenes a step, over all processes
     budget: int = 128  # most input tokens of a scene
     image_targets: int = 60  # target tokens of a scene
     text_targets: int = 24
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
+    shard: bool = False  # divide the blocks among the processes by FSDP2: for what one GPU cannot hold
     # optimizer
     muon_lr: float = 0.03  # hidden matrices
     momentum: float = 0.95
     adam_lr: float = 0.01  # embeddings and heads
     # evaluation and output
-    target: float = 1.83  # validation loss in nats, record #1's
+    target: float = 1.49  # validation loss in nats, record #1's
     eval_every: int = 50  # steps between evaluations; the clock stands still
     eval_batch: int = 125
     quality_scenes: int = 200  # frozen scenes the quality numbers are taken on
     load: str = ""  # checkpoint to start from
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
+    save_every: int = 0  # steps between states that --resume can go on from; 0: only at SIGTERM
+    resume: str = ""  # state to go on from
 
 
 CONFIGS = {
@@ -76,6 +84,9 @@ CONFIGS = {
                   frozen_masks="data/frozen/eval_4m_128.npz", dim=512, enc_depth=6, dec_depth=6, batch=512,
                   num_steps=1500, eval_every=250, target=0.0),
 }
+# 4M's L and XL, for which a model's weights, gradients and momentum are divided among the GPUs
+for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
+    CONFIGS[name] = dataclasses.replace(CONFIGS["gpu"], track=name, dim=dim, enc_depth=24, dec_depth=24, shard=True)
 ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
 
 
@@ -144,8 +155,9 @@ def hardware(device):
     return f"{torch.get_num_threads()} cores of {name}"
 
 
-def matmul_peak(device, n=2048, seconds=0.5):
+def matmul_peak(device, seconds=0.5):
     """Measured bf16 matmul throughput of this machine in FLOP/s, what MFU is relative to."""
+    n = 8192 if device.type == "cuda" else 2048  # smaller ones leave a large GPU idle
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     a @ b
@@ -172,6 +184,11 @@ def frozen_sha256(*paths):
     """One hash of this script's frozen evaluation code and of the files that it reads."""
     code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
     return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
+
+
+def graphs():
+    """How many graphs torch.compile has made so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 class Log:
@@ -206,7 +223,7 @@ class Log:
 def finite(loss, step):
     """Stop at the first loss that is no number: every later one would be none either."""
     if not math.isfinite(loss):
-        raise Fault(f"the loss is {loss} at step {step}: lower the learning rate (nothing was saved)")
+        raise Fault(f"the loss is {loss} at step {step}: lower the learning rate")
     return loss
 # --- end: setup ---
 
@@ -338,13 +355,15 @@ def attend(q, k, v, visible=None):
 # ------------------------------------------------------------------------------------------------------------
 # Model
 
+# --- copied: norm ---
 def norm(x):
-    return F.layer_norm(x, (x.size(-1),))  # one kernel on a CPU, where rms_norm is many: 0.146 s a step, not 0.171
+    return F.layer_norm(x, (x.size(-1),))  # one kernel on a CPU, rms_norm is many: in 4M 0.146 s a step, not 0.171
 
 
 class Linear(nn.Linear):
     def __init__(self, inside, outside):
         super().__init__(inside, outside, bias=False)
+# --- end: norm ---
 
 
 class Attention(nn.Module):
@@ -435,8 +454,8 @@ class Nano4M(nn.Module):
         logits = self.head_word(y).float().masked_fill((column < self.letters) == box[:, None], -math.inf)
         return F.cross_entropy(logits, ids + self.shift[places] - self.vocab, reduction="none")
 
-    def forward(self, tokens, inputs, seen, targets, counted):
-        """Log-probabilities (B, M, vocab) at the places targets (B, M), all of them; for evaluation and sampling."""
+    def forward(self, tokens, inputs, seen, targets):
+        """Log-probabilities (B, M, vocab) of all tokens at the places targets (B, M), for sampling."""
         y, image = self.hidden(tokens, inputs, seen, targets), targets < self.split
         out = torch.full((*targets.shape, self.vocab), -math.inf, device=y.device)
         a = torch.arange(self.digit, device=y.device)
@@ -510,7 +529,7 @@ class Output:
 def predict(model, tokens, known, targets):
     """Logits (B, M, vocab) at the places targets (B, M), given the known (B, size) tokens; float32."""
     inputs, seen = gather_places(known, int(known.sum(1).max()))
-    return model(tokens, inputs, seen, targets, torch.ones_like(targets, dtype=torch.bool)).float()
+    return model(tokens, inputs, seen, targets).float()
 
 
 def log_likelihood(model, tokens, known, targets):
@@ -722,45 +741,114 @@ POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.772
          (2.3465, -1.7098, 0.4232))  # Polar Express (arXiv:2505.16932), five steps
 
 
-def orthogonalise(G):
+def gram(X):
+    """X X^T of a stack of matrices (K, rows, columns)."""
+    return X @ X.mT
+
+
+def orthogonalise(G, gram=gram):
     """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; in bfloat16."""
     X = G.bfloat16()
     X = X.mT if G.size(1) > G.size(2) else X
     X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
     for a, b, c in POLAR:
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        A = gram(X)
+        X = a * X + (b * A + c * gram(A)) @ X  # A is symmetric: A A is A A^T
     return (X.mT if G.size(1) > G.size(2) else X).to(G.dtype)
 
 
 class Muon:
     """Nesterov momentum, then an orthogonalised step, for matrices (kellerjordan.github.io/posts/muon).
 
-    Matrices of one shape go through it as one stack; the ranks divide the stack among themselves.
+    Matrices of one shape are a stack, divided among the ranks: each adds up the gradients of its own matrices, keeps
+    their momentum and sends their update to all. Messages of one stack travel while another is computed.
     """
 
-    def __init__(self, params, momentum, rank=0, world=1):
-        self.momentum, self.rank, self.world, by_shape = momentum, rank, world, {}
+    def __init__(self, params, momentum, rank=0, world=1, gram=gram):
+        self.momentum, self.rank, self.world, self.gram, by_shape = momentum, rank, world, gram, {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)
-        self.stacks = [(ps, torch.zeros(len(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
+        each = lambda ps: -(-len(ps) // world)  # matrices a rank, the last one's filled up with zeros
+        self.stacks = [(ps, torch.zeros(each(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
+
+    def gather(self, mine, wait=True):
+        """The parts of all ranks (k, rows, columns), one after another, and what to wait for before they are read."""
+        if self.world == 1:
+            return mine, None
+        whole = mine.new_empty(self.world * len(mine), *mine.shape[1:])
+        return whole, dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=not wait)
 
     @torch.no_grad()
     def step(self, lr):
-        for params, buffer in self.stacks:
-            grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-            buffer.lerp_(grads, 1 - self.momentum)
-            update = grads.lerp_(buffer, self.momentum)
-            each = -(-len(params) // self.world)  # matrices a rank, the last one's filled up with zeros
-            update = F.pad(update, (0, 0, 0, 0, 0, each * self.world - len(params)))
-            mine = orthogonalise(update[self.rank * each:(self.rank + 1) * each])
+        """Move the parameters by their gradients, summed over the ranks; one without a gradient has a zero one."""
+        sent = []
+        for params, momentum in self.stacks:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            grads += [torch.zeros_like(params[0])] * (self.world * len(momentum) - len(params))
+            mine, job = torch.stack(grads), None
             if self.world > 1:
-                parts = [torch.empty_like(mine) for _ in range(self.world)]
-                dist.all_gather(parts, mine.contiguous())
-                mine = torch.cat(parts)
+                grads, mine = mine, torch.empty_like(momentum)
+                job = dist.reduce_scatter_tensor(mine, grads, async_op=True)
+            sent.append((mine, job, grads))  # grads must live until they are sent
+        updates = []
+        for (_, momentum), (mine, job, _) in zip(self.stacks, sent):
+            if job:
+                job.wait()
+            momentum.lerp_(mine, 1 - self.momentum)
+            mine = orthogonalise(mine.lerp_(momentum, self.momentum), self.gram)
+            updates.append((*self.gather(mine, wait=False), mine))  # so must mine
+        for (params, _), (update, job, _) in zip(self.stacks, updates):
+            if job:
+                job.wait()
             rows, columns = params[0].shape
-            torch._foreach_add_(params, list(mine[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+            torch._foreach_add_(params, list(update[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+
+    def momenta(self):
+        """The momentum of each stack, gathered: (matrices, rows, columns)."""
+        return [self.gather(momentum)[0][:len(params)] for params, momentum in self.stacks]
+
+    def load_momenta(self, momenta):
+        for (params, mine), whole in zip(self.stacks, momenta):
+            first, last = (min(r * len(mine), len(params)) for r in (self.rank, self.rank + 1))
+            mine[:last - first] = whole[first:last].to(mine.device)
 # --- end: muon ---
+
+
+def shard_blocks(model, world, device):
+    """Divide the weights of all blocks by rows among the ranks with FSDP2, which gathers a block while it is computed.
+    Embeddings and heads stay whole: they are a few percent. Gradients are summed, not averaged."""
+    outside = {p for name, p in model.named_parameters() if not name.startswith(("encoder", "decoder", "mix"))}
+    weights = torch.bfloat16 if device.type == "cuda" else None  # what is gathered; autocast would round them as well
+    policy = MixedPrecisionPolicy(weights, torch.float32, cast_forward_inputs=False)
+    wrap = dict(mesh=init_device_mesh(device.type, (world,)), mp_policy=policy)
+    for part in (*model.encoder, *model.decoder, model.mix):
+        if device.type == "cuda" and part is not model.mix:
+            part.compile(fullgraph=True, dynamic=False)
+        fully_shard(part, **wrap)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
+    fully_shard(model, ignored_params=outside, **wrap)
+    register_fsdp_forward_method(model, "hidden")
+
+
+class ShardedMuon(Muon):
+    """Muon for matrices that FSDP2 divides: each rank orthogonalises whole matrices, its share of every stack."""
+
+    @torch.no_grad()
+    def step(self, lr):
+        for params, momentum in self.stacks:
+            mine, first = torch.zeros_like(momentum), self.rank * len(momentum)
+            for i, p in enumerate(params):
+                grad = p.grad.full_tensor()
+                if first <= i < first + len(mine):
+                    mine[i - first] = grad
+            momentum.lerp_(mine, 1 - self.momentum)
+            update, _ = self.gather(orthogonalise(mine.lerp_(momentum, self.momentum), self.gram))
+            rows, columns = params[0].shape
+            start = min(self.rank * -(-rows // self.world), rows)  # of this rank's rows
+            for p, whole in zip(params, update):
+                local = p.to_local()
+                local.add_(whole[start:start + len(local)], alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
 def make_optimizers(model, config, rank, world):
@@ -768,13 +856,15 @@ def make_optimizers(model, config, rank, world):
     hidden, rest = [], []
     for name, p in model.named_parameters():
         (rest if "embed" in name or "head" in name else hidden).append(p)
-    return (Muon(hidden, config.momentum, rank, world),
+    return ((ShardedMuon if config.shard else Muon)(hidden, config.momentum, rank, world),
             torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True))
 
 
+# --- copied: schedule ---
 def schedule(step, config):
     """Share of the peak learning rates: 1, then linearly down to 0."""
     return min(1.0, (1 - step / config.num_steps) / config.cooldown)
+# --- end: schedule ---
 
 
 def input_budget(step, config):
@@ -785,15 +875,16 @@ def input_budget(step, config):
 
 
 # --- copied: sum gradients ---
-def sum_gradients(model, world):
-    """Add up the gradients of all ranks, in one flat message."""
+def sum_gradients(optimizer, world):
+    """Add up the gradients of an optimizer's parameters over all ranks, in one flat message. Where a rank has none it
+    sends zeros: every rank must take part."""
     if world == 1:
         return
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
     dist.all_reduce(flat)
-    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-        g.copy_(part.view_as(g))
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = part.view_as(p)
 # --- end: sum gradients ---
 
 
@@ -826,6 +917,89 @@ def load_checkpoint(path, model, config):
 # --- end: checkpoint ---
 
 
+# --- copied: resume ---
+WHOLE = StateDictOptions(full_state_dict=True)  # of a model that is divided among the ranks too
+CURSOR = ("order", "next", "pending")  # where a Loader is in its data, besides its rng; not each has all
+SIGTERM = []  # filled when the signal arrives: SLURM sends it before it takes a machine back
+
+
+def due(step, config, world, device):
+    """What is to follow a step: "stop" once SIGTERM has reached any rank, "save" every save_every steps, else ""."""
+    stop = bool(SIGTERM)
+    if world > 1:  # ranks hear of it at different steps: they agree on every tenth
+        flag = torch.tensor(float(stop), device=device)
+        if step % 10 == 0:
+            dist.all_reduce(flag)
+        stop = step % 10 == 0 and bool(flag)
+    if step == config.num_steps:
+        return ""
+    return "stop" if stop else "save" if config.save_every and step % config.save_every == 0 else ""
+
+
+def save_state(log, why, progress, config, rank, model, muon, adam, loader):
+    """All that the rest of a run depends on, in one safetensors file, the same for any number of processes; a temporary
+    name first, so that a full disk leaves the state before it. Ends the process if `why` is "stop"."""
+    state = {f"model.{name}": value for name, value in get_model_state_dict(model, options=WHOLE).items()}
+    state |= {f"muon.{i}": value for i, value in enumerate(muon.momenta())} if muon else {}
+    for i, moments in adam.state_dict()["state"].items():
+        state |= {f"adam.{i}.{name}": value for name, value in moments.items()}
+    state |= {f"loader.{name}": torch.as_tensor(getattr(loader, name)) for name in CURSOR if hasattr(loader, name)}
+    state["loader.rng"] = loader.rng.get_state()
+    path = Path(config.resume or ROOT / "checkpoints" / f"{log.run_id}.state.safetensors")
+    part, problem = path.with_name(path.name + ".part"), ""
+    if rank == 0:
+        try:
+            save_file({name: value.detach().cpu().clone() for name, value in state.items()}, part,
+                      metadata={"config": json.dumps(dataclasses.asdict(config)), "progress": json.dumps(progress)})
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+            log.say(f"state of step {progress['step']} in {path}")
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            problem = f"the state of step {progress['step']} could not be saved ({error}); any before it is kept"
+            log.say(problem)
+    if why == "stop":
+        log.say(f"stopped by SIGTERM: go on with the same command and --resume={path}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(1 if problem else 0)
+
+
+def read_state(config, data_sha256):
+    """What save_state wrote of this very run: its tensors by name, and its progress."""
+    try:
+        with safe_open(config.resume, "pt") as file:
+            saved, progress = (json.loads((file.metadata() or {})[name]) for name in ("config", "progress"))
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # safetensors raises its own kinds
+        raise Fault(f"--resume={config.resume} is not the state of a run ({type(error).__name__}: {error})") from None
+    now = dataclasses.asdict(config) | {name: saved.get(name) for name in ("resume", "save_every", "save", "shard")}
+    if different := [f"--{name}={saved.get(name)}" for name in now if saved.get(name) != now[name]]:
+        raise Fault(f"--resume={config.resume} is of a run with {' '.join(different)}: pass the same")
+    if progress["data_sha256"] != data_sha256:
+        raise Fault(f"--resume={config.resume} is of a run on other training data")
+    return state, progress
+
+
+def load_state(state, model, muon, adam, loader):
+    """Put a state that was read back where it came from."""
+    part = lambda start: {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+    set_model_state_dict(model, part("model."), options=WHOLE)
+    if muon:
+        muon.load_momenta([value for _, value in sorted(part("muon.").items(), key=lambda item: int(item[0]))])
+    moments = {}
+    for name, value in part("adam.").items():
+        moments.setdefault(int(name.partition(".")[0]), {})[name.partition(".")[2]] = value
+    adam.load_state_dict({"state": moments, "param_groups": adam.state_dict()["param_groups"]})
+    loader.rng.set_state(state["loader.rng"])
+    for name in CURSOR:
+        if (value := state.get(f"loader.{name}")) is not None:
+            now = getattr(loader, name)
+            setattr(loader, name, value.to(now.device) if torch.is_tensor(now) else value.tolist())
+# --- end: resume ---
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -840,6 +1014,8 @@ def flops_per_scene(model, config, inputs, targets):
 
 def main(argv):
     config, overrides = read_config(argv)
+    if config.resume and not config.num_steps:
+        raise Fault("--resume goes on with a run: pass its --num_steps, or --load to evaluate a checkpoint")
     if config.num_steps < 0 or min(config.batch, config.eval_every, config.eval_batch) < 1:
         raise Fault("num_steps must be at least 0, batch, eval_every and eval_batch at least 1")
     if config.dim % config.head_dim:
@@ -847,7 +1023,12 @@ def main(argv):
     rank, world, device = setup()
     if config.batch % world:
         raise Fault(f"a batch of {config.batch} scenes cannot be divided among {world} processes")
+    if config.shard and world == 1:
+        raise Fault("--shard=true divides the model among processes: start several with torchrun")
     val_tokens, val_roles, modalities, eval_sha256 = read_frozen(config)
+    if config.shard and -(-len(val_tokens) // config.eval_batch) % world:
+        raise Fault(f"--shard=true needs as many evaluation batches on every process: {world} processes cannot share "
+                    f"{len(val_tokens)} scenes in batches of {config.eval_batch} evenly, change --eval_batch")
     val_tokens, val_roles = val_tokens.to(device), val_roles.to(device)
     arrays, data_sha256 = read_shards(config.data, modalities) if config.num_steps else ([], "none")
     layout = Layout(modalities, device)
@@ -856,11 +1037,18 @@ def main(argv):
     init_weights(model)
     if config.load:
         load_checkpoint(config.load, model, config)
+    if config.shard:
+        shard_blocks(model, world, device)
+    state, progress = read_state(config, data_sha256) if config.resume else (None, {})
     log = Log("4m", config, overrides, rank, device)
     peak = matmul_peak(device)
     muon, adam = make_optimizers(model, config, rank, world)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     autocast = lambda: torch.autocast(device.type, torch.bfloat16)
+    loss_of = masked_loss
+    if device.type == "cuda" and not config.shard:
+        torch._dynamo.config.recompile_limit = 16  # one graph an input length
+        loss_of = torch.compile(masked_loss, fullgraph=True, dynamic=False)
 
     mine = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
 
@@ -870,10 +1058,10 @@ def main(argv):
                                                config.text_targets, rng)
         share = target_shares(targets, counted, layout)
         with autocast():
-            loss = masked_loss(model, batch[mine], inputs[mine], targets[mine], counted[mine], share,
-                               config.image_targets)
+            loss = loss_of(model, batch[mine], inputs[mine], targets[mine], counted[mine], share,
+                           config.image_targets)
         loss.backward()
-        sum_gradients(model, world)
+        sum_gradients(adam, world)
         factor = schedule(step, config)
         muon.step(config.muon_lr * factor)
         adam.param_groups[0]["lr"] = config.adam_lr * factor
@@ -892,13 +1080,19 @@ def main(argv):
         model.load_state_dict(before)
         muon, adam = make_optimizers(model, config, rank, world)
     sync()
-    compile_seconds = time.perf_counter() - start
+    compile_seconds, compiled = time.perf_counter() - start, graphs()
 
     # The clock starts here.
-    train_seconds, step, tokens_seen, flops = 0.0, 0, 0, 0.0
+    train_seconds, waited, step, tokens_seen, flops = 0.0, 0.0, 0, 0, 0.0
     start = time.perf_counter()
     loader = Loader(arrays, config.batch, config.seed, device) if config.num_steps else None
-    bar = tqdm(total=config.num_steps, disable=rank > 0, unit="step", dynamic_ncols=True)
+    if config.resume:
+        load_state(state, model, muon, adam, loader)
+        step, train_seconds, waited, tokens_seen, flops = (
+            progress[name] for name in ("step", "seconds", "waited", "tokens", "flops"))
+        start = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: SIGTERM.append(True))
+    bar = tqdm(total=config.num_steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     while True:
         last = step == config.num_steps
         if last or (step % config.eval_every == 0 and step):
@@ -914,7 +1108,9 @@ def main(argv):
                 break
             sync()
             start = time.perf_counter()
+        asked = time.perf_counter()
         batch = loader()
+        waited += time.perf_counter() - asked
         loss, count = train_step(batch, loader.rng, step)
         tokens_seen = tokens_seen + count
         flops += config.batch * flops_per_scene(model, config, input_budget(step, config),
@@ -924,6 +1120,14 @@ def main(argv):
             value = finite(loss.item() * world, step)
             bar.set_postfix(loss=f"{value:.3f}", seconds=f"{train_seconds + time.perf_counter() - start:.0f}")
         bar.update()
+        if why := due(step, config, world, device):
+            sync()
+            train_seconds += time.perf_counter() - start
+            progress = {"data_sha256": data_sha256, "step": step, "seconds": train_seconds, "waited": waited,
+                        "tokens": int(tokens_seen), "flops": flops}
+            save_state(log, why, progress, config, rank, model, muon, adam, loader)
+            start = time.perf_counter()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     bar.close()
     finite(val_loss, step)
 
@@ -933,11 +1137,16 @@ def main(argv):
               "parameters": sum(p.numel() for p in model.parameters()), "tokens": int(tokens_seen),
               "val_loss": round(val_loss, 5), "target": config.target, "reached": val_loss <= config.target,
               "train_seconds": round(train_seconds, 3), "compile_seconds": round(compile_seconds, 1),
+              "recompiles": graphs() - compiled, "loader_share": round(waited / max(train_seconds, 1e-9), 4),
               "tokens_per_second": round(int(tokens_seen) / max(train_seconds, 1e-9)),
               "mfu": round(flops / max(train_seconds, 1e-9) / peak / world, 4),
               "matmul_peak_tflops": round(peak / 1e12, 2),
               "peak_memory_mib": round(peak_memory_mib(device)), "data_sha256": data_sha256, "eval_sha256": eval_sha256,
               **{f"val_loss_{m}": round(value, 4) for m, value in by_modality.items()}}
+    if config.shard:  # sampling is rank 0's alone
+        whole = get_model_state_dict(model, options=WHOLE)
+        model = Nano4M(config, layout).to(device)
+        model.load_state_dict(whole)
     if rank == 0:
         with autocast():
             sys.path.insert(0, str(ROOT / "data"))  # helpers that turn tokens into pictures, not needed while training
@@ -961,8 +1170,16 @@ def main(argv):
         dist.destroy_process_group()
 
 
+# --- copied: start ---
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Fault as fault:
         sys.exit(f"{HERE.name}: {fault}")
+    except RuntimeError as error:  # NCCL and gloo have no kind of their own for a process that is gone
+        if not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)", str(error)):
+            raise
+        print(f"{HERE.name}: another process of this run has ended, see its message ({str(error).splitlines()[0]}); "
+              "--resume goes on from a saved state", file=sys.stderr, flush=True)
+        os._exit(1)  # the usual way out waits for the other process
+# --- end: start ---
