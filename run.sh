@@ -66,9 +66,9 @@ prepare() {  # prepare TASK TRACK [--field=value ...]: the data a script trains 
         "4m ") if [[ $track = gpu* ]]; then set -- scenes --size=128 --num=200000; else set -- scenes; fi;;
         "gpt ") if [[ $track = gpu* ]]; then set -- fineweb; else set -- shakespeare; fi;;
         "maskgit text") set -- shakespeare;;
-        "flow ") if [[ $track = gpu* ]]; then set -- scenes --objects --size=128; else set -- scenes --objects; fi;;
+        "flow "|"maskgit ") if [[ $track = gpu* ]]; then set -- scenes --objects --size=128; else set -- scenes --objects; fi;;
         "vlm ") if [[ $track = gpu* ]]; then set -- scenes --qa --num=200000; else set -- scenes --qa; fi;;
-        "gpt scenes"|"maskgit ") set -- scenes --objects;;
+        "gpt scenes") set -- scenes --objects;;
         *) set -- "$data";;
     esac
     if [ -f "data/$1.py" ]; then $PY -u "data/$1.py" "${@:2}"; fi  # any other data is the user's own

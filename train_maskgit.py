@@ -71,7 +71,13 @@ class Config:
     resume: str = ""  # state to go on from
 
 
-CONFIGS = {"cpu": Config()}
+CONFIGS = {
+    "cpu": Config(),
+    # the course's size on pictures of 256 tokens
+    "gpu": Config(track="gpu", data="data/objects128/train", frozen="data/frozen/objects128.npz",
+                  frozen_masks="data/frozen/eval_maskgit_128.npz", dim=512, depth=8, batch=256, num_steps=4000,
+                  muon_lr=0.02, adam_lr=0.005, target=0.0, quality_pictures=480),
+}
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio")  # what a checkpoint must agree on
 
 
@@ -218,7 +224,7 @@ def finite(loss, step):
 
 def read_rows(config):
     """Training tokens (N, L) int16, labels (N,), what meta.json says of both, and the sha256 of how they were made."""
-    folder, make = ROOT / config.data, "python data/scenes.py --objects"
+    folder, make = ROOT / config.data, "python data/scenes.py --objects" + " --size=128" * (config.track == "gpu")
     if not (folder / "meta.json").exists():
         raise Fault(f"no training data in {folder}: make it with `{make}`")
     try:
@@ -518,13 +524,13 @@ def write_samples(model, config, frozen, folder):
     judge, pictures = classifier.load(tokens.device), studio.Studio(tokens.device).pictures
     classes = torch.arange(model.labels, device=tokens.device)
     sample = lambda labels, steps=16, **rest: generate(model, labels, steps=steps, guidance=2.0, **rest)
-    numbers, grid = {}, classes.repeat_interleave(4)
+    numbers, grid, side = {}, classes.repeat_interleave(4), math.isqrt(model.length)
     rows = ["four draws of every class"]
     cells = [(picture, classifier.world.CLASSES[i // 4]) for i, picture in enumerate(pictures(sample(grid)))]
     rows += [cells[i:i + 8] for i in range(0, len(cells), 8)]
     rows.append("half of the tokens in  >  the whole picture out (four draws)")
     half = torch.rand(model.length, generator=torch.Generator().manual_seed(0)).argsort() < model.length // 2
-    cover = F.interpolate(half.view(1, 1, 8, 8).float(), scale_factor=8)[0]
+    cover = F.interpolate(half.view(1, 1, side, side).float(), scale_factor=8)[0]
     hidden = half.to(tokens.device).expand(4, -1)
     for row, label, true in zip(tokens[:3], labels, pictures(tokens[:3])):
         made = pictures(generate(model, label.expand(4), row.expand(4, -1), hidden))
@@ -533,12 +539,12 @@ def write_samples(model, config, frozen, folder):
     tokens, history = sample(classes, return_history=True)
     made, frames = pictures(tokens), []  # a token that is placed stays: of the final picture show what there is
     for _, hidden in history:
-        cover = F.interpolate(hidden.view(-1, 1, 8, 8).float(), scale_factor=8).cpu()
+        cover = F.interpolate(hidden.view(-1, 1, side, side).float(), scale_factor=8).cpu()
         frames.append(made * (1 - cover) + 0.5 * cover)
     draw.animation(frames, folder / "maskgit_steps.gif")
     wanted = classes.repeat(config.quality_pictures // model.labels)
     for steps in (1, 4, 8, 16, 32, 64) if len(wanted) else ():
-        made = pictures(sample(wanted, steps))
+        made = F.avg_pool2d(pictures(sample(wanted, steps)), side // 8)  # the judge knows pictures of 64 pixels
         numbers[f"accuracy_{steps}_steps"] = round(judge.accuracy(made, wanted), 4)
         numbers[f"frechet_{steps}_steps"] = round(judge.frechet_distance(made, "decoded"), 3)
     return numbers

@@ -7,7 +7,7 @@ vectorised masking of the training scripts is tested against. MaskGIT's are a un
 uniform places, so that every stage of its sampling counts, from all tokens hidden to one. The flow's are one time of
 U(0, 1) and the seed of one noise a picture, the times spread evenly, so that no stretch of time is left out.
 
-    python data/eval_masks.py   # maintainers only -> data/frozen/eval_{4m_64,4m_128,maskgit_64,flow}.npz
+    python data/eval_masks.py   # maintainers only -> data/frozen/eval_{4m_64,4m_128,maskgit_64,maskgit_128,flow}.npz
 """
 import json
 from pathlib import Path
@@ -58,11 +58,11 @@ if __name__ == "__main__":
         np.savez_compressed(path, roles=roles)
         print(f"{path}: {(roles == 1).sum(1).mean():.1f} inputs and {(roles == 2).sum(1).mean():.1f} targets a scene, "
               f"{path.stat().st_size / 1e6:.2f} MB")
-    with np.load(FROZEN / "objects64.npz", allow_pickle=False) as arrays:
-        masked = draw_masked(*arrays["rgb"].shape, np.random.default_rng(0))
-    path = FROZEN / "eval_maskgit_64.npz"
-    np.savez_compressed(path, masked=masked)
-    print(f"{path}: {masked.sum(1).mean():.1f} masked tokens a scene, {path.stat().st_size / 1e6:.2f} MB")
+        with np.load(FROZEN / f"objects{size}.npz", allow_pickle=False) as arrays:
+            masked = draw_masked(*arrays["rgb"].shape, np.random.default_rng(0))
+        path = FROZEN / f"eval_maskgit_{size}.npz"
+        np.savez_compressed(path, masked=masked)
+        print(f"{path}: {masked.sum(1).mean():.1f} masked tokens a scene, {path.stat().st_size / 1e6:.2f} MB")
     rng, n = np.random.default_rng(0), len(masked)
     times = (rng.permutation(n) + rng.random(n)) / n
     path = FROZEN / "eval_flow.npz"

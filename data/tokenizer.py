@@ -244,7 +244,7 @@ What makes losses comparable everywhere; never edited, hash-checked by every run
 | `eval_4m_64.npz`, `eval_4m_128.npz` | which of their tokens are inputs and which are targets (`python data/eval_masks.py`) |
 | `objects64.npz`, `objects128.npz` | 2,000 validation scenes with one object: label and rgb tokens, pixels at half the size, and the scenes (`python data/scenes.py --objects --frozen`, with `--size=128`) |
 | `qa64.npz` | 2,000 validation scenes with questions: pixels, tokens, where the answers are, families, and the scenes, those of `scenes64.npz` (`python data/scenes.py --qa --frozen`) |
-| `eval_maskgit_64.npz` | which of their rgb tokens are masked (`python data/eval_masks.py`) |
+| `eval_maskgit_64.npz`, `eval_maskgit_128.npz` | which of their rgb tokens are masked (`python data/eval_masks.py`) |
 | `eval_flow.npz` | picture, time and noise seed of every draw that the flow is evaluated on (`python data/eval_masks.py`) |
 | `classifier.safetensors` | judge of generated pictures of one object (`python data/classifier.py train`) |
 | `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/tokenizer.py train --minutes=14`, then `--minutes=5 --resume`, on earlier forms of this world) |

@@ -271,6 +271,20 @@ def test_damaged_shards(tiny, monkeypatch, tmp_path):
         run_here(monkeypatch, tmp_path / "root", [*SMALL, *tiny[1], f"--data={folder}"])
 
 
+def test_gpu_track():
+    config = train_maskgit.CONFIGS["gpu"]
+    tokens, labels, masked, modalities, digest = train_maskgit.read_frozen(config)
+    assert tokens.shape == masked.shape == (2000, 256) and len(labels) == 2000 and len(digest) == 64
+    assert masked.any(1).all() and masked.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    with torch.device("meta"):
+        model = train_maskgit.MaskGIT(config, modalities)
+        y = model(*(torch.empty(shape, dtype=torch.long) for shape in ((2, 256), (2,))),
+                  torch.empty(2, 256, dtype=torch.bool))
+    assert y.shape == (2, 256, 512) and sum(p.numel() for p in model.blocks.parameters()) == 8 * 12 * 512 ** 2
+    with pytest.raises(Fault, match="make it with `python data/scenes.py --objects --size=128`"):
+        train_maskgit.read_rows(dataclasses.replace(config, data="data/none"))
+
+
 def test_two_processes_are_the_same_run(tiny, tmp_path):
     losses = {}
     for world in (1, 2):
