@@ -59,7 +59,7 @@ of it:</p>
 {race}
 <p>They run in turn, A B A B, so that a machine that slows down slows both; the verdict is a sentence with intervals.
 <a href="../README.md#hacking">More to try</a>, <a href="../README.md#rules">the rules and how to submit</a>.</p>
-<footer class="quiet"><p>Made by <a href="page.py">page.py</a> from the logs in
+{scaling}<footer class="quiet"><p>Made by <a href="page.py">page.py</a> from the logs in
 <a href="../records/README.md">records</a>; no number is typed. MIT licence, see <a href="../LICENSE">LICENSE</a>.</p>
 </footer>
 </body>
@@ -186,7 +186,12 @@ def build(root=ROOT):
         raise ValueError(f"{missing[0]} is not there: run python records/leaderboard.py first")
     history = "![speed-up over the baseline, record by record](records/history.png)" * ("records/history.png" in paths)
     sections = (convert(leaderboard.track_section(*track), "records", root) for track in tracks)
-    text = PAGE.format(commands=commands(readme), race=commands(readme, "Hacking"),
+    plot, scaling = root / "docs" / "scaling.png", ""
+    if plot.is_file():
+        scaling = '<h2 id="scaling">More processes</h2>\n' + picture(
+            plot, plot.name, "milliseconds a step against processes: measured, and by formula",
+            'A training step of nano4M on more processes (<a href="SCALING.md">what was measured</a>).') + "\n"
+    text = PAGE.format(scaling=scaling, commands=commands(readme), race=commands(readme, "Hacking"),
                        summary=convert(f"{leaderboard.summary(tracks)}\n\n{history}", "", root),
                        families="\n".join(family(root, task, tracks) for task in tasks),
                        tracks="\n".join(sections))
