@@ -346,7 +346,7 @@ def block_mask(rule, ids, kept):
     with the one mask_mod over it: for a new one everything would be compiled again."""
     if ids.shape not in kept:
         own = torch.empty_like(ids)
-        kept[ids.shape] = own, lambda b, h, q, k: rule(own, b, q, k)
+        kept[ids.shape] = own, lambda b, h, q, k: rule(own, b % len(own), q, k)  # one row of ids may stand for all
     own, mask_mod = kept[ids.shape]
     own.copy_(ids)
     return build(mask_mod, len(ids), None, ids.size(1), ids.size(1), device=ids.device)
