@@ -66,6 +66,7 @@ class Config:
     eval_batch: int = 250
     quality_pictures: int = 48  # the quality numbers are taken on as many, two of each class
     load: str = ""  # checkpoint to start from
+    precision: str = "auto"  # of matrix products: auto (measured), fp32 or bf16
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
     save_every: int = 0  # steps between states that --resume can go on from; 0: only at SIGTERM
     resume: str = ""  # state to go on from
@@ -146,20 +147,43 @@ def hardware(device):
     return f"{torch.get_num_threads()} cores of {name}"
 
 
-def matmul_peak(device, seconds=0.5):
-    """Measured bf16 matmul throughput of this machine in FLOP/s, what MFU is relative to."""
-    n = 8192 if device.type == "cuda" else 2048  # smaller ones leave a large GPU idle
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def matmul_flops(device, dtype, rows, dim, hidden, seconds=0.1):
+    """Measured FLOP/s of products (rows, dim) x (dim, hidden) in dtype."""
+    a = torch.randn(rows, dim, device=device, dtype=dtype)
+    b = torch.randn(hidden, dim, device=device, dtype=dtype)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    a @ b
+    F.linear(a, b)  # the first call makes its kernel
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
         sync()
         start = time.perf_counter()
-        a @ b
+        F.linear(a, b)
         sync()
         best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+    return 2 * rows * dim * hidden / best
+
+
+def choose_precision(option, device, world, *shape):
+    """The precision of matrix products, "bf16" or "fp32", and the peak in FLOP/s that MFU is relative to.
+
+    "auto" on a CPU is what multiplies matrices of this model's shape (rows, dim, hidden) faster: bf16 with AMX by far,
+    fp32 on most others, where bf16 can take seven times as long. On CUDA it is bf16 from compute capability 8.0 on.
+    """
+    if option not in ("auto", *PRECISIONS):
+        raise Fault(f"--precision={option} is not one of auto, {', '.join(PRECISIONS)}")
+    if device.type == "cuda":
+        chosen = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+        chosen = chosen if option == "auto" else option
+        return chosen, matmul_flops(device, PRECISIONS[chosen], 8192, 8192, 8192, 0.5)  # small ones leave it idle
+    measured = {name: matmul_flops(device, dtype, *shape) for name, dtype in PRECISIONS.items()}
+    chosen = max(measured, key=measured.get) if option == "auto" else option
+    decision = [chosen, max(measured.values())]
+    if world > 1:  # one run, one precision
+        dist.broadcast_object_list(decision)
+    return tuple(decision)
 
 
 def peak_memory_mib(device):
@@ -185,7 +209,7 @@ def graphs():
 class Log:
     """Rank 0's log file: the source, the settings, then lines that also reach the console through `say`."""
 
-    def __init__(self, task, config, overrides, rank, device):
+    def __init__(self, task, config, overrides, rank, device, precision):
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{task}-{config.track}-{config.seed}"
         self.file = None
         if rank:
@@ -202,8 +226,11 @@ class Log:
                                                      text=True).stdout.strip()
         settings = {"config": dataclasses.asdict(config), "argv": sys.argv[1:], "overrides": overrides,
                     "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-                    "threads": torch.get_num_threads(), "hardware": hardware(device), "git": git or None}
+                    "threads": torch.get_num_threads(), "hardware": hardware(device), "precision": precision,
+                    "git": git or None}
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
+        if precision == "fp32" and device.type == "cuda":
+            self.say("precision: fp32, this GPU is older than bfloat16 (compute capability 8.0)")
 
     def say(self, line):
         if self.file:
@@ -307,9 +334,10 @@ def draw_masks(B, L, rng):
 def attend(q, k, v, visible=None):
     """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D); visible (B, N): keys that may be seen, None: all."""
     mask = None if visible is None else visible[:, None, None]
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.size(-1) ** -0.5) @ k.mT  # written out: torch 2.13's fused kernel is 3x slower on a CPU with AMX
+    if q.is_cuda or v.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, attn_mask=mask)
+    # written out: in bfloat16 on a CPU torch 2.13's fused kernel takes 3 to 6 times as long, in float32 0.8 times
+    scores = (q * q.size(-1) ** -0.5) @ k.mT
     if mask is not None:
         scores = scores.masked_fill(~mask, -3e4)
     return scores.softmax(-1).type_as(v) @ v
@@ -602,9 +630,9 @@ def gram(X):
     return X @ X.mT
 
 
-def orthogonalise(G, gram=gram):
-    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; in bfloat16."""
-    X = G.bfloat16()
+def orthogonalise(G, dtype=torch.bfloat16, gram=gram):
+    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; computed in dtype."""
+    X = G.to(dtype)
     X = X.mT if G.size(1) > G.size(2) else X
     X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
     for a, b, c in POLAR:
@@ -620,8 +648,9 @@ class Muon:
     their momentum and sends their update to all. Messages of one stack travel while another is computed.
     """
 
-    def __init__(self, params, momentum, rank=0, world=1, gram=gram):
-        self.momentum, self.rank, self.world, self.gram, by_shape = momentum, rank, world, gram, {}
+    def __init__(self, params, momentum, rank=0, world=1, dtype=torch.bfloat16, gram=gram):
+        self.momentum, self.rank, self.world, self.dtype, self.gram = momentum, rank, world, dtype, gram
+        by_shape = {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)
         each = lambda ps: -(-len(ps) // world)  # matrices a rank, the last one's filled up with zeros
@@ -651,7 +680,7 @@ class Muon:
             if job:
                 job.wait()
             momentum.lerp_(mine, 1 - self.momentum)
-            mine = orthogonalise(mine.lerp_(momentum, self.momentum), self.gram)
+            mine = orthogonalise(mine.lerp_(momentum, self.momentum), self.dtype, self.gram)
             updates.append((*self.gather(mine, wait=False), mine))  # so must mine
         for (params, _), (update, job, _) in zip(self.stacks, updates):
             if job:
@@ -670,12 +699,12 @@ class Muon:
 # --- end: muon ---
 
 
-def make_optimizers(model, config, rank, world):
+def make_optimizers(model, config, rank, world, precision):
     """Muon for the blocks' matrices, Adam for embeddings and heads; every parameter is in exactly one."""
     hidden, rest = [], []
     for name, p in model.named_parameters():
         (hidden if "blocks" in name or "mix" in name else rest).append(p)
-    return (Muon(hidden, config.momentum, rank, world),
+    return (Muon(hidden, config.momentum, rank, world, PRECISIONS[precision]),
             torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True))
 
 
@@ -842,17 +871,18 @@ def main(argv):
     if found != modalities:
         raise Fault(f"{ROOT / config.data} has another vocabulary or length than the frozen validation set")
     frozen = [part.to(device) for part in frozen]
+    shape = config.batch // world * modalities["rgb"]["length"], config.dim, config.mlp_ratio * config.dim
+    precision, peak = choose_precision(config.precision, device, world, *shape)
     torch.manual_seed(config.seed)
     model = MaskGIT(config, modalities).to(device)
     init_weights(model)
     if config.load:
         load_checkpoint(config.load, model, config)
     state, progress = read_state(config, data_sha256) if config.resume else (None, {})
-    log = Log("maskgit", config, overrides, rank, device)
-    peak = matmul_peak(device)
-    muon, adam = make_optimizers(model, config, rank, world)
+    log = Log("maskgit", config, overrides, rank, device, precision)
+    muon, adam = make_optimizers(model, config, rank, world, precision)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16)
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if device.type == "cuda":
         model.compile(fullgraph=True, dynamic=False)
 
@@ -886,7 +916,7 @@ def main(argv):
             with autocast():
                 evaluate(model, *frozen, config, rank, world)
         model.load_state_dict(before)
-        muon, adam = make_optimizers(model, config, rank, world)
+        muon, adam = make_optimizers(model, config, rank, world, precision)
     sync()
     compile_seconds, compiled = time.perf_counter() - start, graphs()
 
@@ -936,7 +966,7 @@ def main(argv):
     seen = step * config.batch * model.length
     flops = step * config.batch * flops_per_row(model, config)
     footer = {"script": HERE.name, "task": "maskgit", "track": config.track, "seed": config.seed,
-              "world_size": world, "hardware": hardware(device), "steps": step,
+              "world_size": world, "hardware": hardware(device), "precision": precision, "steps": step,
               "parameters": sum(p.numel() for p in model.parameters()), "tokens": seen,
               "val_loss": round(val_loss, 5), "target": config.target, "reached": val_loss <= config.target,
               "train_seconds": round(train_seconds, 3), "compile_seconds": round(compile_seconds, 1),

@@ -83,6 +83,7 @@ class Config:
     eval_batch: int = 100
     samples: int = 12  # validation pictures on the sheet
     load: str = ""  # checkpoint to start from
+    precision: str = "auto"  # of matrix products: auto (measured), fp32 or bf16
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
     save_every: int = 0  # steps between states that --resume can go on from; 0: only at SIGTERM
     resume: str = ""  # state to go on from
@@ -177,20 +178,43 @@ def hardware(device):
     return f"{torch.get_num_threads()} cores of {name}"
 
 
-def matmul_peak(device, seconds=0.5):
-    """Measured bf16 matmul throughput of this machine in FLOP/s, what MFU is relative to."""
-    n = 8192 if device.type == "cuda" else 2048  # smaller ones leave a large GPU idle
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def matmul_flops(device, dtype, rows, dim, hidden, seconds=0.1):
+    """Measured FLOP/s of products (rows, dim) x (dim, hidden) in dtype."""
+    a = torch.randn(rows, dim, device=device, dtype=dtype)
+    b = torch.randn(hidden, dim, device=device, dtype=dtype)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    a @ b
+    F.linear(a, b)  # the first call makes its kernel
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
         sync()
         start = time.perf_counter()
-        a @ b
+        F.linear(a, b)
         sync()
         best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+    return 2 * rows * dim * hidden / best
+
+
+def choose_precision(option, device, world, *shape):
+    """The precision of matrix products, "bf16" or "fp32", and the peak in FLOP/s that MFU is relative to.
+
+    "auto" on a CPU is what multiplies matrices of this model's shape (rows, dim, hidden) faster: bf16 with AMX by far,
+    fp32 on most others, where bf16 can take seven times as long. On CUDA it is bf16 from compute capability 8.0 on.
+    """
+    if option not in ("auto", *PRECISIONS):
+        raise Fault(f"--precision={option} is not one of auto, {', '.join(PRECISIONS)}")
+    if device.type == "cuda":
+        chosen = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+        chosen = chosen if option == "auto" else option
+        return chosen, matmul_flops(device, PRECISIONS[chosen], 8192, 8192, 8192, 0.5)  # small ones leave it idle
+    measured = {name: matmul_flops(device, dtype, *shape) for name, dtype in PRECISIONS.items()}
+    chosen = max(measured, key=measured.get) if option == "auto" else option
+    decision = [chosen, max(measured.values())]
+    if world > 1:  # one run, one precision
+        dist.broadcast_object_list(decision)
+    return tuple(decision)
 
 
 def peak_memory_mib(device):
@@ -216,7 +240,7 @@ def graphs():
 class Log:
     """Rank 0's log file: the source, the settings, then lines that also reach the console through `say`."""
 
-    def __init__(self, task, config, overrides, rank, device):
+    def __init__(self, task, config, overrides, rank, device, precision):
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{task}-{config.track}-{config.seed}"
         self.file = None
         if rank:
@@ -233,8 +257,11 @@ class Log:
                                                      text=True).stdout.strip()
         settings = {"config": dataclasses.asdict(config), "argv": sys.argv[1:], "overrides": overrides,
                     "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-                    "threads": torch.get_num_threads(), "hardware": hardware(device), "git": git or None}
+                    "threads": torch.get_num_threads(), "hardware": hardware(device), "precision": precision,
+                    "git": git or None}
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
+        if precision == "fp32" and device.type == "cuda":
+            self.say("precision: fp32, this GPU is older than bfloat16 (compute capability 8.0)")
 
     def say(self, line):
         if self.file:
@@ -248,6 +275,19 @@ def finite(loss, step):
         raise Fault(f"the loss is {loss} at step {step}: lower the learning rate")
     return loss
 # --- end: setup ---
+
+
+# --- copied: compiler ---
+def compiler_works(log, device):
+    """Whether torch.compile can build code here, tried on one line: on a CPU it takes a working C++ compiler."""
+    if device.type == "cpu":
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(1))
+        except Exception as error:  # torch.compile has many kinds
+            log.say(f"torch.compile does not work here ({str(error).splitlines()[0]}): steps take longer without it")
+            return False
+    return True
+# --- end: compiler ---
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -362,9 +402,10 @@ def attend(q, k, v, mask=None):
     """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D), mask from make_mask; None: all is seen."""
     if isinstance(mask, BlockMask):
         return flex(q.type_as(v), k.type_as(v), v, block_mask=mask)  # autocast leaves norms in float32
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.size(-1) ** -0.5) @ k.mT  # written out: torch 2.13's fused kernel is 3x slower on a CPU with AMX
+    if q.is_cuda or v.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, attn_mask=mask)
+    # written out: in bfloat16 on a CPU torch 2.13's fused kernel takes 3 to 6 times as long, in float32 0.8 times
+    scores = (q * q.size(-1) ** -0.5) @ k.mT
     if mask is not None:
         scores = scores.masked_fill(~mask, -3e4)
     return scores.softmax(-1).type_as(v) @ v
@@ -804,9 +845,9 @@ def gram(X):
     return X @ X.mT
 
 
-def orthogonalise(G, gram=gram):
-    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; in bfloat16."""
-    X = G.bfloat16()
+def orthogonalise(G, dtype=torch.bfloat16, gram=gram):
+    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; computed in dtype."""
+    X = G.to(dtype)
     X = X.mT if G.size(1) > G.size(2) else X
     X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
     for a, b, c in POLAR:
@@ -822,8 +863,9 @@ class Muon:
     their momentum and sends their update to all. Messages of one stack travel while another is computed.
     """
 
-    def __init__(self, params, momentum, rank=0, world=1, gram=gram):
-        self.momentum, self.rank, self.world, self.gram, by_shape = momentum, rank, world, gram, {}
+    def __init__(self, params, momentum, rank=0, world=1, dtype=torch.bfloat16, gram=gram):
+        self.momentum, self.rank, self.world, self.dtype, self.gram = momentum, rank, world, dtype, gram
+        by_shape = {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)
         each = lambda ps: -(-len(ps) // world)  # matrices a rank, the last one's filled up with zeros
@@ -853,7 +895,7 @@ class Muon:
             if job:
                 job.wait()
             momentum.lerp_(mine, 1 - self.momentum)
-            mine = orthogonalise(mine.lerp_(momentum, self.momentum), self.gram)
+            mine = orthogonalise(mine.lerp_(momentum, self.momentum), self.dtype, self.gram)
             updates.append((*self.gather(mine, wait=False), mine))  # so must mine
         for (params, _), (update, job, _) in zip(self.stacks, updates):
             if job:
@@ -872,7 +914,7 @@ class Muon:
 # --- end: muon ---
 
 
-def make_optimizers(model, config, rank, world):
+def make_optimizers(model, config, rank, world, precision):
     """Muon for the blocks' matrices and the projector, Adam for the rest. With a pretrained backbone no Muon and AdamW
     for all, at one rate for the backbones and another for the projector, as nanoVLM does it."""
     named = list(model.named_parameters())
@@ -883,7 +925,7 @@ def make_optimizers(model, config, rank, world):
     matrix = lambda name, p: p.ndim == 2 and ("layers" in name or name.startswith("project"))
     hidden, rest = ([p for name, p in named if matrix(name, p) == wanted] for wanted in (True, False))
     adam = torch.optim.Adam([{"params": rest, "peak": config.adam_lr}], betas=(0.9, 0.95), fused=True)
-    return Muon(hidden, config.momentum, rank, world), adam
+    return Muon(hidden, config.momentum, rank, world, PRECISIONS[precision]), adam
 
 
 # --- copied: schedule ---
@@ -1059,6 +1101,8 @@ def main(argv):
         frozen[1:3] = words.convert(*frozen[1:3])
         tokens, answer = words.convert(tokens, answer) if config.num_steps else (None, None)
     frozen = [part.to(device) for part in frozen]
+    shape = config.rows // world * config.row, config.lm_dim, config.lm_mlp  # of a matrix product
+    precision, peak = choose_precision(config.precision, device, world, *shape)
     torch.manual_seed(config.seed)
     model = VLM(config, vocab or about["vocab"]).to(device)
     init_weights(model)
@@ -1068,14 +1112,13 @@ def main(argv):
     if config.load:
         load_checkpoint(config.load, model, config)
     state, progress = read_state(config, data_sha256) if config.resume else (None, {})
-    log = Log("vlm", config, overrides, rank, device)
-    peak = matmul_peak(device)
-    if device.type == "cuda" or shutil.which("g++") or shutil.which("clang++"):
+    log = Log("vlm", config, overrides, rank, device, precision)
+    if compiler_works(log, device):  # 419 ms per step instead of 469, in float32 on 2 cores
         for block in (*model.vit.layers, *model.lm.layers):
             block.compile(fullgraph=True)
-    muon, adam = make_optimizers(model, config, rank, world)
+    muon, adam = make_optimizers(model, config, rank, world, precision)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16)
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def train_step(batch, step):
         """One step on this rank's rows: its part of the loss."""
@@ -1106,7 +1149,7 @@ def main(argv):
             with autocast():
                 evaluate(model, *frozen, config, rank, world)
         model.load_state_dict(before)
-        muon, adam = make_optimizers(model, config, rank, world)
+        muon, adam = make_optimizers(model, config, rank, world, precision)
     sync()
     compile_seconds, compiled = time.perf_counter() - start, graphs()
 
@@ -1157,7 +1200,7 @@ def main(argv):
     seen = step * config.rows * config.row
     flops = flops_per_step(model, config, seen, pictures)
     footer = {"script": HERE.name, "task": "vlm", "track": config.track, "seed": config.seed,
-              "world_size": world, "hardware": hardware(device), "steps": step,
+              "world_size": world, "hardware": hardware(device), "precision": precision, "steps": step,
               "parameters": sum(p.numel() for p in model.parameters()), "tokens": seen, "pictures": pictures,
               "val_loss": round(val_loss, 5),
               **{f"accuracy_{name}": round(value, 4) for name, value in accuracy.items()},

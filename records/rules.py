@@ -16,6 +16,7 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 RULE = "=" * 100
+FREE_OVERRIDES = ("seed", "track", "precision")  # precision: of the machine, what is faster on its CPU
 ALPHA, MIN_TRIALS, MAX_GROWTH = 0.01, 5, 4  # p, trials, and parameters over the baseline's
 TRACK_KEYS = "task track data data_sha256 eval_sha256 target hardware_class baseline".split()
 FOOTER_KEYS = """script task track seed world_size hardware steps parameters tokens val_loss target reached
@@ -74,15 +75,17 @@ def read_logs(paths, track, source=None, whose="the record's script"):
         for key in "task", "track", "data_sha256", "eval_sha256":
             if foot[key] != track[key]:
                 raise ValueError(f"{path}: its {key} is {foot[key]}, and the track's is {track[key]}")
-        if set(re.findall(r"(\w+)\W*[=:]", str(foot["overrides"]))) - {"seed", "track"}:
-            raise ValueError(f"{path}: a record runs with no override but seed and track: {foot['overrides']}")
+        if set(re.findall(r"(\w+)\W*[=:]", str(foot["overrides"]))) - set(FREE_OVERRIDES):
+            raise ValueError(f"{path}: a record runs with no override but {', '.join(FREE_OVERRIDES)}: "
+                             f"{foot['overrides']}")
         if log["source"].strip() != (source or path.with_name(foot["script"]).read_text(encoding="utf-8")).strip():
             raise ValueError(f"{path}: its source is not that of {whose}")
         if foot["seed"] in logs:
             raise ValueError(f"{path}: another log has the same seed, {foot['seed']}")
         logs[foot["seed"]] = log
-    if len({log["footer"]["hardware"] for log in logs.values()}) > 1:
-        raise ValueError(f"{path.parent}: its trials must be on one kind of hardware")
+    for key, what in ("hardware", "on one kind of hardware"), ("precision", "of one precision, --precision sets it"):
+        if len({log["footer"].get(key) for log in logs.values()}) > 1:  # the first season's logs name no precision
+            raise ValueError(f"{path.parent}: its trials must be {what}")
     return [logs[seed] for seed in sorted(logs)]
 
 def read_settings(log):
@@ -126,17 +129,18 @@ def check_log(log, track, root=ROOT):
         written = source_config(source, foot["track"])
     except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise ValueError(f"{log['path']}: cannot read the Config in its source: {error!r}") from None
-    given = [word for word in settings["argv"] if not re.match("--(seed|track)=", word)]
-    given += sorted(set(settings["overrides"]) - {"seed"})
-    need(not given, f"a record runs with no override but seed and track: {', '.join(given)}")
-    for key in sorted((written.keys() | config.keys()) - {"seed"}):
+    given = [word for word in settings["argv"] if not re.match(f"--({'|'.join(FREE_OVERRIDES)})=", word)]
+    given += sorted(set(settings["overrides"]) - set(FREE_OVERRIDES))
+    need(not given, f"a record runs with no override but {', '.join(FREE_OVERRIDES)}: {', '.join(given)}")
+    for key in sorted((written.keys() | config.keys()) - {"seed", "precision"}):
         need(written.get(key) == config.get(key),
              f"it ran with {key} {config.get(key)}, and its source says {written.get(key)}")
     for key, value in track.get("eval_config", {}).items():
         need(config.get(key) == value, f"its {key} is {config.get(key)}, and the track's evaluation has {value}")
     need(not config.get("load"), "it starts from a checkpoint, and a record trains from the beginning")
-    for key, where in dict(seed=config, target=config, track=config, hardware=settings).items():
-        need(foot[key] == where.get(key), f"its footer has {key} {foot[key]}, and its settings {where.get(key)}")
+    for key, where in dict(seed=config, target=config, track=config, hardware=settings, precision=settings).items():
+        need(foot.get(key) == where.get(key),
+             f"its footer has {key} {foot.get(key)}, and its settings {where.get(key)}")
     N, every = config.get("num_steps"), config.get("eval_every")
     need(foot["steps"] == N and foot["steps"] > 0, f"early exit: it made {foot['steps']} of num_steps {N}")
     if every:
