@@ -1,10 +1,8 @@
 """train_gpt.py: streams, masks, model, evaluation, sampling with cache and draft, whole runs on tiny data."""
 import dataclasses
+import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 import leaderboard
+import runs
 import streams
 import train_gpt
 from train_gpt import Fault
@@ -19,9 +18,8 @@ from train_gpt import Fault
 ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"dim": 64, "head_dim": 32, "depth": 2, "window": 16, "orders": 3, "grams": 64}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=8", "--context=32",
-         "--eval_tokens=2000", "--eval_context=64", "--eval_stride=48", "--sample_tokens=20"]
+         "--eval_tokens=2000", "--eval_context=64", "--eval_stride=48", "--sample_tokens=20", "--precision=fp32"]
 META = {"vocab": 256, "document_start": None, "encoding": "bytes"}
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 RAW = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
@@ -56,19 +54,7 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def make_root(folder):
-    folder.mkdir(exist_ok=True)
-    shutil.copy(train_gpt.__file__, folder / "train_gpt.py")
-    (folder / "data").symlink_to(ROOT / "data")
-    return folder
-
-
-def run_here(monkeypatch, root, argv):
-    """main in this process, writing into root, without the half second that measures the machine."""
-    monkeypatch.setattr(train_gpt, "ROOT", root)
-    monkeypatch.setattr(train_gpt, "matmul_peak", lambda device: 1e12)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    train_gpt.main(argv)
+make_root, run_here = functools.partial(runs.make_root, "gpt"), functools.partial(runs.run_here, "gpt")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -346,14 +332,5 @@ def test_a_batch_in_parts_is_the_same_run(tiny, tmp_path, monkeypatch):
 
 
 def test_two_processes_are_the_same_run(tiny, tmp_path):
-    losses = {}
-    for world in (1, 2):
-        root = make_root(tmp_path / str(world))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        argv = [*SMALL, f"--data={tiny}", "--num_steps=20", "--eval_every=10"]
-        done = subprocess.run([*launcher, "train_gpt.py", *argv], cwd=root, env=ENV, capture_output=True, text=True,
-                              timeout=120)
-        assert done.returncode == 0, done.stderr
-        log, = (root / "logs").iterdir()
-        losses[world] = [loss for _, _, loss in leaderboard.parse_log(log)["steps"]]
-    assert losses[1] == pytest.approx(losses[2], abs=2e-3)
+    argv = [*SMALL, f"--data={tiny}", "--num_steps=20", "--eval_every=10"]
+    runs.assert_same_on_two_processes("gpt", argv, tmp_path)
