@@ -120,9 +120,8 @@ class World:
         """Until a training script has shown a loss."""
         return self.wait_for(lambda: "loss=" in self.err)
 
-    def kill(self, number=signal.SIGKILL):
-        for process in self.processes:
-            os.kill(process.pid, number)
+    def kill(self, number=signal.SIGKILL, rank=0):
+        os.kill(self.processes[rank].pid, number)
 
     def wait(self, seconds=300):
         """The ranks' exit codes, once they have ended; the negative of the signal that ended them."""

@@ -59,8 +59,8 @@ def test_a_divided_model_is_the_same_run(tiny, tmp_path):
     assert divided["parameters"] == whole["parameters"] and divided["world_size"] == 2
     assert len(runs.losses(roots[1])) == 2 and runs.losses(roots[1]) == pytest.approx(runs.losses(roots[0]), abs=2e-4)
     state, = (roots[1] / "checkpoints").iterdir()
-    runs.run("4m", [*argv, f"--resume={state}"], roots[0])
-    _, again = runs.footers(roots[0])
+    runs.run("4m", [*argv, f"--resume={state}"], make_root(tmp_path / "resumed"))
+    again, = runs.footers(tmp_path / "resumed")
     assert again["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-4)
 
 
