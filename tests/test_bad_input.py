@@ -219,6 +219,6 @@ def test_no_place_to_write(monkeypatch, root, tiny, folder):
 def test_log_without_git(monkeypatch, tmp_path):
     monkeypatch.setattr(train_4m, "ROOT", tmp_path)
     monkeypatch.setenv("PATH", "")
-    train_4m.Log("4m", train_4m.CONFIGS["cpu"], {}, 0, torch.device("cpu"))
+    train_4m.Log("4m", train_4m.CONFIGS["cpu"], {}, 0, torch.device("cpu"), "fp32")
     log, = (tmp_path / "logs").iterdir()
     assert json.loads(log.read_text().split(train_4m.RULE + "\n")[-2])["git"] is None

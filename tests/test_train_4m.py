@@ -536,7 +536,7 @@ def test_orthogonalise(shape):
 
 
 def test_every_parameter_has_one_optimizer(model):
-    muon, adam = train_4m.make_optimizers(model, train_4m.CONFIGS["cpu"], 0, 1)
+    muon, adam = train_4m.make_optimizers(model, train_4m.CONFIGS["cpu"], 0, 1, "fp32")
     matrices = [id(p) for params, _ in muon.stacks for p in params]
     rest = [id(p) for group in adam.param_groups for p in group["params"]]
     assert sorted(matrices + rest) == sorted(map(id, model.parameters()))
@@ -624,7 +624,8 @@ def test_outputs(finished, layout):
 def test_loading_reproduces_the_loss(finished, tiny, tmp_path, monkeypatch):
     checkpoint, = (finished[0] / "checkpoints").iterdir()
     root = make_root(tmp_path / "again")
-    run_here(monkeypatch, root, [*SMALL, *tiny[1], f"--load={checkpoint}", "--num_steps=0", f"--data={tmp_path}/none"])
+    argv = [*SMALL, *tiny[1], f"--load={checkpoint}", "--num_steps=0", f"--data={tmp_path}/none"]
+    run_here(monkeypatch, root, argv, samples=True)
     foot, before = (json.loads((r / "records/runs.jsonl").read_text()) for r in (root, finished[0]))
     assert foot["val_loss"] == pytest.approx(before["val_loss"], abs=0.02)
     assert foot["eval_sha256"] == before["eval_sha256"] and foot["tokens"] == 0

@@ -136,7 +136,7 @@ def test_evaluation_against_a_plain_loop(frozen):
 
 def test_every_parameter_has_one_optimizer():
     model = small_model()
-    muon, adam = train_flow.make_optimizers(model, train_flow.CONFIGS["cpu"], 0, 1)
+    muon, adam = train_flow.make_optimizers(model, train_flow.CONFIGS["cpu"], 0, 1, "fp32")
     hidden = [p for params, _ in muon.stacks for p in params]
     taken = hidden + adam.param_groups[0]["params"]
     assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
@@ -209,7 +209,8 @@ def test_sample_refuses():
 
 def test_run_and_load(tiny, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root")
-    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"])
+    argv = [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"]
+    run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
     log = leaderboard.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30]

@@ -147,7 +147,7 @@ def test_gpu_model_on_the_meta_device():
 
 
 def test_every_parameter_has_one_optimizer(model):
-    muon, adam = train_gpt.make_optimizers(model, small_config(), 0, 1)
+    muon, adam = train_gpt.make_optimizers(model, small_config(), 0, 1, "fp32")
     taken = [p for params, _ in muon.stacks for p in params] + adam.param_groups[0]["params"]
     assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
     assert all(p.dim() == 2 for params, _ in muon.stacks for p in params)
@@ -260,7 +260,8 @@ def finished(tiny, tmp_path_factory):
     """A finished run that saved its weights: its folder and its log."""
     root = make_root(tmp_path_factory.mktemp("run") / "root")
     with pytest.MonkeyPatch.context() as patch:
-        run_here(patch, root, [*SMALL, f"--data={tiny}", "--num_steps=40", "--eval_every=20", "--save=true"])
+        argv = [*SMALL, f"--data={tiny}", "--num_steps=40", "--eval_every=20", "--save=true"]
+        run_here(patch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
     return root, leaderboard.parse_log(log)
 
@@ -279,7 +280,7 @@ def test_load_and_draft(finished, tiny, monkeypatch, tmp_path, capsys):
     weights, = (finished[0] / "checkpoints").iterdir()
     root = make_root(tmp_path / "again")
     argv = [*SMALL, f"--data={tiny}", "--num_steps=0", f"--load={weights}", f"--draft={weights}", "--temperature=0"]
-    run_here(monkeypatch, root, argv)
+    run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
     footer = leaderboard.parse_log(log)["footer"]
     assert footer["val_loss"] == pytest.approx(finished[1]["footer"]["val_loss"], abs=0.02), "half precision"
@@ -302,7 +303,7 @@ def test_bad_arguments(tiny, monkeypatch, tmp_path, argv, message):
     (root / "data").mkdir(parents=True)
     (root / "data/streams.py").write_text("")
     with pytest.raises(Fault, match="(?s).*" + message):
-        run_here(monkeypatch, root, [*SMALL, f"--data={tiny}", *argv])
+        run_here(monkeypatch, root, [*SMALL, f"--data={tiny}", *argv], samples=True)  # a draft is read for those
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "vocabulary"])
@@ -326,7 +327,7 @@ def test_a_batch_in_parts_is_the_same_run(tiny, tmp_path, monkeypatch):
         root = make_root(tmp_path / str(rows))
         run_here(monkeypatch, root, [*SMALL, f"--data={tiny}", "--num_steps=4", f"--rows={rows}"])
         losses.append(json.loads((root / "records/runs.jsonl").read_text())["val_loss"])
-    assert losses[0] == pytest.approx(losses[1], abs=5e-3) and losses[0] < np.log(256) - 0.5
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0] < np.log(256) - 0.5
     with pytest.raises(Fault, match="3 rows at a time do not divide a process's 8 rows"):
         run_here(monkeypatch, tmp_path / "2", [*SMALL, f"--data={tiny}", "--rows=3"])
 

@@ -109,7 +109,7 @@ def test_evaluation_against_a_plain_loop(model, frozen):
 
 
 def test_every_parameter_has_one_optimizer(model):
-    muon, adam = train_maskgit.make_optimizers(model, train_maskgit.CONFIGS["cpu"], 0, 1)
+    muon, adam = train_maskgit.make_optimizers(model, train_maskgit.CONFIGS["cpu"], 0, 1, "fp32")
     taken = [p for params, _ in muon.stacks for p in params] + adam.param_groups[0]["params"]
     assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
 
@@ -211,7 +211,9 @@ def test_generate_refuses(model):
 
 def test_run_and_load(tiny, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root")
-    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"])
+    monkeypatch.setattr(train_maskgit, "generate", lambda *words, **settings: generate(*words, **settings | {"steps": 2}))
+    argv = [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"]
+    run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
     log = leaderboard.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30] and log["footer"]["val_loss"] < math.log(4096) - 1
@@ -228,7 +230,7 @@ def test_text(tmp_path, monkeypatch):
     (tmp_path / "data/shakespeare").mkdir(parents=True)
     for split in ("train", "val"):
         streams.write_bin(tmp_path / f"data/shakespeare/{split}.bin", text)
-    run_here(monkeypatch, tmp_path, [*SMALL, "--data=text", "--num_steps=30", "--eval_every=30"])
+    run_here(monkeypatch, tmp_path, [*SMALL, "--data=text", "--num_steps=30", "--eval_every=30"], samples=True)
     lines = (tmp_path / "samples/maskgit.txt").read_text().splitlines()
     given, filled = (next(line[14:] for line in lines if line.startswith(name)) for name in ("given", "filled"))
     assert len(lines) > 20 and all(a == b for a, b in zip(given, filled) if a != "_") and "_" not in filled

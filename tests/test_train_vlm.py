@@ -219,7 +219,7 @@ def test_accuracy_of_a_model_that_knows(model, frozen, monkeypatch):
 
 def test_every_parameter_has_one_optimizer(model):
     for changes in ({}, {"vit": "x"}, {"lm": "x"}):
-        muon, adam = train_vlm.make_optimizers(model, small_config(**changes), 0, 1)
+        muon, adam = train_vlm.make_optimizers(model, small_config(**changes), 0, 1, "fp32")
         taken = [p for params, _ in (muon.stacks if muon else []) for p in params]
         taken += [p for group in adam.param_groups for p in group["params"]]
         assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
@@ -359,7 +359,8 @@ def test_run_with_backbones(backbones, tiny, tmp_path, monkeypatch):
 
 def test_run_and_load(tiny, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root")
-    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"])
+    argv = [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"]
+    run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
     log = leaderboard.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30] and log["footer"]["val_loss"] < 2.5
