@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -54,6 +55,12 @@ def be_script(task, argv, root, spy):
     lines = "\n" * source[:start].count("\n")  # so that a traceback has the right ones
     sys.argv = [f"train_{task}.py", *argv]
     exec(compile(lines + source[start:], module.HERE, "exec"), {**vars(module), "__name__": "__main__"})
+
+
+def be_command(path, argv):
+    """Do as `python <path> <argv>` does."""
+    sys.argv = [str(path), *argv]
+    runpy.run_path(path, run_name="__main__")
 
 
 def be_child(folder, env, name, function, arguments):
@@ -149,6 +156,13 @@ def start(task, argv, root, world=1, spy=None, env=()):
 def run(*words, **settings):
     """The finished World of a script that had to succeed."""
     return start(*words, **settings).succeed()
+
+
+def refusal(path, *argv):
+    """What any script of ours prints when it refuses its command line."""
+    world = World(be_command, (str(path), argv))
+    assert world.wait() != [0] and world.out == ""
+    return world.err
 
 
 def footers(root):
