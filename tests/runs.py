@@ -41,11 +41,12 @@ def spare_time(script, set_attribute, samples=False):
             set_attribute(script, name, lambda *_: {})
 
 
-def be_script(task, argv, root, spy):
+def be_script(task, argv, root, spy, compiled):
     """Do as `python train_<task>.py <argv>` does in a folder with a copy of the script."""
     module = importlib.import_module(f"train_{task}")
-    torch.compile = lambda function, **_: function
-    torch.nn.Module.compile = lambda module, **_: None
+    if not compiled:
+        torch.compile = lambda function, **_: function
+        torch.nn.Module.compile = lambda module, **_: None
     module.ROOT, module.HERE = Path(root), Path(root) / f"train_{task}.py"
     spare_time(module, setattr)
     if spy:
@@ -148,9 +149,9 @@ class World:
         return self
 
 
-def start(task, argv, root, world=1, spy=None, env=()):
+def start(task, argv, root, world=1, spy=None, env=(), compiled=False):
     """Start train_<task>.py in a folder that make_root made."""
-    return World(be_script, (task, list(argv), str(root), spy), world, env)
+    return World(be_script, (task, list(argv), str(root), spy, compiled), world, env)
 
 
 def run(*words, **settings):
