@@ -1,16 +1,15 @@
 """train_4m.py on bad input: one clear sentence, an exit code, and nothing half-written."""
 import dataclasses
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import runs
 import train_4m
-from test_train_4m import DIMS, ENV, ROOT, SMALL, make_root, run_here, small_model, tiny, write_shards  # noqa: F401
+from test_train_4m import DIMS, SMALL, make_root, run_here, small_model, tiny, write_shards  # noqa: F401
 from train_4m import MODALITIES, Fault
 
 
@@ -68,11 +67,10 @@ def test_overrides_are_typed():
     (["--data=nowhere"], "make it with `python data/scenes.py`"),
 ])
 def test_exit(root, argv, message):
-    done = subprocess.run([sys.executable, "train_4m.py", "--track=cpu", *argv], cwd=root, env=ENV, timeout=120,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert done.stderr.startswith("train_4m.py: ") and message in done.stderr
+    world = runs.start("4m", ["--track=cpu", *argv], root)
+    assert world.wait() == [1] and world.out == ""
+    assert "Traceback" not in world.err and len(world.err.strip().splitlines()) == 1
+    assert world.err.startswith("train_4m.py: ") and message in world.err
     assert not {path.name for path in root.iterdir()} & {"logs", "samples", "checkpoints", "records"}
 
 
@@ -219,6 +217,6 @@ def test_no_place_to_write(monkeypatch, root, tiny, folder):
 def test_log_without_git(monkeypatch, tmp_path):
     monkeypatch.setattr(train_4m, "ROOT", tmp_path)
     monkeypatch.setenv("PATH", "")
-    train_4m.Log("4m", train_4m.CONFIGS["cpu"], {}, 0, torch.device("cpu"))
+    train_4m.Log("4m", train_4m.CONFIGS["cpu"], {}, 0, torch.device("cpu"), "fp32")
     log, = (tmp_path / "logs").iterdir()
     assert json.loads(log.read_text().split(train_4m.RULE + "\n")[-2])["git"] is None

@@ -2,9 +2,6 @@
 import functools
 import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import raycaster
+import runs
 import scenes as world
 import tokenizer
 
@@ -193,9 +191,8 @@ def test_finished_shards_are_verified(shards, capsys):
 
 @pytest.mark.parametrize("argument", ["--size=65", "--num=0"])
 def test_command_line_refuses(argument):
-    script = Path(world.__file__)
-    done = subprocess.run([sys.executable, script, argument], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and done.stderr.strip().count("\n") == 0 and argument[:6].strip("=") in done.stderr
+    said = runs.refusal(world.__file__, argument)
+    assert said.strip().count("\n") == 0 and argument[:6].strip("=") in said
 
 
 # ------------------------------------------------------------------------------------------------------------

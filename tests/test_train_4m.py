@@ -1,5 +1,6 @@
 """train_4m.py: masking, model, loss, evaluation, sampling, Muon, and whole runs on a tiny data set."""
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +17,8 @@ from safetensors import safe_open
 
 import eval_masks
 import leaderboard
+import ranks
+import runs
 import scenes
 import tokenizer
 import train_4m
@@ -24,7 +27,7 @@ from train_4m import IMAGES, MODALITIES, Fault, Output
 ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"dim": 64, "head_dim": 32, "enc_depth": 1, "dec_depth": 1}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=8", "--eval_batch=25",
-         "--quality_scenes=0"]
+         "--quality_scenes=0", "--precision=fp32"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -54,20 +57,7 @@ def tiny(tmp_path_factory):
     return folder, [f"--data={folder}/train", f"--frozen={folder}/scenes.npz", f"--frozen_masks={folder}/masks.npz"]
 
 
-def make_root(folder):
-    """A folder that a copy of the script can run in."""
-    folder.mkdir(exist_ok=True)
-    shutil.copy(train_4m.__file__, folder / "train_4m.py")
-    (folder / "data").symlink_to(ROOT / "data")
-    return folder
-
-
-def run_here(monkeypatch, root, argv):
-    """main in this process, writing into root, without the half second that measures the machine."""
-    monkeypatch.setattr(train_4m, "ROOT", root)
-    monkeypatch.setattr(train_4m, "matmul_peak", lambda device: 1e12)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    train_4m.main(argv)
+make_root, run_here = functools.partial(runs.make_root, "4m"), functools.partial(runs.run_here, "4m")
 
 
 @pytest.fixture(scope="module")
@@ -546,7 +536,7 @@ def test_orthogonalise(shape):
 
 
 def test_every_parameter_has_one_optimizer(model):
-    muon, adam = train_4m.make_optimizers(model, train_4m.CONFIGS["cpu"], 0, 1)
+    muon, adam = train_4m.make_optimizers(model, train_4m.CONFIGS["cpu"], 0, 1, "fp32")
     matrices = [id(p) for params, _ in muon.stacks for p in params]
     rest = [id(p) for group in adam.param_groups for p in group["params"]]
     assert sorted(matrices + rest) == sorted(map(id, model.parameters()))
@@ -634,46 +624,18 @@ def test_outputs(finished, layout):
 def test_loading_reproduces_the_loss(finished, tiny, tmp_path, monkeypatch):
     checkpoint, = (finished[0] / "checkpoints").iterdir()
     root = make_root(tmp_path / "again")
-    run_here(monkeypatch, root, [*SMALL, *tiny[1], f"--load={checkpoint}", "--num_steps=0", f"--data={tmp_path}/none"])
+    argv = [*SMALL, *tiny[1], f"--load={checkpoint}", "--num_steps=0", f"--data={tmp_path}/none"]
+    run_here(monkeypatch, root, argv, samples=True)
     foot, before = (json.loads((r / "records/runs.jsonl").read_text()) for r in (root, finished[0]))
     assert foot["val_loss"] == pytest.approx(before["val_loss"], abs=0.02)
     assert foot["eval_sha256"] == before["eval_sha256"] and foot["tokens"] == 0
     assert (root / "samples/4m.png").exists() and not list((root / "checkpoints").iterdir())
 
 
-SPY = """
-import contextlib, json, os, sys
-import torch, train_4m
-rows, loss = [], train_4m.masked_loss
-def spy(model, tokens, *rest):
-    rows.extend(hash(tuple(row)) for row in tokens.tolist() if any(row))  # the warm-up's are all zero
-    return loss(model, tokens, *rest)
-train_4m.masked_loss, train_4m.draw_samples = spy, lambda *_: None
-train_4m.matmul_peak = lambda device: 1e12
-torch.autocast = lambda *_: contextlib.nullcontext()  # float32, to compare runs closely
-train_4m.main(sys.argv[1:])
-with open(f"rows{os.environ.get('RANK', 0)}.json", "w") as file:
-    json.dump(rows, file)
-"""
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
 def test_two_processes_are_the_same_run(tiny, tmp_path):
-    found = {}
-    for world, launcher in ((1, [sys.executable]), (2, TORCHRUN)):
-        root = make_root(tmp_path / str(world))
-        (root / "spy.py").write_text(SPY)
-        argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10"]
-        done = subprocess.run([*launcher, "spy.py", *argv], cwd=root, env=ENV, capture_output=True, text=True,
-                              timeout=120)
-        assert done.returncode == 0, done.stderr
-        log, = (root / "logs").iterdir()
-        rows = [json.loads((root / f"rows{rank}.json").read_text()) for rank in range(world)]
-        found[world] = leaderboard.parse_log(log), rows
-        assert len((root / "records/runs.jsonl").read_text().splitlines()) == 1
-    (one, (all_rows,)), (two, halves) = found[1], found[2]
-    assert two["footer"]["world_size"] == 2 and one["footer"]["tokens"] == two["footer"]["tokens"]
-    assert [loss for _, _, loss in one["steps"]] == pytest.approx([loss for _, _, loss in two["steps"]], abs=1e-3)
+    argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10"]
+    roots = runs.assert_same_on_two_processes("4m", argv, tmp_path, ranks.spy_on_scenes)
+    (all_rows,), halves = ([json.loads(path.read_text()) for path in root.glob("rows*.json")] for root in roots)
     assert len(set(all_rows)) == len(all_rows) == 160
     assert [len(rows) for rows in halves] == [80, 80], "each process computes half of the batch"
     assert set(halves[0]).isdisjoint(halves[1]) and set(halves[0] + halves[1]) == set(all_rows)
@@ -681,7 +643,7 @@ def test_two_processes_are_the_same_run(tiny, tmp_path):
 
 def test_two_processes_report_a_fault(tiny, tmp_path):
     root = make_root(tmp_path / "two")
-    done = subprocess.run([*TORCHRUN, "train_4m.py", *SMALL, *tiny[1], "--batch=7"], cwd=root, env=ENV,
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "a batch of 7 scenes cannot be divided among 2 processes" in done.stderr
-    assert not (root / "logs").exists()
+    world = runs.start("4m", [*SMALL, *tiny[1], "--batch=7"], root, 2)
+    assert world.wait() == [1, 1] and not (root / "logs").exists()
+    for rank in (0, 1):
+        assert world.printed(2, rank) == "train_4m.py: a batch of 7 scenes cannot be divided among 2 processes\n"

@@ -1,11 +1,9 @@
 """train_flow.py: the velocity, evaluation, samplers, whole runs on tiny data."""
 import dataclasses
+import functools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +11,14 @@ import pytest
 import torch
 
 import leaderboard
+import runs
 import train_flow
 from train_flow import Fault, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"dim": 32, "head_dim": 16, "depth": 1}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=16", "--eval_batch=40",
-         "--quality_pictures=0"]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+         "--quality_pictures=0", "--precision=fp32"]
 SIDE, CLASSES = 32, 24
 
 
@@ -60,20 +58,7 @@ def tiny(tmp_path_factory):
     return folder, [f"--data={folder}/train", f"--frozen={folder}/objects.npz", f"--frozen_draws={folder}/draws.npz"]
 
 
-def make_root(folder):
-    folder.mkdir(exist_ok=True)
-    shutil.copy(train_flow.__file__, folder / "train_flow.py")
-    (folder / "data").symlink_to(ROOT / "data")
-    return folder
-
-
-def run_here(monkeypatch, root, argv):
-    monkeypatch.setattr(train_flow, "ROOT", root)
-    monkeypatch.setattr(train_flow, "matmul_peak", lambda device: 1e12)
-    monkeypatch.setattr(train_flow, "keep_memory", lambda: None)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    train_flow.main(argv)
+make_root, run_here = functools.partial(runs.make_root, "flow"), functools.partial(runs.run_here, "flow")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,7 +136,7 @@ def test_evaluation_against_a_plain_loop(frozen):
 
 def test_every_parameter_has_one_optimizer():
     model = small_model()
-    muon, adam = train_flow.make_optimizers(model, train_flow.CONFIGS["cpu"], 0, 1)
+    muon, adam = train_flow.make_optimizers(model, train_flow.CONFIGS["cpu"], 0, 1, "fp32")
     hidden = [p for params, _ in muon.stacks for p in params]
     taken = hidden + adam.param_groups[0]["params"]
     assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
@@ -224,7 +209,8 @@ def test_sample_refuses():
 
 def test_run_and_load(tiny, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root")
-    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"])
+    argv = [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"]
+    run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
     log = leaderboard.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30]
@@ -301,27 +287,8 @@ def test_damaged_shards(tiny, monkeypatch, tmp_path):
         run_here(monkeypatch, tmp_path / "root", [*SMALL, *tiny[1], f"--data={folder}"])
 
 
-EXACT = """
-import contextlib, sys
-import torch, train_flow
-torch.autocast = lambda *_: contextlib.nullcontext()  # float32, to compare runs closely
-train_flow.main(sys.argv[1:])
-"""
-
-
 def test_two_processes_are_the_same_run(tiny, tmp_path):
-    losses = {}
-    for world in (1, 2):
-        root = make_root(tmp_path / str(world))
-        (root / "exact.py").write_text(EXACT)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10"]
-        done = subprocess.run([*launcher, "exact.py", *argv], cwd=root, env=ENV, capture_output=True, text=True,
-                              timeout=240)
-        assert done.returncode == 0, done.stderr
-        log, = (root / "logs").iterdir()
-        losses[world] = [loss for _, _, loss in leaderboard.parse_log(log)["steps"]]
-    assert losses[1] == pytest.approx(losses[2], abs=1e-3)
+    runs.assert_same_on_two_processes("flow", [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10"], tmp_path)
 
 
 def test_gpu_track_shapes():

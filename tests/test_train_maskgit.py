@@ -1,11 +1,9 @@
 """train_maskgit.py: masks, model, evaluation, sampling, whole runs on tiny data."""
 import dataclasses
+import functools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 import leaderboard
+import runs
 import scenes
 import streams
 import train_maskgit
@@ -21,8 +20,7 @@ from train_maskgit import Fault, generate
 ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"dim": 64, "head_dim": 32, "depth": 1}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=16", "--eval_batch=30",
-         "--quality_pictures=0"]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+         "--quality_pictures=0", "--precision=fp32"]
 ABOUT = {"rgb": {"length": 64, "vocab": 4096}, "label": {"length": 1, "vocab": 24}}
 
 
@@ -59,18 +57,7 @@ def tiny(tmp_path_factory, frozen):
     return folder, [f"--data={folder}/train", f"--frozen={folder}/objects.npz", f"--frozen_masks={folder}/masks.npz"]
 
 
-def make_root(folder):
-    folder.mkdir(exist_ok=True)
-    shutil.copy(train_maskgit.__file__, folder / "train_maskgit.py")
-    (folder / "data").symlink_to(ROOT / "data")
-    return folder
-
-
-def run_here(monkeypatch, root, argv):
-    monkeypatch.setattr(train_maskgit, "ROOT", root)
-    monkeypatch.setattr(train_maskgit, "matmul_peak", lambda device: 1e12)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    train_maskgit.main(argv)
+make_root, run_here = functools.partial(runs.make_root, "maskgit"), functools.partial(runs.run_here, "maskgit")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -122,7 +109,7 @@ def test_evaluation_against_a_plain_loop(model, frozen):
 
 
 def test_every_parameter_has_one_optimizer(model):
-    muon, adam = train_maskgit.make_optimizers(model, train_maskgit.CONFIGS["cpu"], 0, 1)
+    muon, adam = train_maskgit.make_optimizers(model, train_maskgit.CONFIGS["cpu"], 0, 1, "fp32")
     taken = [p for params, _ in muon.stacks for p in params] + adam.param_groups[0]["params"]
     assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
 
@@ -224,7 +211,9 @@ def test_generate_refuses(model):
 
 def test_run_and_load(tiny, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root")
-    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"])
+    monkeypatch.setattr(train_maskgit, "generate", lambda *words, **settings: generate(*words, **settings | {"steps": 2}))
+    argv = [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"]
+    run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
     log = leaderboard.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30] and log["footer"]["val_loss"] < math.log(4096) - 1
@@ -241,7 +230,7 @@ def test_text(tmp_path, monkeypatch):
     (tmp_path / "data/shakespeare").mkdir(parents=True)
     for split in ("train", "val"):
         streams.write_bin(tmp_path / f"data/shakespeare/{split}.bin", text)
-    run_here(monkeypatch, tmp_path, [*SMALL, "--data=text", "--num_steps=30", "--eval_every=30"])
+    run_here(monkeypatch, tmp_path, [*SMALL, "--data=text", "--num_steps=30", "--eval_every=30"], samples=True)
     lines = (tmp_path / "samples/maskgit.txt").read_text().splitlines()
     given, filled = (next(line[14:] for line in lines if line.startswith(name)) for name in ("given", "filled"))
     assert len(lines) > 20 and all(a == b for a, b in zip(given, filled) if a != "_") and "_" not in filled
@@ -286,15 +275,4 @@ def test_gpu_track():
 
 
 def test_two_processes_are_the_same_run(tiny, tmp_path):
-    losses = {}
-    for world in (1, 2):
-        root = make_root(tmp_path / str(world))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        # low rates: at the record's, Adam's steps for rare tokens blow rounding up to 0.01 nats within ten steps
-        argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10", "--adam_lr=0.002", "--muon_lr=0.01"]
-        done = subprocess.run([*launcher, "train_maskgit.py", *argv], cwd=root, env=ENV, capture_output=True, text=True,
-                              timeout=120)
-        assert done.returncode == 0, done.stderr
-        log, = (root / "logs").iterdir()
-        losses[world] = [loss for _, _, loss in leaderboard.parse_log(log)["steps"]]
-    assert losses[1] == pytest.approx(losses[2], abs=2e-3)
+    runs.assert_same_on_two_processes("maskgit", [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10"], tmp_path)

@@ -1,10 +1,8 @@
 """train_vlm.py: packing, masks, model, backbones of the hub, evaluation, generation, whole runs on tiny data."""
 import dataclasses
+import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import leaderboard
+import runs
 import tokenizer
 import train_vlm
 from train_vlm import IMAGE, PAD, Fault, generate
@@ -23,8 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"vit_dim": 32, "vit_depth": 1, "vit_heads": 2, "vit_mlp": 64, "lm_dim": 32, "lm_depth": 2, "lm_heads": 4,
         "lm_kv_heads": 2, "lm_mlp": 48}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--rows=4", "--eval_batch=30",
-         "--samples=2"]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+         "--samples=2", "--precision=fp32"]
 
 
 def small_config(**changes):
@@ -64,20 +62,7 @@ def tiny(tmp_path_factory):
     return folder, [f"--data={folder}/train", f"--frozen={folder}/val.npz"]
 
 
-def make_root(folder):
-    folder.mkdir(exist_ok=True)
-    shutil.copy(train_vlm.__file__, folder / "train_vlm.py")
-    (folder / "data").symlink_to(ROOT / "data")
-    return folder
-
-
-def run_here(monkeypatch, root, argv):
-    monkeypatch.setattr(train_vlm, "ROOT", root)
-    monkeypatch.setattr(train_vlm, "matmul_peak", lambda device: 1e12)
-    monkeypatch.setattr(train_vlm, "keep_memory", lambda: None)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    train_vlm.main(argv)
+make_root, run_here = functools.partial(runs.make_root, "vlm"), functools.partial(runs.run_here, "vlm")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -234,7 +219,7 @@ def test_accuracy_of_a_model_that_knows(model, frozen, monkeypatch):
 
 def test_every_parameter_has_one_optimizer(model):
     for changes in ({}, {"vit": "x"}, {"lm": "x"}):
-        muon, adam = train_vlm.make_optimizers(model, small_config(**changes), 0, 1)
+        muon, adam = train_vlm.make_optimizers(model, small_config(**changes), 0, 1, "fp32")
         taken = [p for params, _ in (muon.stacks if muon else []) for p in params]
         taken += [p for group in adam.param_groups for p in group["params"]]
         assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
@@ -374,7 +359,8 @@ def test_run_with_backbones(backbones, tiny, tmp_path, monkeypatch):
 
 def test_run_and_load(tiny, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root")
-    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"])
+    argv = [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"]
+    run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
     log = leaderboard.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30] and log["footer"]["val_loss"] < 2.5
@@ -414,18 +400,7 @@ def test_damaged_shards(tiny, monkeypatch, tmp_path):
 
 
 def test_two_processes_are_the_same_run(tiny, tmp_path):
-    losses = {}
-    for world in (1, 2):
-        root = make_root(tmp_path / str(world))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        # low rates: while the loss falls from 6 to 3 in 20 steps, rounding in bfloat16 grows to 0.005 nats
-        argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10", "--adam_lr=0.001", "--muon_lr=0.005"]
-        done = subprocess.run([*launcher, "train_vlm.py", *argv], cwd=root, env=ENV, capture_output=True, text=True,
-                              timeout=240)
-        assert done.returncode == 0, done.stderr
-        log, = (root / "logs").iterdir()
-        losses[world] = [loss for _, _, loss in leaderboard.parse_log(log)["steps"]]
-    assert losses[1] == pytest.approx(losses[2], abs=2e-3)
+    runs.assert_same_on_two_processes("vlm", [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10"], tmp_path)
 
 
 def test_gpu_track_shapes():

@@ -1,0 +1,90 @@
+"""What tests have forked processes do besides running a script (see runs.py): it has to be found where they import."""
+import json
+import os
+import signal
+import time
+import zlib
+
+import torch
+import torch.distributed as dist
+
+import train_4m
+
+
+def spy_on_scenes(script):
+    """Have train_4m.py write down, rank by rank, a number for every scene that it trains on."""
+    scenes, loss = [], script.masked_loss
+
+    def spy(model, tokens, *rest):
+        scenes.extend(zlib.crc32(row.numpy().tobytes()) for row in tokens if row.any())  # the warm-up's are all zero
+        (script.ROOT / f"rows{os.environ.get('RANK', 0)}.json").write_text(json.dumps(scenes))
+        return loss(model, tokens, *rest)
+    script.masked_loss = spy
+
+
+def kill_rank_1(script):
+    """Have the second process of train_4m.py die in its fifteenth step, the warm-up's included."""
+    calls, loss = [], script.masked_loss
+
+    def dies(*rest):
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == 15:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss(*rest)
+    script.masked_loss = dies
+
+
+
+
+def wait_for_a_signal(script):
+    """Have train_4m.py wait in its fortieth step, the warm-up's included, until SIGTERM reaches this process, or another
+    one of the run, which says so in a file."""
+    calls, loss = [], script.masked_loss
+
+    def waits(*rest):
+        calls.append(1)
+        while len(calls) == 40 and not (script.SIGTERM or (script.ROOT / "signalled").exists()):
+            time.sleep(0.01)
+        if script.SIGTERM:
+            (script.ROOT / "signalled").touch()
+        return loss(*rest)
+    script.masked_loss = waits
+
+
+def break_compiler(script):
+    """As with CXX=/bin/false in the environment, which is read when torch is imported."""
+    torch._inductor.config.cpp.cxx = (None, "/bin/false")
+
+
+def muon_steps(path):
+    """Four steps of Muon and Adam on made-up gradients, which the ranks share; the parameters and momenta in a file."""
+    rank, world, _ = train_4m.setup()
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(24, 8)] * 5 + [(8, 8)] * 2 + [(8, 24)]  # uneven among 2, 3 or 4 ranks
+    params = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in shapes]
+    rest = [torch.nn.Parameter(torch.randn(7, generator=rng)) for _ in range(2)]
+    muon = train_4m.Muon(params, 0.9, rank, world, torch.float32)
+    adam = torch.optim.Adam(rest, lr=0.1)
+    for step in range(4):
+        if step == 2 and world > 1:  # a state goes through any number of ranks
+            kept = muon.momenta()
+            muon = train_4m.Muon(params, 0.9, rank, world, torch.float32)
+            muon.load_momenta(kept)
+        for i, p in enumerate((*params, *rest)):
+            whole = torch.randn(p.shape, generator=rng)
+            parts = torch.randn(world, *p.shape, generator=torch.Generator().manual_seed(i))
+            parts[i % world] += whole - parts.sum(0)
+            p.grad = parts[rank].clone()
+            if i in (1, 9):  # one parameter has a gradient on the last rank alone
+                p.grad = whole if rank == world - 1 else None
+            if i == 2:  # and one nowhere
+                p.grad = None
+        train_4m.sum_gradients(adam, world)
+        muon.step(0.02)
+        adam.step()
+    momenta = muon.momenta()  # by all ranks
+    if rank == 0:
+        torch.save([p.data for p in (*params, *rest)] + momenta, path)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
