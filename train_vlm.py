@@ -7,12 +7,15 @@ projections, compiled blocks. Times against the baseline, record #1, are in reco
     python train_vlm.py                                         # cpu track, data from `python data/scenes.py --qa`
     python train_vlm.py --load=data/frozen/vlm.safetensors --num_steps=0 --chat=photo.png    # ask about a picture
     python train_vlm.py --vit=google/siglip-base-patch16-224 --lm=HuggingFaceTB/SmolLM2-135M   # pretrained backbones
+    python train_vlm.py --help                                  # every field and what it may be
 """
+import contextlib
 import copy
 import ctypes
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -33,10 +36,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils import benchmark
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
@@ -45,125 +50,152 @@ from tqdm import tqdm
 @dataclass
 class Config:
     # data
-    track: str = "cpu"
-    seed: int = 0
+    track: str = "cpu"  # task and hardware that losses and times are compared on
+    seed: int = 0  # of weights and order
     data: str = "data/qa64/train"  # made by `python data/scenes.py --qa`
     frozen: str = "data/frozen/qa64.npz"  # validation pictures, questions and answers
     # vision encoder
-    vit: str = ""  # pretrained SigLIP on the hub, or a folder; "": from scratch, in this size
+    vit: str = ""  # pretrained SigLIP on the hub, or a folder; empty: from scratch, in this size
     side: int = 64  # pixels across, pictures are resized to it
     patch: int = 8  # pixels across a patch
     vit_dim: int = 128  # channels
     vit_depth: int = 2  # blocks
-    vit_heads: int = 2
-    vit_mlp: int = 512
+    vit_heads: int = 2  # attention heads
+    vit_mlp: int = 512  # hidden channels of an MLP
     shuffle: int = 2  # patches across that one token of the language model holds
     # language model
-    lm: str = ""  # pretrained Llama on the hub, or a folder
-    lm_dim: int = 128
-    lm_depth: int = 3
-    lm_heads: int = 2
-    lm_kv_heads: int = 1
-    lm_mlp: int = 384
-    rope_theta: float = 10000.0
+    lm: str = ""  # pretrained Llama on the hub, or a folder; empty: from scratch, in this size
+    lm_dim: int = 128  # channels
+    lm_depth: int = 3  # blocks
+    lm_heads: int = 2  # attention heads
+    lm_kv_heads: int = 1  # heads of keys and values, which several attention heads share
+    lm_mlp: int = 384  # hidden channels of an MLP
+    rope_theta: float = 10000.0  # longest wavelength of the rotary positions, divided by 2 pi
+    # optim
+    muon_lr: float = 0.015  # of hidden matrices
+    momentum: float = 0.95  # of Muon
+    adam_lr: float = 0.005  # of embeddings, gains and biases
+    backbone_lr: float = 1e-5  # AdamW's of both backbones, if any is pretrained
+    projector_lr: float = 1e-3  # AdamW's of the projector, then
     # schedule
-    num_steps: int = 300
-    rows: int = 24  # a step, over all processes
-    row: int = 256  # tokens, of several conversations
+    num_steps: int = 300  # training steps
+    batch: int = 24  # rows per step, over all processes
+    seq_len: int = 256  # tokens per row, of several conversations
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
-    # optimizer
-    muon_lr: float = 0.015  # hidden matrices
-    momentum: float = 0.95
-    adam_lr: float = 0.005  # embeddings, gains and biases
-    backbone_lr: float = 1e-5  # AdamW, for the two backbones, if any is pretrained
-    projector_lr: float = 1e-3  # AdamW, for the projector, then
-    # evaluation and output
-    target: float = 0.4  # validation loss in nats an answer token, record #1's
-    eval_every: int = 60  # steps between evaluations; the clock stands still
-    eval_batch: int = 100
-    samples: int = 12  # validation pictures on the sheet
-    load: str = ""  # checkpoint to start from
-    precision: str = "auto"  # of matrix products: auto (measured), fp32 or bf16
+    # eval
+    target: float = 0.4  # validation loss in nats per answer token, record #1's
+    eval_every: int = 60  # steps between evaluations; the clock is paused
+    eval_batch: int = 100  # conversations
+
+
+@dataclass
+class Options:
+    """What a run is asked to do, beside the tuned numbers."""
+    precision: str = "auto"  # of matrix products; auto measures which is faster
+    load: str = ""  # checkpoint to start from; paths are relative to the repository
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
-    save_every: int = 0  # steps between states that --resume can go on from; 0: only at SIGTERM
-    resume: str = ""  # state to go on from
-    # sampling
-    chat: str = ""  # a picture to ask about in the terminal, after training
-    max_tokens: int = 24  # of an answer
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
+    save_every: int = 0  # steps between saved states to resume from; 0: only at SIGTERM and Ctrl-C
+    resume: str = ""  # saved state to resume from
+    samples: int = 12  # validation pictures on the sheet; 0: no samples
+    chat: str = ""  # picture to ask about in the terminal, after training
+    max_tokens: int = 24  # tokens per answer at most
+    temperature: float = 0.0  # of drawn tokens; 0: always the likeliest
+    top_k: int = 0  # likeliest tokens to draw from; 0: all
+    top_p: float = 1.0  # draw from the fewest tokens that hold this probability
 
 
 CONFIGS = {
     "cpu": Config(),
     "gpu": Config(track="gpu", vit_dim=384, vit_depth=8, vit_heads=6, vit_mlp=1536, patch=4, lm_dim=512, lm_depth=8,
-                  lm_heads=8, lm_kv_heads=4, lm_mlp=1408, rows=64, row=1024, num_steps=3000),
+                  lm_heads=8, lm_kv_heads=4, lm_mlp=1408, batch=64, seq_len=1024, num_steps=3000),
 }
 ARCHITECTURE = ("side", "patch", "shuffle", "vit_dim", "vit_depth", "vit_heads", "vit_mlp", "lm_dim", "lm_depth",
                 "lm_heads", "lm_kv_heads", "lm_mlp", "rope_theta")  # what a checkpoint must agree on
+LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
+    "seed": (0, 2 ** 31), "side": (1, 2048), "patch": (1, 256), "vit_dim": (1, 8192), "vit_depth": (1, 96),
+    "vit_heads": (1, 256), "vit_mlp": (1, 65536), "shuffle": (1, 64), "lm_dim": (2, 8192), "lm_depth": (1, 96),
+    "lm_heads": (1, 256), "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf),
+    "momentum": (0, 0.9999), "batch": (1, math.inf), "seq_len": (1, 65536), "cooldown": (0.001, 1),
+    "eval_every": (1, math.inf), "eval_batch": (1, 10000), "max_tokens": (1, 4096), "temperature": (0, 100),
+    "top_p": (0.001, 1), "precision": ("auto", "fp32", "bf16"),
+}
 
 
-# --- copied: overrides ---
-class Fault(Exception):
-    """Something the user can put right; printed as one sentence."""
-
-
-def read_config(argv):
-    """The track's Config with the command line's --field=value overrides: (config, overrides)."""
-    pairs = {}
-    for argument in argv:
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise Fault(f"arguments look like --field=value, not {argument!r}")
-        pairs[key] = value
-    track = pairs.pop("track", "gpu" if torch.cuda.is_available() else "cpu")
-    if track not in CONFIGS:
-        raise Fault(f"--track={track} is not one of {', '.join(CONFIGS)}")
-    config = copy.copy(CONFIGS[track])
-    kinds = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    for key, value in pairs.items():
-        if key not in kinds:
-            raise Fault(f"unknown override --{key}; the fields of Config are {', '.join(kinds)}")
-        try:
-            parsed = {"true": True, "false": False}[value.lower()] if kinds[key] is bool else kinds[key](value)
-        except (ValueError, KeyError):
-            raise Fault(f"--{key}={value} is not of type {kinds[key].__name__}") from None
-        if parsed != parsed:
-            raise Fault(f"--{key}={value} is not a number")
-        setattr(config, key, parsed)
-    return config, pairs
-# --- end: overrides ---
+def check_config(config):
+    """What fields may be together. Raises Fault for what they may not."""
+    if config.side % (config.patch * config.shuffle):
+        raise Fault(f"--shuffle={config.shuffle} patches of --patch={config.patch} pixels do not tile pictures of "
+                    f"--side={config.side} pixels")
+    if config.vit_dim % config.vit_heads:
+        raise Fault(f"--vit_dim={config.vit_dim} is not a multiple of --vit_heads={config.vit_heads}")
+    if config.lm_dim % (2 * config.lm_heads):
+        raise Fault(f"--lm_dim={config.lm_dim} is not a multiple of twice --lm_heads={config.lm_heads}")
+    if config.lm_heads % config.lm_kv_heads:
+        raise Fault(f"--lm_heads={config.lm_heads} is not a multiple of --lm_kv_heads={config.lm_kv_heads}")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Setup
+# Run
 
-# --- copied: keep memory ---
-def keep_memory():
-    """Have the C library keep freed memory, or a step on a CPU pays for new pages: in the flow 62 ms, with it 52."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-# --- end: keep memory ---
-
-
-# --- copied: setup ---
+# --- copied: run ---
+# The track's stop-watch: options, processes, clock, log, checkpoints and states. A record may not change it.
 HERE = Path(__file__).resolve()  # the repository is wherever data/frozen is: archived scripts run from their folder
 ROOT = next((folder for folder in HERE.parents if (folder / "data" / "frozen").exists()), HERE.parent)
 RULE = "=" * 100
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
 
 
-def setup():
-    """Join the process group if there is one: (rank, world size, device)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return rank, world, device
+class Fault(Exception):
+    """User error, reported in one line without a traceback."""
+
+
+def allowed(key):
+    """What values a field may have, in words: LIMITS has a least and a most, or choices; others are at least 0."""
+    limits = LIMITS.get(key, (0, math.inf))
+    return f"one of {', '.join(limits)}" if isinstance(limits[0], str) else f"from {limits[0]} to {limits[1]}"
+
+
+def print_help():
+    print(__doc__)
+    source = inspect.getsource(Config) + inspect.getsource(Options)
+    for key, kind, default, what in re.findall(r"^    (\w+): (\w+) = (.+?)  # (.+)$", source, re.M):
+        values = f", {allowed(key)}" if key in LIMITS or kind in ("int", "float") else ""
+        print(f"  --{key}={default}".ljust(36) + what + values)
+
+
+def read_options(argv):
+    """--field=value arguments -> the track's Config, the Options, and {field: value} as given."""
+    given = {}
+    for argument in argv:
+        if argument in ("-h", "--help"):
+            print_help()
+            sys.exit()
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise Fault(f"arguments look like --field=value, not {argument!r}; --help lists the fields")
+        given[key] = value
+    track = given.get("track", "gpu" if torch.cuda.is_available() else "cpu")
+    if track not in CONFIGS:
+        raise Fault(f"--track={track} is not one of {', '.join(CONFIGS)}")
+    config, options = copy.copy(CONFIGS[track]), Options()
+    for key, value in given.items():
+        target = next((part for part in (config, options) if key in vars(part)), None)
+        if target is None:
+            raise Fault(f"there is no field --{key}; --help lists the fields")
+        kind = type(getattr(target, key))
+        try:
+            parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise Fault(f"--{key}={value} is not of type {kind.__name__}") from None
+        limits = LIMITS.get(key, (0, math.inf))
+        fits = parsed in limits if kind is str else limits[0] <= parsed <= limits[1] and math.isfinite(parsed)
+        if not fits and (kind is not str or key in LIMITS):
+            raise Fault(f"--{key}={value} is not {allowed(key)}")
+        setattr(target, key, parsed)
+    if options.resume and not config.num_steps:
+        raise Fault("--resume continues a run: pass its --num_steps, or --load to evaluate a checkpoint")
+    return config, options, given
 
 
 def hardware(device):
@@ -178,52 +210,24 @@ def hardware(device):
     return f"{torch.get_num_threads()} cores of {name}"
 
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+def peak_memory_mib(device):
+    """Most memory in use so far: the allocator's on CUDA, the process's elsewhere, 0 where no one counts it."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2 ** 20)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2 ** (20 if sys.platform == "darwin" else 10))
 
 
 def matmul_flops(device, dtype, rows, dim, hidden, seconds=0.1):
     """Measured FLOP/s of products (rows, dim) x (dim, hidden) in dtype."""
     a = torch.randn(rows, dim, device=device, dtype=dtype)
     b = torch.randn(hidden, dim, device=device, dtype=dtype)
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    F.linear(a, b)  # the first call makes its kernel
-    best, end = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        sync()
-        start = time.perf_counter()
-        F.linear(a, b)
-        sync()
-        best = min(best, time.perf_counter() - start)
-    return 2 * rows * dim * hidden / best
-
-
-def choose_precision(option, device, world, *shape):
-    """The precision of matrix products, "bf16" or "fp32", and the peak in FLOP/s that MFU is relative to.
-
-    "auto" on a CPU is what multiplies matrices of this model's shape (rows, dim, hidden) faster: bf16 with AMX by far,
-    fp32 on most others, where bf16 can take seven times as long. On CUDA it is bf16 from compute capability 8.0 on.
-    """
-    if option not in ("auto", *PRECISIONS):
-        raise Fault(f"--precision={option} is not one of auto, {', '.join(PRECISIONS)}")
-    if device.type == "cuda":
-        chosen = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-        chosen = chosen if option == "auto" else option
-        return chosen, matmul_flops(device, PRECISIONS[chosen], 8192, 8192, 8192, 0.5)  # small ones leave it idle
-    measured = {name: matmul_flops(device, dtype, *shape) for name, dtype in PRECISIONS.items()}
-    chosen = max(measured, key=measured.get) if option == "auto" else option
-    decision = [chosen, max(measured.values())]
-    if world > 1:  # one run, one precision
-        dist.broadcast_object_list(decision)
-    return tuple(decision)
-
-
-def peak_memory_mib(device):
-    """Most memory in use so far: the allocator's on CUDA, the process's elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** 20 if sys.platform == "darwin" else peak / 2 ** 10
+    timer = benchmark.Timer("F.linear(a, b)", globals={"F": F, "a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=seconds).median
 
 
 def frozen_sha256(*paths):
@@ -232,18 +236,117 @@ def frozen_sha256(*paths):
     return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
 
 
-def graphs():
-    """How many graphs torch.compile has made so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+def model_sha256():
+    """Hash of this script's Model section: by another one a checkpoint's weights may mean other things."""
+    return hashlib.sha256(HERE.read_text().partition("\n# Model\n")[2].partition("\n# Loss\n")[0].encode()).hexdigest()
 
 
-class Log:
-    """Rank 0's log file: the source, the settings, then lines that also reach the console through `say`."""
+def write_safely(path, save):
+    """save(a temporary path), then rename it: a full disk leaves what was there. Returns what went wrong, or ""."""
+    part = path.with_name(path.name + ".part")
+    try:
+        save(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        return f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is kept"
+    return ""
 
-    def __init__(self, task, config, overrides, rank, device, precision):
-        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{task}-{config.track}-{config.seed}"
-        self.file = None
-        if rank:
+
+def read_checkpoint(path, config, given):
+    """Weights that a run saved, and config with the architecture that they are for."""
+    try:
+        with safe_open(ROOT / path, "pt") as file:
+            about = file.metadata() or {}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+        saved = json.loads(about["config"])
+        architecture = {key: saved[key] for key in ARCHITECTURE}
+    except Exception as error:  # safetensors raises its own kinds
+        raise Fault(f"{path} is not a checkpoint of this script ({type(error).__name__}: {error})") from None
+    if other := [key for key in ARCHITECTURE if key in given and getattr(config, key) != saved[key]]:
+        raise Fault(f"{path} was trained with --{other[0]}={saved[other[0]]}: leave it out, the checkpoint has its own")
+    if about.get("model_sha256", model_sha256()) != model_sha256():
+        print(f"{HERE.name}: {path} was written by another Model section than this one: its results may differ")
+    return weights, dataclasses.replace(config, **architecture)
+
+
+def load_weights(model, weights, path):
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[1:2])
+        raise Fault(f"{path} does not fit this model, was it trained on other data? {reason}") from None
+
+
+class Clock:
+    """Training time in seconds: what passes between go and pause. CUDA is synchronised at both."""
+
+    def __init__(self, device):
+        self.seconds = 0.0
+        self.sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def go(self):
+        self.sync()
+        self.start = time.perf_counter()
+
+    def pause(self):
+        self.sync()
+        self.seconds += time.perf_counter() - self.start
+
+
+class Run:
+    """Everything around the model: processes, device, precision, clock, log, progress bar, checkpoints, states."""
+
+    def __init__(self, task, config, options, given):
+        self.task, self.config, self.options, self.given = task, config, options, given
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        self.clock = Clock(self.device)
+        self.file, self.signals, self.failed = None, [], False
+        self.step, self.tokens, self.flops, self.loading, self.val_loss = 0, 0, 0.0, 0.0, math.nan
+        self.data_sha256, self.compile_seconds, self.graphs = "none", 0.0, 0
+
+    def slice(self, batch):
+        """This rank's part of a global batch."""
+        if batch % self.world:
+            raise Fault(f"a batch of {batch} cannot be divided among {self.world} processes")
+        return slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
+
+    def choose_precision(self, rows, dim, hidden):
+        """Set precision and the peak in FLOP/s that MFU is relative to. A product of the model is (rows, dim, hidden).
+
+        auto on a CPU is what multiplies matrices of this shape faster: bf16 with AMX by far, fp32 on most others, where
+        bf16 can take seven times as long. On CUDA it is bf16 from compute capability 8.0 on.
+        """
+        self.precision = self.options.precision
+        if self.device.type == "cuda":
+            if self.precision == "auto":
+                self.precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+            dtype = PRECISIONS[self.precision]
+            self.peak = matmul_flops(self.device, dtype, 8192, 8192, 8192, 0.5)  # smaller ones leave it idle
+            return
+        flops = {name: matmul_flops(self.device, dtype, rows, dim, hidden) for name, dtype in PRECISIONS.items()}
+        if self.precision == "auto":
+            self.precision = max(flops, key=flops.get)
+        decision = [self.precision, max(flops.values())]
+        if self.world > 1:  # one run, one precision
+            dist.broadcast_object_list(decision)
+        self.precision, self.peak = decision
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def open_log(self):
+        """Rank 0's log file: the source and the settings, then lines that also reach the console through say."""
+        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.task}-{self.config.track}-{self.config.seed}"
+        if self.rank:
             return
         try:
             for folder in ("logs", "samples", "records", "checkpoints"):
@@ -255,36 +358,216 @@ class Log:
             raise Fault(f"cannot write the log: {error}") from None
         git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
                                                      text=True).stdout.strip()
-        settings = {"config": dataclasses.asdict(config), "argv": sys.argv[1:], "overrides": overrides,
-                    "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-                    "threads": torch.get_num_threads(), "hardware": hardware(device), "precision": precision,
-                    "git": git or None}
+        settings = {"config": vars(self.config), "options": vars(self.options), "argv": sys.argv[1:],
+                    "overrides": self.given, "python": platform.python_version(), "torch": torch.__version__,
+                    "cuda": torch.version.cuda, "threads": torch.get_num_threads(), "hardware": hardware(self.device),
+                    "precision": self.precision, "git": git or None}
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
-        if precision == "fp32" and device.type == "cuda":
-            self.say("precision: fp32, this GPU is older than bfloat16 (compute capability 8.0)")
+        if self.precision == "fp32" and self.device.type == "cuda":
+            self.say("precision: fp32, because bf16 needs a GPU of compute capability 8.0 or was not asked for")
 
     def say(self, line):
         if self.file:
             self.file.write(line + "\n")
             tqdm.write(line)
 
+    def count_graphs(self):
+        """How many graphs torch.compile has made so far."""
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
-def finite(loss, step):
-    """Stop at the first loss that is no number: every later one would be none either."""
-    if not math.isfinite(loss):
-        raise Fault(f"the loss is {loss} at step {step}: lower the learning rate")
-    return loss
-# --- end: setup ---
+    @contextlib.contextmanager
+    def warm_up(self, model):
+        """For untimed steps on dummy data: afterwards the weights are what they were before."""
+        start, weights = time.perf_counter(), copy.deepcopy(model.state_dict())
+        yield
+        model.load_state_dict(weights)
+        self.compile_seconds = time.perf_counter() - start
+        self.graphs = self.count_graphs()
+
+    def start(self):
+        """Start the clock and the bar. SIGTERM, as SLURM sends it, and Ctrl-C save the state; a second one ends it."""
+        def stop(number, frame):
+            self.signals.append(number)
+            signal.signal(number, signal.default_int_handler)
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        self.bar = tqdm(total=self.config.num_steps, disable=self.rank > 0, unit="step", dynamic_ncols=True)
+        self.clock.go()
+
+    def fetch(self, loader):
+        """The loader's next batch. The time it takes is training time, and counted apart as well."""
+        start = time.perf_counter()
+        batch = loader()
+        self.loading += time.perf_counter() - start
+        return batch
+
+    def check(self, loss):
+        """Abort on a non-finite loss."""
+        if not math.isfinite(loss):
+            raise Fault(f"the loss is {loss} at step {self.step}: lower the learning rate")
+
+    def progress(self, loss):
+        """Count a step whose loss, this rank's part of it, is a tensor. Each tenth is looked at."""
+        self.step += 1
+        if self.step % 10 == 0:
+            loss = loss.item() * self.world
+            self.check(loss)
+            self.bar.set_postfix(loss=f"{loss:.3f}")
+        self.bar.update(self.step - self.bar.n)
+
+    def evaluation(self, val_loss):
+        self.val_loss, milliseconds = val_loss, 1000 * self.clock.seconds
+        self.say(f"step:{self.step}/{self.config.num_steps} val_loss:{val_loss:.4f} train_time:{milliseconds:.0f}ms "
+                 f"step_avg:{milliseconds / max(1, self.step):.2f}ms")
+
+    def next_action(self):
+        """After a step: "stop" once a signal has reached any rank, "save" every save_every steps, else ""."""
+        stop = bool(self.signals)
+        if self.world > 1:  # ranks hear of it at different steps: they agree on each tenth
+            asked, stop = stop, False
+            if self.step % 10 == 0:
+                flag = torch.tensor(float(asked), device=self.device)
+                dist.all_reduce(flag)
+                stop = bool(flag)
+        if self.step == self.config.num_steps:
+            return ""
+        due = self.options.save_every and self.step % self.options.save_every == 0
+        return "stop" if stop else "save" if due else ""
+
+    def save_state(self, action, model, muon, adam, loader):
+        """Save all that the rest of the run depends on, for any number of processes. "stop" then ends this one."""
+        self.clock.pause()
+        counters = {name: getattr(self, name) for name in ("step", "flops", "loading")}
+        state = {"config": vars(self.config), "data_sha256": self.data_sha256, "seconds": self.clock.seconds,
+                 "counters": counters | {"tokens": int(self.tokens)}, "adam": adam.state_dict(),
+                 "model": get_model_state_dict(model, options=FULL_STATE), "loader": loader.state_dict(),
+                 "muon": muon.momentum_buffers() if muon else []}
+        path = ROOT / (self.options.resume or f"checkpoints/{self.run_id}.state.pt")
+        problem = write_safely(path, lambda part: torch.save(state, part)) if self.rank == 0 else ""
+        self.say(problem or f"state of step {self.step} in {path}")
+        if action == "stop":
+            self.say(f"stopped: continue with the same command and --resume={path}")
+            if self.world > 1:
+                dist.destroy_process_group()
+            sys.exit(1 if problem else 0)
+        self.clock.go()
+
+    def read_state(self):
+        """What save_state wrote of this run. It may go on for more steps than planned, or be evaluated more often."""
+        path, config = self.options.resume, vars(self.config)
+        try:
+            state = torch.load(ROOT / path, map_location="cpu", weights_only=True)
+            saved, step = state["config"], state["counters"]["step"]
+        except Exception as error:  # torch.load raises many kinds
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise Fault(f"--resume={path} is not the state of a run ({reason})") from None
+        fixed = set(config) - {"num_steps", "eval_every", "target", "shard"}
+        if different := [f"--{key}={saved.get(key)}" for key in sorted(fixed) if saved.get(key) != config[key]]:
+            raise Fault(f"--resume={path} is of a run with {' '.join(different)}: pass the same")
+        if state["data_sha256"] != self.data_sha256:
+            raise Fault(f"--resume={path} is of a run on other training data")
+        if step > self.config.num_steps:
+            raise Fault(f"--resume={path} is at step {step}, beyond --num_steps={self.config.num_steps}")
+        if saved["num_steps"] != self.config.num_steps:
+            self.say(f"{saved['num_steps']} steps were planned, {self.config.num_steps} are now: from step {step} on "
+                     "the learning rates are those of the longer run")
+        return state
+
+    def load_state(self, state, model, muon, adam, loader):
+        """Put what read_state found back to where it came from. The clock resumes where it was."""
+        set_model_state_dict(model, state["model"], options=FULL_STATE)
+        if muon:
+            muon.load_momentum_buffers(state["muon"])
+        adam.load_state_dict(state["adam"])
+        loader.load_state_dict(state["loader"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        self.bar.update(self.step)
+        self.clock.seconds = state["seconds"]
+        self.clock.go()
+
+    def result(self, model, eval_sha256, numbers):
+        """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.bar.close()
+        self.check(self.val_loss)
+        seconds, tokens = max(self.clock.seconds, 1e-9), int(self.tokens)
+        weights = get_model_state_dict(model, options=FULL_STATE)
+        footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
+                  "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
+                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens,
+                  "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
+                  "reached": self.val_loss <= self.config.target, "train_seconds": round(self.clock.seconds, 3),
+                  "compile_seconds": round(self.compile_seconds, 1), "recompiles": self.count_graphs() - self.graphs,
+                  "loader_share": round(self.loading / seconds, 4), "tokens_per_second": round(tokens / seconds),
+                  "mfu": round(self.flops / seconds / self.peak / self.world, 4),
+                  "matmul_peak_tflops": round(self.peak / 1e12, 2), "peak_memory_mib": peak_memory_mib(self.device),
+                  "data_sha256": self.data_sha256, "eval_sha256": eval_sha256,
+                  "overrides": " ".join(f"--{key}={value}" for key, value in self.given.items()) or "none"}
+        if self.rank == 0:
+            if self.options.save:
+                path = ROOT / "checkpoints" / f"{self.run_id}.safetensors"
+                half = {name: value.half().contiguous().cpu() for name, value in weights.items()}
+                about = {"config": json.dumps(vars(self.config)), "model_sha256": model_sha256()}
+                problem = write_safely(path, lambda part: save_file(half, part, about))
+                self.failed = bool(problem)
+                self.say(problem or f"weights in {path}")
+            for key, value in footer.items():
+                self.say(f"{key}: {value}")
+            with open(ROOT / "records" / "runs.jsonl", "a") as file:
+                file.write(json.dumps({"run_id": self.run_id, **footer}) + "\n")
+        if self.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def prepare_show(self, **data):
+        """data/show.py with all it needs to draw samples, opened before the clock starts. None without that file."""
+        if self.rank or not (ROOT / "data" / "show.py").exists():
+            return None
+        sys.path.insert(0, str(ROOT / "data"))
+        import show
+        return show.prepare(sys.modules[__name__], self, **data)
+
+    def show(self, prepared, model):
+        """Draw samples and measure their quality: whatever fails here is one sentence, the result is filed."""
+        if prepared:
+            try:
+                with self.autocast(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                    numbers = prepared.show(model)
+                for key, value in numbers.items():
+                    self.say(f"{key}: {value}")
+            except (Exception, KeyboardInterrupt) as error:
+                self.say(f"no samples ({type(error).__name__}: {error}); the result above is filed")
+                self.failed = True
+        if self.failed:
+            sys.exit(1)
+# --- end: run ---
+
+
+# --- copied: keep memory ---
+def keep_memory():
+    """Have the C library keep freed memory, or a step on a CPU pays for new pages: in the flow 62 ms, with it 52."""
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # musl has none
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX
+    mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+# --- end: keep memory ---
 
 
 # --- copied: compiler ---
-def compiler_works(log, device):
+def compiler_works(run):
     """Whether torch.compile can build code here, tried on one line: on a CPU it takes a working C++ compiler."""
-    if device.type == "cpu":
+    if run.device.type == "cpu":
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(1))
         except Exception as error:  # torch.compile has many kinds
-            log.say(f"torch.compile does not work here ({str(error).splitlines()[0]}): steps take longer without it")
+            run.say(f"torch.compile does not work here ({str(error).splitlines()[0]}): steps take longer without it")
             return False
     return True
 # --- end: compiler ---
@@ -296,133 +579,315 @@ def compiler_works(log, device):
 IMAGE, PAD = -1, -2  # stand in token rows where a picture's tokens go, and after a row of a pretrained model's tokens
 
 
-def read_conversations(config):
-    """Training pictures (N, 3, S, S) uint8, tokens (N, L), answer marks (N, L), what meta.json says of the tokens, and
-    the sha256 of how they were made."""
-    folder, make = ROOT / config.data, "python data/scenes.py --qa"
+def read_conversations(folder, frozen):
+    """Training pictures, a memory map (N, 3, S, S) uint8, tokens (N, L), answer marks (N, L), and the sha256 of how
+    they were made. frozen: what the validation set says of its tokens."""
+    folder, make = ROOT / folder, "python data/scenes.py --qa"
     if not (folder / "meta.json").exists():
-        raise Fault(f"no training data in {folder}: make it with `{make}`")
+        raise Fault(f"no training data in {folder}: our own is made with `{make}`")
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        pixels, qa, answer = (np.load(folder / f"{m}.npy", allow_pickle=False) for m in ("pixels", "qa", "answer"))
         about, num = meta["modalities"]["qa"], meta["num"]
-        if pixels.dtype != np.uint8 or pixels.shape != (num, 3, *2 * pixels.shape[-1:]):
+        if any(about[key] != frozen[key] for key in ("vocab", "pad")):
+            raise ValueError("another vocabulary than the frozen validation set")
+        pixels, qa, answer = (np.load(folder / f"{m}.npy", "r", allow_pickle=False) for m in ("pixels", "qa", "answer"))
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape != (num, 3, *2 * pixels.shape[-1:]):
             raise ValueError(f"pixels.npy holds {pixels.dtype} {pixels.shape}")
-        if qa.shape != (num, about["length"]) or answer.shape != qa.shape or int(qa.max()) >= about["vocab"]:
-            raise ValueError(f"qa.npy holds {qa.shape} up to {qa.max()}, answer.npy {answer.shape}")
+        if qa.dtype != np.uint16 or qa.shape != (num, about["length"]):
+            raise ValueError(f"qa.npy holds {qa.dtype} {qa.shape}")
+        if answer.dtype != np.uint8 or answer.shape != qa.shape:
+            raise ValueError(f"answer.npy holds {answer.dtype} {answer.shape}")
+        if int(qa.max()) >= about["vocab"]:
+            raise ValueError(f"qa.npy holds token {qa.max()} of a vocabulary of {about['vocab']}")
+        if not (answer > 0).any(1).all():
+            raise ValueError(f"conversation {(answer > 0).any(1).argmin()} has no answer")
         recipe = {key: meta[key] for key in ("name", "version", "size", "num", "seed", "text")}
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise Fault(f"{folder} is damaged ({error}): delete it and run `{make}`") from None
-    return (torch.from_numpy(pixels), torch.from_numpy(qa.astype(np.int64)), torch.from_numpy(answer.astype(np.uint8)),
-            about, hashlib.sha256(json.dumps(recipe).encode()).hexdigest())
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise Fault(f"{folder} cannot be trained on ({error}): our own set is made again with `{make}`, once it is "
+                    "moved away") from None
+    return (pixels, torch.from_numpy(qa.astype(np.int64)), torch.from_numpy(np.array(answer)),
+            hashlib.sha256(json.dumps(recipe).encode()).hexdigest())
+
+
+def measure(tokens, pad, config):
+    """How many tokens each conversation of tokens (N, L) takes, its picture's included: a list."""
+    image_tokens = (config.side // config.patch // config.shuffle) ** 2
+    lengths = (image_tokens + (tokens != pad).sum(1)).tolist()
+    if max(lengths) > config.seq_len:
+        raise Fault(f"--seq_len={config.seq_len} is too short: a conversation has {max(lengths)} tokens, "
+                    f"{image_tokens} of them its picture's")
+    return lengths
 
 
 class Loader:
     """Endless steps of shuffled conversations, packed into rows without padding between them, the same on every rank.
 
-    A step is a dict: tokens (rows, R), IMAGE where a picture's tokens go and the pad at a row's end; answer (rows, R);
-    document (rows, R), which conversation of the step a token belongs to; pixels (n, 3, S, S) in reading order.
+    A step is a dict: tokens (rows, T), IMAGE where a picture's tokens go and the pad at a row's end; answer (rows, T);
+    document (rows, T), which conversation of the step a token belongs to; pixels (n, 3, S, S) in reading order; and of
+    all ranks together how many answer tokens and pictures it has.
     """
 
-    def __init__(self, pixels, tokens, answer, image_tokens, pad, config, rank, world, device):
-        self.pixels, self.rows, self.row, self.pad = pixels.to(device), config.rows, config.row, pad
-        self.length = (image_tokens + (tokens != pad).sum(1)).tolist()
-        if max(self.length) > config.row:
-            raise Fault(f"a row of {config.row} tokens is too short: a conversation has {max(self.length)}")
-        self.tokens, self.answer = (F.pad(part, (image_tokens, 0), value=value).to(device)
-                                    for part, value in ((tokens, IMAGE), (answer, 0)))
-        self.rng, self.device = torch.Generator().manual_seed(config.seed), device
-        self.mine = range(rank * config.rows // world, (rank + 1) * config.rows // world)
+    def __init__(self, pixels, tokens, answer, pad, config, run):
+        self.lengths, self.pad, self.device = measure(tokens, pad, config), pad, run.device
+        self.batch, self.seq_len, self.rows = config.batch, config.seq_len, run.slice(config.batch)
+        image_tokens = self.lengths[0] - int((tokens[0] != pad).sum())
+        self.pixels = pixels.to(run.device)
+        self.tokens = F.pad(tokens, (image_tokens, 0), value=IMAGE).to(run.device)
+        self.answer = F.pad(answer, (image_tokens, 0)).to(run.device)
+        self.rng = torch.Generator().manual_seed(config.seed)
         self.pending = []  # conversations to come, the next one last
+        self.pictures = 0  # so far
 
     def plan(self):
-        """Conversations of a step and where they begin, [(row, place)]: of the next 16 always the longest that fits."""
-        chosen, at, row, start = [], [], 0, 0
-        while row < self.rows:
-            if len(self.pending) < 16:
-                self.pending = torch.randperm(len(self.length), generator=self.rng).tolist() + self.pending
-            fits = [i for i in range(-16, 0) if start + self.length[self.pending[i]] <= self.row]
+        """Conversations of a step and where they begin, [(conversation, row, start)]: of the next 16 always the longest
+        that fits."""
+        plan, row, start = [], 0, 0
+        while row < self.batch:
+            while len(self.pending) < 16:
+                self.pending = torch.randperm(len(self.lengths), generator=self.rng).tolist() + self.pending
+            fits = [i for i in range(-16, 0) if start + self.lengths[self.pending[i]] <= self.seq_len]
             if fits:
-                chosen.append(self.pending.pop(max(fits, key=lambda i: self.length[self.pending[i]])))
-                at.append((row, start))
-                start += self.length[chosen[-1]]
+                longest = max(fits, key=lambda i: self.lengths[self.pending[i]])
+                chosen = self.pending.pop(longest)
+                plan.append((chosen, row, start))
+                start += self.lengths[chosen]
             else:
                 row, start = row + 1, 0
-        return chosen, at
+        return plan
+
+    def fill(self, value, places, values):
+        """Rows (rows, T) of a value, with other values at some places of them."""
+        rows = self.rows.stop - self.rows.start
+        filled = torch.full((rows * self.seq_len,), value, device=self.device)
+        return filled.index_copy_(0, places, values.long()).view(rows, self.seq_len)
 
     def __call__(self):
-        chosen, at = self.plan()
-        answers = int((self.answer[chosen] > 0).sum())  # of all ranks
-        chosen, at = zip(*((c, (row - self.mine[0]) * self.row + start)
-                           for c, (row, start) in zip(chosen, at) if row in self.mine))
-        lengths, size = torch.tensor([self.length[c] for c in chosen]), (len(self.mine), self.row)
-        which, place = (torch.arange(int(lengths.max())) < lengths[:, None]).nonzero().to(self.device).unbind(1)
-        chosen, to = torch.tensor(chosen, device=self.device), torch.tensor(at, device=self.device)[which] + place
-        empty = lambda value: torch.full((math.prod(size),), value, device=self.device)
-        put = lambda value, what: empty(value).index_copy_(0, to, what.long()).view(size)
-        return {"tokens": put(self.pad, self.tokens[chosen[which], place]), "document": put(-1, which),
-                "answer": put(0, self.answer[chosen[which], place]), "pixels": self.pixels[chosen], "answers": answers}
+        plan = self.plan()
+        answers = int((self.answer[[chosen for chosen, _, _ in plan]] > 0).sum())
+        self.pictures += len(plan)
+        own = [step for step in plan if self.rows.start <= step[1] < self.rows.stop]
+        chosen = torch.tensor([chosen for chosen, _, _ in own])
+        starts = torch.tensor([(row - self.rows.start) * self.seq_len + start for _, row, start in own])
+        lengths = torch.tensor([self.lengths[i] for i in chosen.tolist()])
+        document, offset = (torch.arange(int(lengths.max())) < lengths[:, None]).nonzero().to(self.device).unbind(1)
+        chosen = chosen.to(self.device)
+        source = chosen[document]
+        places = starts.to(self.device)[document] + offset
+        return {"tokens": self.fill(self.pad, places, self.tokens[source, offset]),
+                "answer": self.fill(0, places, self.answer[source, offset]),
+                "document": self.fill(-1, places, document),
+                "pixels": self.pixels[chosen], "answers": answers, "pictures": len(plan)}
+
+    def state_dict(self):
+        return {"rng": self.rng.get_state(), "pending": self.pending, "pictures": self.pictures}
+
+    def load_state_dict(self, state):
+        self.rng.set_state(state["rng"])
+        self.pending, self.pictures = state["pending"], state["pictures"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Muon
+
+# --- copied: muon ---
+POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
+         (2.3465, -1.7098, 0.4232))  # Polar Express (arXiv:2505.16932), five steps
+
+
+def orthogonalise(G, dtype=torch.bfloat16):
+    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; computed in dtype."""
+    tall = G.size(1) > G.size(2)
+    X = G.to(dtype)
+    X = X.mT if tall else X
+    X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
+    for a, b, c in POLAR:
+        A = X @ X.mT
+        X = a * X + (b * A + c * (A @ A.mT)) @ X  # A is symmetric
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon:
+    """Nesterov momentum, then an orthogonalised step, for matrices (kellerjordan.github.io/posts/muon).
+
+    Matrices of one shape are a stack, divided among the ranks: each adds up the gradients of its own matrices, keeps
+    their momentum and sends their update to all. Messages of one stack travel while another is computed.
+    """
+
+    def __init__(self, params, momentum, rank=0, world=1, dtype=torch.bfloat16):
+        self.momentum, self.rank, self.world, self.dtype = momentum, rank, world, dtype
+        by_shape = {}
+        for p in params:
+            by_shape.setdefault(p.shape, []).append(p)
+        self.stacks = []  # (parameters, this rank's momentum buffers)
+        for shape, stack in by_shape.items():
+            per_rank = -(-len(stack) // world)  # the last rank's part is filled up with zeros
+            self.stacks.append((stack, torch.zeros(per_rank, *shape, device=stack[0].device)))
+
+    def gather(self, shard, wait=True):
+        """The parts of all ranks (k, rows, columns) in a row, and a handle to wait for before they are read."""
+        if self.world == 1:
+            return shard, None
+        whole = shard.new_empty(self.world * len(shard), *shard.shape[1:])
+        return whole, dist.all_gather_into_tensor(whole, shard.contiguous(), async_op=not wait)
+
+    @torch.no_grad()
+    def step(self, lr):
+        """Move the parameters by their gradients, summed over the ranks; one without a gradient has a zero one."""
+        handles = []
+        for params, buffer in self.stacks:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            grads += [torch.zeros_like(params[0])] * (self.world * len(buffer) - len(params))
+            grads = torch.stack(grads)
+            if self.world == 1:
+                handles.append((grads, None, grads))
+            else:
+                shard = torch.empty_like(buffer)
+                handle = dist.reduce_scatter_tensor(shard, grads, async_op=True)
+                handles.append((shard, handle, grads))  # grads must live until they are sent
+        updates = []
+        for (_, buffer), (shard, handle, _) in zip(self.stacks, handles):
+            if handle:
+                handle.wait()
+            buffer.lerp_(shard, 1 - self.momentum)
+            shard = orthogonalise(shard.lerp_(buffer, self.momentum), self.dtype)
+            updates.append((*self.gather(shard, wait=False), shard))  # so must the shard
+        for (params, _), (update, handle, _) in zip(self.stacks, updates):
+            if handle:
+                handle.wait()
+            rows, columns = params[0].shape
+            torch._foreach_add_(params, list(update[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+
+    def momentum_buffers(self):
+        """The momentum of each stack, gathered: (matrices, rows, columns)."""
+        return [self.gather(buffer)[0][:len(params)] for params, buffer in self.stacks]
+
+    def load_momentum_buffers(self, buffers):
+        for (params, shard), whole in zip(self.stacks, buffers):
+            first, last = (min(r * len(shard), len(params)) for r in (self.rank, self.rank + 1))
+            shard[:last - first] = whole[first:last].to(shard.device)
+# --- end: muon ---
+
+
+# --- copied: sum gradients ---
+def sum_gradients(optimizer, world):
+    """Add up the gradients of an optimizer's parameters over all ranks, in one flat message. Where a rank has none it
+    sends zeros: every rank must take part."""
+    if world == 1:
+        return
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = part.view_as(p)
+# --- end: sum gradients ---
+
+
+# --- copied: schedule ---
+def schedule(step, config):
+    """Share of the peak learning rates: 1, then linearly down to 0."""
+    return min(1.0, (1 - step / config.num_steps) / config.cooldown)
+# --- end: schedule ---
+
+
+def make_optimizers(model, config, run):
+    """Muon for the blocks' matrices and the projector, Adam for the rest. With a pretrained backbone no Muon and AdamW
+    for all, at one rate for the backbones and another for the projector, as nanoVLM does it."""
+    hidden, rest, projector, backbones = [], [], [], []
+    for name, p in model.named_parameters():
+        is_projector = name.startswith("project")
+        is_hidden = p.ndim == 2 and ("layers" in name or is_projector)
+        (hidden if is_hidden else rest).append(p)
+        (projector if is_projector else backbones).append(p)
+    if config.vit or config.lm:
+        return None, torch.optim.AdamW([{"params": backbones, "peak": config.backbone_lr},
+                                        {"params": projector, "peak": config.projector_lr}], fused=True)
+    muon = Muon(hidden, config.momentum, run.rank, run.world, PRECISIONS[run.precision])
+    return muon, torch.optim.Adam([{"params": rest, "peak": config.adam_lr}], betas=(0.9, 0.95), fused=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Attention
 
 # --- copied: masks ---
-flex, build = torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
-def dense_mask(rule, ids, start=0):
+def dense_mask(mask_mod, doc_ids, start=0):
     """The mask (B, 1, T - start, T) that attend takes, True where a place from start on may see a place.
 
-    rule(ids, b, q, k) decides by the numbers of row and places and by what ids (B, T) say of them, e.g. the document.
+    mask_mod(doc_ids, b, q, k) decides by the numbers of row and places and by what doc_ids (B, T) say of them.
     """
-    index = lambda first, last, *shape: torch.arange(first, last, device=ids.device).view(shape)
-    (B, T), rows = ids.shape, index(0, len(ids), -1, 1, 1, 1)
-    return rule(ids, rows, index(start, T, -1, 1), index(0, T, -1)).expand(B, 1, T - start, T)
+    B, T = doc_ids.shape
+    b = torch.arange(B, device=doc_ids.device).view(B, 1, 1, 1)
+    q = torch.arange(start, T, device=doc_ids.device).view(-1, 1)
+    k = torch.arange(T, device=doc_ids.device)
+    return mask_mod(doc_ids, b, q, k).expand(B, 1, T - start, T)
 
 
-def block_mask(rule, ids, kept):
-    """The same for all places as a FlexAttention BlockMask. ids go into a tensor of this shape that stays in `kept`
-    with the one mask_mod over it: for a new one everything would be compiled again."""
-    if ids.shape not in kept:
-        own = torch.empty_like(ids)
-        kept[ids.shape] = own, lambda b, h, q, k: rule(own, b % len(own), q, k)  # one row of ids may stand for all
-    own, mask_mod = kept[ids.shape]
-    own.copy_(ids)
-    return build(mask_mod, len(ids), None, ids.size(1), ids.size(1), device=ids.device)
+def block_mask(mask_mod, doc_ids, mask_cache):
+    """The same for all places as a FlexAttention BlockMask. doc_ids go into a tensor of this shape that stays in
+    mask_cache with the one function over it: for a new one everything would be compiled again."""
+    if doc_ids.shape not in mask_cache:
+        kept = torch.empty_like(doc_ids)
+
+        def kept_mod(b, h, q, k):
+            return mask_mod(kept, b % len(kept), q, k)  # one row may stand for all
+
+        mask_cache[doc_ids.shape] = kept, kept_mod
+    kept, kept_mod = mask_cache[doc_ids.shape]
+    kept.copy_(doc_ids)
+    B, T = doc_ids.shape
+    return compiled_create_block_mask(kept_mod, B, None, T, T, device=doc_ids.device)
 
 
-def make_mask(rule, ids, start=0, kept=None):
+def make_mask(mask_mod, doc_ids, start=0, mask_cache=None):
     """block_mask on CUDA, dense_mask elsewhere, where nothing is kept, and for lengths that do not fill its blocks."""
-    blocks = ids.is_cuda and kept is not None and ids.size(1) % 128 == 0
-    return block_mask(rule, ids, kept) if blocks else dense_mask(rule, ids, start)
+    if doc_ids.is_cuda and mask_cache is not None and doc_ids.size(1) % 128 == 0:
+        return block_mask(mask_mod, doc_ids, mask_cache)
+    return dense_mask(mask_mod, doc_ids, start)
 
 
 def attend(q, k, v, mask=None):
-    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D), mask from make_mask; None: all is seen."""
+    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D), mask from make_mask; None: all is seen.
+
+    A query that may see nothing gets zeros.
+    """
     if isinstance(mask, BlockMask):
-        return flex(q.type_as(v), k.type_as(v), v, block_mask=mask)  # autocast leaves norms in float32
+        # autocast leaves norms in float32
+        return compiled_flex_attention(q.type_as(v), k.type_as(v), v, block_mask=mask)
     if q.is_cuda or v.dtype == torch.float32:
         return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, attn_mask=mask)
     # written out: in bfloat16 on a CPU torch 2.13's fused kernel takes 3 to 6 times as long, in float32 0.8 times
     scores = (q * q.size(-1) ** -0.5) @ k.mT
     if mask is not None:
         scores = scores.masked_fill(~mask, -3e4)
-    return scores.softmax(-1).type_as(v) @ v
+    weights = scores.softmax(-1).type_as(v)
+    return (weights if mask is None else weights * mask.any(-1, keepdim=True)) @ v
 # --- end: masks ---
+
+
+def may_see(doc_ids, b, q, k):
+    """Whether place q of row b sees place k: what came before it in its document, and of a picture all. doc_ids (B, T):
+    twice the document, plus 1 at a picture's tokens."""
+    q_id, k_id = doc_ids[b, q], doc_ids[b, k]
+    same_doc = q_id >> 1 == k_id >> 1
+    causal = k <= q
+    both_image = q_id & k_id & 1 > 0
+    return same_doc & (causal | both_image)
+
+
+def apply_rotary(x, cos, sin):
+    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by cos, sin (T, D / 2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Model
 
-def rotate(x, turn):
-    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by turn = cos, sin (T, D / 2)."""
-    (a, b), (cos, sin) = x.chunk(2, -1), turn
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-def heads(x, n):
-    return x.unflatten(-1, (n, -1)).transpose(1, 2)  # (B, H, T, D)
+def split_heads(x, n):
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
 
 class VitBlock(nn.Module):
@@ -437,7 +902,9 @@ class VitBlock(nn.Module):
 
     def forward(self, x):
         y = self.layer_norm1(x)
-        q, k, v = (heads(part(y), self.heads) for part in (self.q_proj, self.k_proj, self.v_proj))
+        q = split_heads(self.q_proj(y), self.heads)
+        k = split_heads(self.k_proj(y), self.heads)
+        v = split_heads(self.v_proj(y), self.heads)
         x = x + self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
 
@@ -465,23 +932,31 @@ class LlamaBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, D = config.lm_dim, config.lm_dim // config.lm_heads
+        C, kv_dim = config.lm_dim, config.lm_dim // config.lm_heads * config.lm_kv_heads
+        Linear = functools.partial(nn.Linear, bias=False)
         self.heads, self.kv_heads = config.lm_heads, config.lm_kv_heads
-        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(C, eps=1e-5) for _ in range(2))
-        linear = functools.partial(nn.Linear, bias=False)
-        self.q_proj, self.o_proj = linear(C, C), linear(C, C)
-        self.k_proj, self.v_proj = (linear(C, D * config.lm_kv_heads) for _ in range(2))
-        self.gate_proj, self.up_proj = linear(C, config.lm_mlp), linear(C, config.lm_mlp)
-        self.down_proj = linear(config.lm_mlp, C)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(C, eps=1e-5), nn.RMSNorm(C, eps=1e-5)
+        self.q_proj, self.o_proj = Linear(C, C), Linear(C, C)
+        self.k_proj, self.v_proj = Linear(C, kv_dim), Linear(C, kv_dim)
+        self.gate_proj, self.up_proj = Linear(C, config.lm_mlp), Linear(C, config.lm_mlp)
+        self.down_proj = Linear(config.lm_mlp, C)
 
-    def forward(self, x, turn, mask, memory):
+    def forward(self, x, cos, sin, mask, append):
+        """x (B, T, C); append: from the new keys and values (B, H, T, D) to all there are."""
         y = self.input_layernorm(x)
-        q, k = rotate(heads(self.q_proj(y), self.heads), turn), rotate(heads(self.k_proj(y), self.kv_heads), turn)
-        k, v = memory(k, heads(self.v_proj(y), self.kv_heads))
-        k, v = (part.repeat_interleave(self.heads // self.kv_heads, 1) for part in (k, v))
+        q = apply_rotary(split_heads(self.q_proj(y), self.heads), cos, sin)
+        k = apply_rotary(split_heads(self.k_proj(y), self.kv_heads), cos, sin)
+        k, v = append(k, split_heads(self.v_proj(y), self.kv_heads))
+        k = k.repeat_interleave(self.heads // self.kv_heads, 1)
+        v = v.repeat_interleave(self.heads // self.kv_heads, 1)
         x = x + self.o_proj(attend(q.type_as(v), k.type_as(v), v, mask).transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+
+
+def only_new(k, v):
+    """For LlamaBlock where nothing was read before: the new keys and values are all there are."""
+    return k, v
 
 
 class Llama(nn.Module):
@@ -494,16 +969,13 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.lm_depth))
         self.norm = nn.RMSNorm(config.lm_dim, eps=1e-5)
 
-    def forward(self, x, mask, start=0, memories=None):
-        """Final states (B, T, C) of embeddings x (B, T, C) of the places from start on.
-
-        memories: a block's callable each, from new keys and values to all there are; None: the new ones are all.
-        """
+    def forward(self, x, mask, start=0, appends=None):
+        """Final states (B, T, C) of embeddings x (B, T, C) of the places from start on. appends: one per block."""
         rate = self.theta ** -torch.linspace(0, 1, self.head_dim // 2 + 1, device=x.device)[:-1]
-        angle = torch.arange(start, start + x.size(1), device=x.device)[:, None] * rate
-        turn = angle.cos(), angle.sin()
-        for i, layer in enumerate(self.layers):
-            x = layer(x, turn, mask, memories[i] if memories else lambda k, v: (k, v))
+        angle = torch.arange(start, start + x.size(1), device=x.device)[:, None] * rate  # (T, D / 2)
+        cos, sin = angle.cos(), angle.sin()
+        for layer, append in zip(self.layers, appends or [only_new] * len(self.layers)):
+            x = layer(x, cos, sin, mask, append)
         return self.norm(x)
 
     def logits(self, y):
@@ -514,144 +986,49 @@ class Llama(nn.Module):
 class VLM(nn.Module):
     def __init__(self, config, vocab):
         super().__init__()
-        self.side, self.shuffle, self.kept = config.side, config.shuffle, {}
+        self.side, self.shuffle, self.mask_cache = config.side, config.shuffle, {}
         self.grid = config.side // config.patch  # patches across
         self.image_tokens = (self.grid // config.shuffle) ** 2
         self.vit, self.lm = Vit(config), Llama(config, vocab)
         self.project = nn.Linear(config.vit_dim * config.shuffle ** 2, config.lm_dim, bias=False)
 
-    def see(self, pixels):
+    def encode_images(self, pixels):
         """Tokens (n, image_tokens, C) of pictures (n, 3, S, S) of bytes, whatever their size."""
         pictures = pixels.float() / 127.5 - 1
         if pictures.size(-1) != self.side:
             pictures = F.interpolate(pictures, (self.side, self.side), mode="bicubic", antialias=True)
-        states = self.vit(pictures).mT.unflatten(2, (self.grid, self.grid))
+        states = self.vit(pictures).mT.unflatten(2, (self.grid, self.grid))  # (n, C, grid, grid)
         return self.project(F.pixel_unshuffle(states, self.shuffle).flatten(2).mT)
 
     def embed(self, tokens, pixels):
         """Embeddings (B, T, C) of tokens (B, T), the tokens of pixels (n, 3, S, S) in order where they say IMAGE."""
         x = self.lm.embed_tokens(tokens.clamp(min=0))
-        return x.masked_scatter((tokens == IMAGE)[..., None], self.see(pixels).type_as(x))
+        return x.masked_scatter((tokens == IMAGE)[..., None], self.encode_images(pixels).type_as(x))
 
-    @staticmethod
-    def may_see(ids, b, q, k):
-        """Whether place q of row b looks at place k: what came before it in its document, and of a picture all."""
-        q_id, k_id = ids[b, q], ids[b, k]
-        return (q_id >> 1 == k_id >> 1) & ((k <= q) | (q_id & k_id & 1 > 0))
-
-    def mask(self, document, image, start=0, kept=None):
+    def mask(self, document, image, start=0, mask_cache=None):
         """For attend, of the places from start on of documents (B, T), image (B, T) True at a picture's tokens."""
-        return make_mask(self.may_see, 2 * document.long() + image, start, kept)
+        return make_mask(may_see, 2 * document.long() + image, start, mask_cache)
 
     def forward(self, tokens, document, pixels):
         """Final states (B, T, C) for tokens (B, T) of documents (B, T) with pictures pixels (n, 3, S, S)."""
-        return self.lm(self.embed(tokens, pixels), self.mask(document, tokens == IMAGE, kept=self.kept))
+        mask = self.mask(document, tokens == IMAGE, mask_cache=self.mask_cache)
+        return self.lm(self.embed(tokens, pixels), mask)
 
 
 def init_weights(model):
     for name, p in model.named_parameters():
         if "norm" in name:
-            (nn.init.zeros_ if "bias" in name else nn.init.ones_)(p)
+            nn.init.constant_(p, 0.0 if "bias" in name else 1.0)
         elif "bias" in name or "o_proj" in name or "fc2" in name or "down_proj" in name:
             nn.init.zeros_(p)
         elif "position_embedding" in name:
             nn.init.normal_(p, std=0.2)  # about as much as patches; 0.02: 0.407 instead of 0.392 after 200 steps
         elif "embed_tokens" in name:
             nn.init.normal_(p, std=0.02)
-        else:
+        elif "proj" in name or "fc1" in name or "patch_embedding" in name:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Pretrained backbones
-
-RENAMES = (("vision_model.", ""), ("model.", ""), ("embeddings.", ""), ("encoder.", ""), ("self_attn.", ""),
-           ("mlp.", ""), ("out_proj", "o_proj"))  # from the hub's names to ours
-SIGLIP = {"image_size": ("side", 224), "patch_size": ("patch", 16), "hidden_size": ("vit_dim", 768),
-          "num_hidden_layers": ("vit_depth", 12), "num_attention_heads": ("vit_heads", 12),
-          "intermediate_size": ("vit_mlp", 3072)}  # from its config.json to ours, and what it means to leave it out
-LLAMA = {"hidden_size": "lm_dim", "num_hidden_layers": "lm_depth", "num_attention_heads": "lm_heads",
-         "num_key_value_heads": "lm_kv_heads", "intermediate_size": "lm_mlp"}
-
-
-def fetch_backbone(name):
-    """The folder of a model on the hub, or of one on disk: (config.json as a dict, folder)."""
-    folder = Path(name)
-    try:
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-            folder = Path(snapshot_download(name, allow_patterns=["config.json", "tokenizer.json", "*.safetensors"]))
-        return json.loads((folder / "config.json").read_text()), folder
-    except Exception as error:  # the hub raises many kinds
-        raise Fault(f"cannot read the model {name}: {type(error).__name__}: {error}".splitlines()[0]) from None
-
-
-def backbone_config(config):
-    """The Config in the shapes of its pretrained backbones, and their language model's vocabulary, None if ours."""
-    config, vocab = copy.copy(config), None
-    if config.vit:
-        about, _ = fetch_backbone(config.vit)
-        about = about.get("vision_config", about)
-        for theirs, (ours, default) in SIGLIP.items():
-            setattr(config, ours, about.get(theirs, default))
-    if config.lm:
-        about, _ = fetch_backbone(config.lm)
-        if about.get("model_type") != "llama" or about.get("rope_scaling") or not about.get("tie_word_embeddings"):
-            raise Fault(f"--lm={config.lm} is a {about.get('model_type')}: only plain Llamas with tied embeddings load")
-        for theirs, ours in LLAMA.items():
-            setattr(config, ours, about[theirs])
-        config.rope_theta = about.get("rope_theta") or about["rope_parameters"]["rope_theta"]
-        vocab = about["vocab_size"]
-    return config, vocab
-
-
-def load_backbone(module, name):
-    """Fill a Vit or a Llama with the hub's weights: every one of ours must be there, what else there is has no use."""
-    _, folder = fetch_backbone(name)
-    state = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for key, value in load_file(path).items():
-            if not key.startswith("text_model."):  # SigLIP's other half
-                for theirs, ours in RENAMES:
-                    key = key.replace(theirs, ours)
-                state[key] = value.float()
-    if missing := [key for key, p in module.state_dict().items() if key not in state or state[key].shape != p.shape]:
-        raise Fault(f"{name} has no weight that fits {missing[0]}: is it a model of the right kind?")
-    module.load_state_dict({key: state[key] for key in module.state_dict()})
-
-
-class Words:
-    """Text to tokens and back, in our encoding or in that of a pretrained language model, and the template."""
-
-    def __init__(self, lm):
-        sys.path.insert(0, str(ROOT / "data"))
-        import tokenizer
-        ours, self.pad = tokenizer.load_text(tokenizer.QA), tokenizer.TEXT_VOCAB - 1
-        self.encode, self.ours = ours.encode_ordinary, lambda ids: tokenizer.decode_text(ours, ids)
-        self.decode = self.ours
-        if lm:
-            from tokenizers import Tokenizer
-            theirs = Tokenizer.from_file(str(fetch_backbone(lm)[1] / "tokenizer.json"))
-            self.encode = lambda text: theirs.encode(text, add_special_tokens=False).ids
-            self.decode = theirs.decode
-        self.stop = self.encode("\n")[-1]  # ends every answer
-
-    def question(self, text):
-        return self.encode(f"Question: {text} Answer:")
-
-    def convert(self, tokens, answer):
-        """Rows (N, L) of our tokens and answer marks in the other model's tokens, of the length that takes."""
-        rows = []
-        for ids, marks in zip(tokens.tolist(), answer.tolist()):
-            ids, row, i = ids[:ids.index(self.pad)] if self.pad in ids else ids, [], 0
-            while i < len(ids):
-                stop = next((j for j in range(i, len(ids)) if marks[j] != marks[i]), len(ids))
-                row += [(new, marks[i]) for new in self.encode(self.ours(ids[i:stop]))]
-                i = stop
-            rows.append(row)
-        longest = max(map(len, rows))
-        padded = torch.tensor([row + [(PAD, 0)] * (longest - len(row)) for row in rows])
-        return padded[..., 0], padded[..., 1].to(torch.uint8)
+        else:
+            raise AssertionError(f"no initialisation for {name}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -663,6 +1040,32 @@ def answer_logits(model, tokens, answer, document, pixels):
     marked = answer[:, 1:] > 0
     states = model(tokens, document, pixels)[:, :-1]
     return model.lm.logits(states[marked]), tokens[:, 1:][marked]
+
+
+def answer_nats(model, pixels, tokens, answer):
+    """Cross-entropy (n,), and whether it is the likeliest one (n,), of the n tokens (B, L) that answer (B, L) marks."""
+    tokens = F.pad(tokens, (model.image_tokens, 0), value=IMAGE)
+    answer = F.pad(answer, (model.image_tokens, 0))
+    document = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
+    logits, truth = answer_logits(model, tokens, answer, document, pixels)
+    return F.cross_entropy(logits, truth, reduction="none"), logits.argmax(-1) == truth
+
+
+def train_step(step, batch, model, muon, adam, config, run):
+    """One step on this rank's rows: its part of the loss."""
+    with run.autocast():
+        logits, truth = answer_logits(model, batch["tokens"], batch["answer"], batch["document"], batch["pixels"])
+        loss = F.cross_entropy(logits, truth, reduction="sum") / batch["answers"]
+    loss.backward()
+    sum_gradients(adam, run.world)
+    factor = schedule(step, config)
+    if muon:
+        muon.step(config.muon_lr * factor)
+    for group in adam.param_groups:
+        group["lr"] = group["peak"] * factor
+    adam.step()
+    model.zero_grad(set_to_none=True)
+    return loss.detach()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -677,102 +1080,58 @@ def sharpen(logits, temperature, top_k, top_p):
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p < 1:
         ranked, order = logits.softmax(-1).sort(-1, descending=True)
-        cut = ranked.cumsum(-1) - ranked >= top_p  # the likeliest token always stays
+        cut = ranked.cumsum(-1) - ranked >= top_p
+        cut[..., 0] = False  # the likeliest token always stays
         logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -math.inf)
     return logits
 # --- end: sharpen ---
 
 
-class Reader:
-    """A language model that remembers the keys and values of what it has read: every token is computed once."""
+class KVCache:
+    """Keys and values of the places that a language model has read: every token is computed once."""
 
-    def __init__(self, model, cached=True):
-        self.model, self.cached, self.read, self.past = model, cached, 0, {}
+    def __init__(self):
+        self.length, self.blocks = 0, {}
 
-    def remember(self, i, k, v):
+    def append(self, i, k, v):
         """Add keys and values (B, H, T, D) to those of block i: all there are."""
-        if i in self.past:
-            k, v = torch.cat([self.past[i][0], k], 2), torch.cat([self.past[i][1], v], 2)
-        self.past[i] = k, v
+        if i in self.blocks:
+            k = torch.cat([self.blocks[i][0], k], 2)
+            v = torch.cat([self.blocks[i][1], v], 2)
+        self.blocks[i], self.length = (k, v), k.size(2)
         return k, v
 
-    def __call__(self, x):
-        """Logits (B, V) after embeddings x (B, T, C), a picture's tokens first, of which what is new is computed."""
-        lm, (B, T) = self.model.lm, x.shape[:2]
-        memories = [functools.partial(self.remember, i) for i in range(len(lm.layers))] if self.cached else None
-        image = (torch.arange(T, device=x.device) < self.model.image_tokens).expand(B, T)
-        mask = self.model.mask(torch.zeros_like(image, dtype=torch.long), image, self.read)
-        states = lm(x[:, self.read:], mask, self.read, memories)
-        self.read = T if self.cached else 0
-        return lm.logits(states[:, -1])
+
+def next_logits(model, x, cache=None):
+    """Logits (B, V) of what follows embeddings x (B, T, C), a picture's first. What a cache holds is not computed."""
+    B, T, _ = x.shape
+    image = (torch.arange(T, device=x.device) < model.image_tokens).expand(B, T)
+    start = cache.length if cache else 0
+    appends = [functools.partial(cache.append, i) for i in range(len(model.lm.layers))] if cache else None
+    mask = model.mask(torch.zeros_like(image, dtype=torch.long), image, start)
+    return model.lm.logits(model.lm(x[:, start:], mask, start, appends)[:, -1])
 
 
 @torch.no_grad()
-def generate(model, pixels, tokens, stop, config, seed=0, cached=True):
+def generate(model, pixels, tokens, stop, options, seed=0, cached=True):
     """Answer tokens (a list, without the stop) to a picture (3, S, S) of bytes and the tokens (a list) of questions."""
     device = model.project.weight.device
-    reader, rng = Reader(model, cached), torch.Generator(device).manual_seed(seed)
+    rng = torch.Generator(device).manual_seed(seed)
+    cache = KVCache() if cached else None
     row = torch.tensor([[IMAGE] * model.image_tokens + tokens], device=device)
     x, answer = model.embed(row, pixels[None].to(device)), []
-    for _ in range(config.max_tokens):
-        logits = reader(x)
-        if config.temperature == 0:
+    for _ in range(options.max_tokens):
+        logits = next_logits(model, x, cache)
+        if options.temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:
-            drawn = sharpen(logits, config.temperature, config.top_k, config.top_p).softmax(-1)
+            drawn = sharpen(logits, options.temperature, options.top_k, options.top_p).softmax(-1)
             new = torch.multinomial(drawn, 1, generator=rng)
         if new.item() == stop:
             break
         answer.append(new.item())
         x = torch.cat([x, model.lm.embed_tokens(new).type_as(x)], 1)
     return answer
-
-
-def write_samples(model, config, words, frozen, folder):
-    """Draw samples/vlm.png, pictures with questions, answers and the truth: how fast tokens come with and without the
-    cache, for the footer."""
-    import draw
-    pixels, tokens, answer, family = (part[:config.samples].cpu() for part in frozen)
-    cells, counts = [], {True: 0, False: 0}
-    for picture, row, marks in zip(pixels, tokens.tolist(), answer.tolist()):
-        lines = []
-        for turn in range(1, max(marks) + 1):
-            first, last = marks.index(turn), len(marks) - marks[::-1].index(turn)
-            asked = len(marks) - marks[::-1].index(turn - 1) if turn > 1 else 0
-            said = words.decode(generate(model, picture, row[:first], words.stop, config)).strip()
-            truth = words.decode(row[first:last]).strip()
-            counts[said == truth] += 1
-            question = words.decode(row[asked:first]).replace("Question:", "").replace("Answer:", "").strip()
-            lines.append(f"{question} {said}" + ("" if said == truth else f"   (true: {truth})"))
-        cells += [picture.float() / 255, "\n".join(lines)]
-    draw.sheet(["questions, the model's answers, and the true ones where it is wrong",
-                *(cells[i:i + 4] for i in range(0, len(cells), 4))], folder / "vlm.png")
-    long, speeds = dataclasses.replace(config, max_tokens=200), []
-    for cached in (True, False):  # 200 tokens, whatever they say
-        start = time.perf_counter()
-        made = generate(model, pixels[0], words.question("How many objects are there?"), None, long, cached=cached)
-        speeds.append(len(made) / (time.perf_counter() - start))
-    return {"sampled_per_second": round(speeds[0], 1), "sampled_per_second_uncached": round(speeds[1], 1)}
-
-
-def chat(model, config, words):
-    """Answer questions about a picture, typed in the terminal, until an empty line."""
-    from PIL import Image, UnidentifiedImageError
-    try:
-        with Image.open(config.chat) as image:
-            picture = image.convert("RGB").resize((config.side, config.side), Image.BICUBIC)
-    except (OSError, UnidentifiedImageError) as error:
-        raise Fault(f"--chat={config.chat} is not a picture: {error}") from None
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    print("Ask about the picture; an empty line ends it.")
-    while True:
-        try:
-            question = input("> ").strip()
-        except EOFError:
-            question = ""
-        if not question:
-            return
-        print(words.decode(generate(model, pixels, words.question(question), words.stop, config)).strip())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -824,422 +1183,113 @@ def evaluate(model, pixels, tokens, answer, family, config, rank, world):
 # --- end: eval ---
 
 
-def answer_nats(model, pixels, tokens, answer):
-    """Cross-entropy (n,), and whether it is the likeliest one (n,), of the n tokens (B, L) that answer (B, L) marks."""
-    lead = lambda value, like: F.pad(like, (model.image_tokens, 0), value=value)
-    document = torch.arange(len(tokens), device=tokens.device)[:, None].expand(-1, model.image_tokens + tokens.size(1))
-    logits, truth = answer_logits(model, lead(IMAGE, tokens), lead(0, answer), document, pixels)
-    return F.cross_entropy(logits, truth, reduction="none"), logits.argmax(-1) == truth
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Optimizers
-
-# --- copied: muon ---
-POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
-         (2.3465, -1.7098, 0.4232))  # Polar Express (arXiv:2505.16932), five steps
-
-
-def gram(X):
-    """X X^T of a stack of matrices (K, rows, columns)."""
-    return X @ X.mT
-
-
-def orthogonalise(G, dtype=torch.bfloat16, gram=gram):
-    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; computed in dtype."""
-    X = G.to(dtype)
-    X = X.mT if G.size(1) > G.size(2) else X
-    X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
-    for a, b, c in POLAR:
-        A = gram(X)
-        X = a * X + (b * A + c * gram(A)) @ X  # A is symmetric: A A is A A^T
-    return (X.mT if G.size(1) > G.size(2) else X).to(G.dtype)
-
-
-class Muon:
-    """Nesterov momentum, then an orthogonalised step, for matrices (kellerjordan.github.io/posts/muon).
-
-    Matrices of one shape are a stack, divided among the ranks: each adds up the gradients of its own matrices, keeps
-    their momentum and sends their update to all. Messages of one stack travel while another is computed.
-    """
-
-    def __init__(self, params, momentum, rank=0, world=1, dtype=torch.bfloat16, gram=gram):
-        self.momentum, self.rank, self.world, self.dtype, self.gram = momentum, rank, world, dtype, gram
-        by_shape = {}
-        for p in params:
-            by_shape.setdefault(p.shape, []).append(p)
-        each = lambda ps: -(-len(ps) // world)  # matrices a rank, the last one's filled up with zeros
-        self.stacks = [(ps, torch.zeros(each(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
-
-    def gather(self, mine, wait=True):
-        """The parts of all ranks (k, rows, columns), one after another, and what to wait for before they are read."""
-        if self.world == 1:
-            return mine, None
-        whole = mine.new_empty(self.world * len(mine), *mine.shape[1:])
-        return whole, dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=not wait)
-
-    @torch.no_grad()
-    def step(self, lr):
-        """Move the parameters by their gradients, summed over the ranks; one without a gradient has a zero one."""
-        sent = []
-        for params, momentum in self.stacks:
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            grads += [torch.zeros_like(params[0])] * (self.world * len(momentum) - len(params))
-            mine, job = torch.stack(grads), None
-            if self.world > 1:
-                grads, mine = mine, torch.empty_like(momentum)
-                job = dist.reduce_scatter_tensor(mine, grads, async_op=True)
-            sent.append((mine, job, grads))  # grads must live until they are sent
-        updates = []
-        for (_, momentum), (mine, job, _) in zip(self.stacks, sent):
-            if job:
-                job.wait()
-            momentum.lerp_(mine, 1 - self.momentum)
-            mine = orthogonalise(mine.lerp_(momentum, self.momentum), self.dtype, self.gram)
-            updates.append((*self.gather(mine, wait=False), mine))  # so must mine
-        for (params, _), (update, job, _) in zip(self.stacks, updates):
-            if job:
-                job.wait()
-            rows, columns = params[0].shape
-            torch._foreach_add_(params, list(update[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
-
-    def momenta(self):
-        """The momentum of each stack, gathered: (matrices, rows, columns)."""
-        return [self.gather(momentum)[0][:len(params)] for params, momentum in self.stacks]
-
-    def load_momenta(self, momenta):
-        for (params, mine), whole in zip(self.stacks, momenta):
-            first, last = (min(r * len(mine), len(params)) for r in (self.rank, self.rank + 1))
-            mine[:last - first] = whole[first:last].to(mine.device)
-# --- end: muon ---
-
-
-def make_optimizers(model, config, rank, world, precision):
-    """Muon for the blocks' matrices and the projector, Adam for the rest. With a pretrained backbone no Muon and AdamW
-    for all, at one rate for the backbones and another for the projector, as nanoVLM does it."""
-    named = list(model.named_parameters())
-    if config.vit or config.lm:
-        backbones, projector = ([p for name, p in named if name.startswith("project") == new] for new in (False, True))
-        return None, torch.optim.AdamW([{"params": backbones, "peak": config.backbone_lr},
-                                        {"params": projector, "peak": config.projector_lr}], fused=True)
-    matrix = lambda name, p: p.ndim == 2 and ("layers" in name or name.startswith("project"))
-    hidden, rest = ([p for name, p in named if matrix(name, p) == wanted] for wanted in (True, False))
-    adam = torch.optim.Adam([{"params": rest, "peak": config.adam_lr}], betas=(0.9, 0.95), fused=True)
-    return Muon(hidden, config.momentum, rank, world, PRECISIONS[precision]), adam
-
-
-# --- copied: schedule ---
-def schedule(step, config):
-    """Share of the peak learning rates: 1, then linearly down to 0."""
-    return min(1.0, (1 - step / config.num_steps) / config.cooldown)
-# --- end: schedule ---
-
-
-# --- copied: sum gradients ---
-def sum_gradients(optimizer, world):
-    """Add up the gradients of an optimizer's parameters over all ranks, in one flat message. Where a rank has none it
-    sends zeros: every rank must take part."""
-    if world == 1:
-        return
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
-    dist.all_reduce(flat)
-    for p, part in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = part.view_as(p)
-# --- end: sum gradients ---
-
-
-# --- copied: checkpoint ---
-def save_checkpoint(path, model, config):
-    """Weights in half precision with the Config in the file's metadata; a temporary name first."""
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({name: p.half().contiguous().cpu() for name, p in model.state_dict().items()}, part,
-              metadata={"config": json.dumps(dataclasses.asdict(config))})
-    part.replace(path)
-
-
-def load_checkpoint(path, model, config):
-    """Load weights that save_checkpoint wrote for the same architecture."""
-    try:
-        with safe_open(path, "pt") as file:
-            saved = json.loads((file.metadata() or {})["config"])
-            state = {name: file.get_tensor(name).float() for name in file.keys()}
-    except Exception as error:  # safetensors raises its own kinds
-        raise Fault(f"--load={path} is not a checkpoint of this script ({type(error).__name__}: {error})") from None
-    different = [f"{key} {saved.get(key)}" for key in ARCHITECTURE if saved.get(key) != getattr(config, key)]
-    if different:
-        raise Fault(f"--load={path} was trained with {', '.join(different)}: pass the same as overrides")
-    if missing := set(model.state_dict()) ^ set(state):
-        raise Fault(f"--load={path} has other weights than this model, e.g. {sorted(missing)[0]}")
-    if other := [name for name, p in model.state_dict().items() if p.shape != state[name].shape]:
-        raise Fault(f"--load={path} has another shape of {other[0]} than this model: was it trained on other data?")
-    model.load_state_dict(state)
-# --- end: checkpoint ---
-
-
-# --- copied: resume ---
-WHOLE = StateDictOptions(full_state_dict=True)  # of a model that is divided among the ranks too
-CURSOR = ("order", "next", "pending")  # where a Loader is in its data, besides its rng; not each has all
-SIGTERM = []  # filled when the signal arrives: SLURM sends it before it takes a machine back
-
-
-def due(step, config, world, device):
-    """What is to follow a step: "stop" once SIGTERM has reached any rank, "save" every save_every steps, else ""."""
-    stop = bool(SIGTERM)
-    if world > 1:  # ranks hear of it at different steps: they agree on every tenth
-        flag = torch.tensor(float(stop), device=device)
-        if step % 10 == 0:
-            dist.all_reduce(flag)
-        stop = step % 10 == 0 and bool(flag)
-    if step == config.num_steps:
-        return ""
-    return "stop" if stop else "save" if config.save_every and step % config.save_every == 0 else ""
-
-
-def save_state(log, why, progress, config, rank, model, muon, adam, loader):
-    """All that the rest of a run depends on, in one safetensors file, the same for any number of processes; a temporary
-    name first, so that a full disk leaves the state before it. Ends the process if `why` is "stop"."""
-    state = {f"model.{name}": value for name, value in get_model_state_dict(model, options=WHOLE).items()}
-    state |= {f"muon.{i}": value for i, value in enumerate(muon.momenta())} if muon else {}
-    for i, moments in adam.state_dict()["state"].items():
-        state |= {f"adam.{i}.{name}": value for name, value in moments.items()}
-    state |= {f"loader.{name}": torch.as_tensor(getattr(loader, name)) for name in CURSOR if hasattr(loader, name)}
-    state["loader.rng"] = loader.rng.get_state()
-    path = Path(config.resume or ROOT / "checkpoints" / f"{log.run_id}.state.safetensors")
-    part, problem = path.with_name(path.name + ".part"), ""
-    if rank == 0:
-        try:
-            save_file({name: value.detach().cpu().clone() for name, value in state.items()}, part,
-                      metadata={"config": json.dumps(dataclasses.asdict(config)), "progress": json.dumps(progress)})
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            part.replace(path)
-            log.say(f"state of step {progress['step']} in {path}")
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            problem = f"the state of step {progress['step']} could not be saved ({error}); any before it is kept"
-            log.say(problem)
-    if why == "stop":
-        log.say(f"stopped by SIGTERM: go on with the same command and --resume={path}")
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(1 if problem else 0)
-
-
-def read_state(config, data_sha256):
-    """What save_state wrote of this very run: its tensors by name, and its progress."""
-    try:
-        with safe_open(config.resume, "pt") as file:
-            saved, progress = (json.loads((file.metadata() or {})[name]) for name in ("config", "progress"))
-            state = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # safetensors raises its own kinds
-        raise Fault(f"--resume={config.resume} is not the state of a run ({type(error).__name__}: {error})") from None
-    now = dataclasses.asdict(config) | {name: saved.get(name) for name in ("resume", "save_every", "save", "shard")}
-    if different := [f"--{name}={saved.get(name)}" for name in now if saved.get(name) != now[name]]:
-        raise Fault(f"--resume={config.resume} is of a run with {' '.join(different)}: pass the same")
-    if progress["data_sha256"] != data_sha256:
-        raise Fault(f"--resume={config.resume} is of a run on other training data")
-    return state, progress
-
-
-def load_state(state, model, muon, adam, loader):
-    """Put a state that was read back where it came from."""
-    part = lambda start: {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
-    set_model_state_dict(model, part("model."), options=WHOLE)
-    if muon:
-        muon.load_momenta([value for _, value in sorted(part("muon.").items(), key=lambda item: int(item[0]))])
-    moments = {}
-    for name, value in part("adam.").items():
-        moments.setdefault(int(name.partition(".")[0]), {})[name.partition(".")[2]] = value
-    adam.load_state_dict({"state": moments, "param_groups": adam.state_dict()["param_groups"]})
-    loader.rng.set_state(state["loader.rng"])
-    for name in CURSOR:
-        if (value := state.get(f"loader.{name}")) is not None:
-            now = getattr(loader, name)
-            setattr(loader, name, value.to(now.device) if torch.is_tensor(now) else value.tolist())
-# --- end: resume ---
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
-def flops_per_step(model, config, tokens, pictures):
-    """Matmul FLOPs of a training step on so many tokens and pictures; backward is twice forward."""
-    C, D, T = config.vit_dim, config.lm_dim, model.grid ** 2
-    vit = T * (config.vit_depth * (4 * C * C + 2 * C * config.vit_mlp + 2 * T * C) + 3 * config.patch ** 2 * C + C * D)
-    kv = D * config.lm_kv_heads // config.lm_heads
-    lm = config.lm_depth * (2 * D * D + 2 * D * kv + 3 * D * config.lm_mlp + 2 * config.row * D)
-    return 6 * (pictures * vit + tokens * lm)
+def flops_per_step(model, config, pictures):
+    """Matmul FLOPs of a training step with so many pictures; backward is twice forward."""
+    C, D, patches = config.vit_dim, config.lm_dim, model.grid ** 2
+    vit_block = 4 * C * C + 2 * C * config.vit_mlp + 2 * patches * C
+    vit = patches * (config.vit_depth * vit_block + 3 * config.patch ** 2 * C + C * D)
+    kv_dim = D * config.lm_kv_heads // config.lm_heads
+    lm = config.lm_depth * (2 * D * D + 2 * D * kv_dim + 3 * D * config.lm_mlp + 2 * config.seq_len * D)
+    return 6 * (pictures * vit + config.batch * config.seq_len * lm)
+
+
+def open_backbones(config):
+    """data/backbones.py, for --vit and --lm alone."""
+    sys.path.insert(0, str(ROOT / "data"))
+    import backbones
+    return backbones.Backbones(sys.modules[__name__], config)
 
 
 def main(argv):
-    config, overrides = read_config(argv)
-    if config.resume and not config.num_steps:
-        raise Fault("--resume goes on with a run: pass its --num_steps, or --load to evaluate a checkpoint")
-    if config.num_steps < 0 or min(config.rows, config.row, config.eval_every, config.eval_batch) < 1:
-        raise Fault("num_steps must be at least 0, rows, row, eval_every and eval_batch at least 1")
-    config, vocab = backbone_config(config)
-    if config.side % (config.patch * config.shuffle):
-        raise Fault(f"{config.shuffle} patches of {config.patch} pixels do not tile pictures of {config.side} pixels")
-    if config.vit_dim % config.vit_heads or config.lm_dim % (2 * config.lm_heads):
-        raise Fault("vit_heads must divide vit_dim, and lm_heads half of lm_dim")
-    if config.lm_heads % config.lm_kv_heads:
-        raise Fault(f"{config.lm_kv_heads} key and value heads do not divide {config.lm_heads} heads")
+    config, options, given = read_options(argv)
     keep_memory()
-    rank, world, device = setup()
-    if config.rows % world:
-        raise Fault(f"{config.rows} rows cannot be divided among {world} processes")
+    run = Run("vlm", config, options, given)
+    run.slice(config.batch)
+    backbones = open_backbones(config) if config.vit or config.lm else None
+    if backbones:
+        config = backbones.config
+    if options.load:
+        weights, config = read_checkpoint(options.load, config, given)
+    run.config = config  # in the sizes of what is loaded
+    check_config(config)
     *frozen, about, eval_sha256 = read_frozen(config)
-    pixels, tokens, answer, found, data_sha256 = read_conversations(config) if config.num_steps else \
-        (None, None, None, about, "none")
-    if found["vocab"] != about["vocab"]:
-        raise Fault(f"{ROOT / config.data} has another vocabulary than the frozen validation set")
-    pad = about["pad"]
-    if config.lm:  # the other model's own tokens
-        words, pad = Words(config.lm), PAD
-        frozen[1:3] = words.convert(*frozen[1:3])
-        tokens, answer = words.convert(tokens, answer) if config.num_steps else (None, None)
-    frozen = [part.to(device) for part in frozen]
-    shape = config.rows // world * config.row, config.lm_dim, config.lm_mlp  # of a matrix product
-    precision, peak = choose_precision(config.precision, device, world, *shape)
+    vocab, pad = about["vocab"], about["pad"]
+    if config.num_steps:
+        pixels, tokens, answer, run.data_sha256 = read_conversations(config.data, about)
+    if config.lm:  # its own tokens
+        vocab, pad = backbones.vocab, PAD
+        frozen[1:3] = backbones.convert(*frozen[1:3])
+        if config.num_steps:
+            tokens, answer = backbones.convert(tokens, answer)
+    if config.num_steps:
+        measure(tokens, pad, config)
+    run.choose_precision(config.batch // run.world * config.seq_len, config.lm_dim, config.lm_mlp)
     torch.manual_seed(config.seed)
-    model = VLM(config, vocab or about["vocab"]).to(device)
+    model = VLM(config, vocab).to(run.device)
     init_weights(model)
-    for module, name in (model.vit, config.vit), (model.lm, config.lm):
-        if name:
-            load_backbone(module, name)
-    if config.load:
-        load_checkpoint(config.load, model, config)
-    state, progress = read_state(config, data_sha256) if config.resume else (None, {})
-    log = Log("vlm", config, overrides, rank, device, precision)
-    if compiler_works(log, device):  # 419 ms per step instead of 469, in float32 on 2 cores
+    if options.load:
+        load_weights(model, weights, options.load)
+    elif backbones:
+        backbones.load(model)
+    samples = run.prepare_show(frozen=frozen, backbones=backbones)
+    state = run.read_state() if options.resume else None
+    run.open_log()
+    if compiler_works(run):  # 419 ms per step instead of 469, in float32 on 2 cores
         for block in (*model.vit.layers, *model.lm.layers):
             block.compile(fullgraph=True)
-    muon, adam = make_optimizers(model, config, rank, world, precision)
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    frozen = [part.to(run.device) for part in frozen]
 
-    def train_step(batch, step):
-        """One step on this rank's rows: its part of the loss."""
-        with autocast():
-            logits, truth = answer_logits(model, batch["tokens"], batch["answer"], batch["document"], batch["pixels"])
-            loss = F.cross_entropy(logits, truth, reduction="sum") / batch["answers"]
-        loss.backward()
-        sum_gradients(adam, world)
-        factor = schedule(step, config)
-        if muon:
-            muon.step(config.muon_lr * factor)
-        for group in adam.param_groups:
-            group["lr"] = group["peak"] * factor
-        adam.step()
-        model.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    # Warm-up on dummy data, untimed, then everything back to where it was.
-    start = time.perf_counter()
-    make_loader = lambda *parts: Loader(*parts, model.image_tokens, pad, config, rank, world, device)
     if config.num_steps:
-        before = copy.deepcopy(model.state_dict())
-        dummy = make_loader(torch.zeros_like(pixels[:1000]), tokens[:1000], answer[:1000])
-        for i in range(5):
-            batch = dummy()
-            train_step(batch | {"tokens": batch["tokens"].clamp(max=0)}, i)  # no token but the first
-        if device.type == "cuda":  # its shapes are compiled too
-            with autocast():
-                evaluate(model, *frozen, config, rank, world)
-        model.load_state_dict(before)
-        muon, adam = make_optimizers(model, config, rank, world, precision)
-    sync()
-    compile_seconds, compiled = time.perf_counter() - start, graphs()
+        with run.warm_up(model):
+            muon, adam = make_optimizers(model, config, run)
+            dummy = torch.zeros(len(tokens[:1000]), *pixels.shape[1:], dtype=torch.uint8)
+            loader = Loader(dummy, tokens[:1000], answer[:1000], pad, config, run)
+            for step in range(5):
+                batch = loader()
+                batch["tokens"] = batch["tokens"].clamp(max=0)  # no token but the first
+                train_step(step, batch, model, muon, adam, config, run)
+            if run.device.type == "cuda":  # its shapes are compiled too
+                with run.autocast():
+                    evaluate(model, *frozen, config, run.rank, run.world)
+    muon, adam = make_optimizers(model, config, run)
 
-    # The clock starts here.
-    train_seconds, waited, step, pictures = 0.0, 0.0, 0, 0
-    start = time.perf_counter()
-    loader = make_loader(pixels, tokens, answer) if config.num_steps else None
-    if config.resume:
-        load_state(state, model, muon, adam, loader)
-        step, train_seconds, waited, pictures = (progress[name] for name in ("step", "seconds", "waited", "pictures"))
-        start = time.perf_counter()
-    signal.signal(signal.SIGTERM, lambda *_: SIGTERM.append(True))
-    bar = tqdm(total=config.num_steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
+    run.start()
+    loader = None
+    if config.num_steps:
+        loader = Loader(torch.from_numpy(np.array(pixels)), tokens, answer, pad, config, run)
+    if options.resume:
+        run.load_state(state, model, muon, adam, loader)
     while True:
-        last = step == config.num_steps
-        if last or (step % config.eval_every == 0 and step):
-            sync()
-            train_seconds += time.perf_counter() - start
-            with autocast():
-                val_loss, accuracy = evaluate(model, *frozen, config, rank, world)
-            log.say(f"step:{step}/{config.num_steps} val_loss:{val_loss:.4f} train_time:{1000 * train_seconds:.0f}ms "
-                    f"step_avg:{1000 * train_seconds / max(1, step):.2f}ms")
+        last = run.step == config.num_steps
+        if last or (run.step and run.step % config.eval_every == 0):
+            run.clock.pause()
+            with run.autocast():
+                val_loss, accuracy = evaluate(model, *frozen, config, run.rank, run.world)
+            run.evaluation(val_loss)
             if last:
                 break
-            sync()
-            start = time.perf_counter()
-        asked = time.perf_counter()
-        batch = loader()
-        waited += time.perf_counter() - asked
-        loss = train_step(batch, step)
-        step, pictures = step + 1, pictures + len(batch["pixels"]) * world
-        if step % 10 == 0:
-            value = finite(loss.item() * world, step)
-            bar.set_postfix(loss=f"{value:.3f}", seconds=f"{train_seconds + time.perf_counter() - start:.0f}")
-        bar.update()
-        if why := due(step, config, world, device):
-            sync()
-            train_seconds += time.perf_counter() - start
-            progress = {"data_sha256": data_sha256, "step": step, "seconds": train_seconds, "waited": waited,
-                        "pictures": pictures}
-            save_state(log, why, progress, config, rank, model, muon, adam, loader)
-            start = time.perf_counter()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    bar.close()
-    finite(val_loss, step)
+            run.clock.go()
+        batch = run.fetch(loader)
+        loss = train_step(run.step, batch, model, muon, adam, config, run)
+        run.tokens += config.batch * config.seq_len
+        run.flops += flops_per_step(model, config, batch["pictures"])
+        run.progress(loss)
+        if action := run.next_action():
+            run.save_state(action, model, muon, adam, loader)
 
-    # The result.
-    seen = step * config.rows * config.row
-    flops = flops_per_step(model, config, seen, pictures)
-    footer = {"script": HERE.name, "task": "vlm", "track": config.track, "seed": config.seed,
-              "world_size": world, "hardware": hardware(device), "precision": precision, "steps": step,
-              "parameters": sum(p.numel() for p in model.parameters()), "tokens": seen, "pictures": pictures,
-              "val_loss": round(val_loss, 5),
-              **{f"accuracy_{name}": round(value, 4) for name, value in accuracy.items()},
-              "target": config.target, "reached": val_loss <= config.target,
-              "train_seconds": round(train_seconds, 3), "compile_seconds": round(compile_seconds, 1),
-              "recompiles": graphs() - compiled, "loader_share": round(waited / max(train_seconds, 1e-9), 4),
-              "tokens_per_second": round(seen / max(train_seconds, 1e-9)),
-              "mfu": round(flops / max(train_seconds, 1e-9) / peak / world, 4),
-              "matmul_peak_tflops": round(peak / 1e12, 2), "peak_memory_mib": round(peak_memory_mib(device)),
-              "data_sha256": data_sha256, "eval_sha256": eval_sha256}
-    if rank == 0:
-        if config.save:
-            save_checkpoint(ROOT / "checkpoints" / f"{log.run_id}.safetensors", model, config)
-        words = Words(config.lm)
-        with autocast(), torch.compiler.set_stance("force_eager"):  # every token of an answer is another shape
-            footer.update(write_samples(model, config, words, frozen, ROOT / "samples"))
-        footer["overrides"] = " ".join(f"--{key}={value}" for key, value in overrides.items()) or "none"
-        for key, value in footer.items():
-            log.say(f"{key}: {value}")
-        with open(ROOT / "records" / "runs.jsonl", "a") as file:
-            file.write(json.dumps({"run_id": log.run_id, **footer}) + "\n")
-        if config.chat:
-            with autocast(), torch.compiler.set_stance("force_eager"):
-                chat(model, config, words)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    numbers = {"pictures": loader.pictures if loader else 0}
+    numbers |= {f"accuracy_{name}": round(value, 4) for name, value in accuracy.items()}
+    run.result(model, eval_sha256, numbers)
+    run.show(samples, model)
 
 
 # --- copied: start ---
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        record(main)(sys.argv[1:])
     except Fault as fault:
         sys.exit(f"{HERE.name}: {fault}")
-    except RuntimeError as error:  # NCCL and gloo have no kind of their own for a process that is gone
-        if not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)", str(error)):
-            raise
-        print(f"{HERE.name}: another process of this run has ended, see its message ({str(error).splitlines()[0]}); "
-              "--resume goes on from a saved state", file=sys.stderr, flush=True)
-        os._exit(1)  # the usual way out waits for the other process
 # --- end: start ---

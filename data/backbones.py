@@ -1,0 +1,109 @@
+"""Pretrained backbones of the VLM: a SigLIP and a Llama of the Hugging Face hub, or of a folder in the hub's format.
+
+train_vlm.py imports this for --vit= and --lm= alone: their sizes become its Config's, their weights its Vit's and
+Llama's, and with --lm= texts are tokens of that model.
+"""
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
+
+import tokenizer
+from text_codec import TextCodec
+
+RENAMES = (("vision_model.", ""), ("model.", ""), ("embeddings.", ""), ("encoder.", ""), ("self_attn.", ""),
+           ("mlp.", ""), ("out_proj", "o_proj"))  # from the hub's names to ours
+SIGLIP = {"image_size": ("side", 224), "patch_size": ("patch", 16), "hidden_size": ("vit_dim", 768),
+          "num_hidden_layers": ("vit_depth", 12), "num_attention_heads": ("vit_heads", 12),
+          "intermediate_size": ("vit_mlp", 3072)}  # from its config.json to ours, and what it means to leave it out
+LLAMA = {"hidden_size": "lm_dim", "num_hidden_layers": "lm_depth", "num_attention_heads": "lm_heads",
+         "num_key_value_heads": "lm_kv_heads", "intermediate_size": "lm_mlp"}
+
+
+class Backbones:
+    """What --vit and --lm name: config, the Config in their shapes; vocab and codec of the language model.
+
+    script is train_vlm as a module. Raises its Fault for what cannot be read or does not fit.
+    """
+
+    def __init__(self, script, config):
+        self.script, self.config = script, dataclasses.replace(config)
+        self.vocab, self.folders = None, {}
+        if config.vit:
+            about, self.folders["vit"] = self.fetch(config.vit)
+            about = about.get("vision_config", about)
+            for theirs, (ours, default) in SIGLIP.items():
+                setattr(self.config, ours, about.get(theirs, default))
+        if config.lm:
+            about, self.folders["lm"] = self.fetch(config.lm)
+            self.read_llama(about)
+        try:
+            self.codec = TextCodec(self.folders.get("lm"))
+        except (OSError, ValueError) as error:
+            raise script.Fault(f"--lm={config.lm}: {error}") from None
+
+    def fetch(self, name):
+        """A model on the hub, or one on disk: (config.json as a dict, its folder)."""
+        folder = self.script.ROOT / name
+        try:
+            if not folder.is_dir():
+                from huggingface_hub import snapshot_download
+                patterns = ["config.json", "tokenizer.json", "*.safetensors"]
+                folder = Path(snapshot_download(name, allow_patterns=patterns))
+            return json.loads((folder / "config.json").read_text()), folder
+        except Exception as error:  # the hub raises many kinds
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise self.script.Fault(f"cannot read the model {name}: {reason}") from None
+
+    def read_llama(self, about):
+        kind, name = about.get("model_type"), self.config.lm
+        if kind != "llama" or about.get("rope_scaling") or not about.get("tie_word_embeddings"):
+            raise self.script.Fault(f"--lm={name} is a {kind}: only plain Llamas with tied embeddings load")
+        try:
+            for theirs, ours in LLAMA.items():
+                setattr(self.config, ours, about[theirs])
+            self.config.rope_theta = about.get("rope_theta") or about["rope_parameters"]["rope_theta"]
+            self.vocab = about["vocab_size"]
+        except KeyError as error:
+            raise self.script.Fault(f"--lm={name} has a config.json without {error}") from None
+
+    def load(self, model):
+        """Fill a VLM's vit and lm with the pretrained weights there are."""
+        for part, folder in self.folders.items():
+            self.load_part(getattr(model, part), folder)
+
+    def load_part(self, module, folder):
+        """Fill a Vit or a Llama: all our weights must be present; extra ones are ignored."""
+        state = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            for key, value in load_file(path).items():
+                if key.startswith("text_model."):  # SigLIP's other half
+                    continue
+                for theirs, ours in RENAMES:
+                    key = key.replace(theirs, ours)
+                state[key] = value.float()
+        wanted = module.state_dict()
+        if missing := [key for key, p in wanted.items() if key not in state or state[key].shape != p.shape]:
+            raise self.script.Fault(f"{folder} has no weight that fits {missing[0]}: is it a model of the right kind?")
+        module.load_state_dict({key: state[key] for key in wanted})
+
+    def convert(self, tokens, answer):
+        """Rows (N, L) of our tokens and answer marks in the other model's tokens, of the length that takes."""
+        new_tokens, new_answer = [], []
+        for ids, marks in zip(tokens.tolist(), answer.tolist()):
+            if tokenizer.TEXT_VOCAB - 1 in ids:
+                ids = ids[:ids.index(tokenizer.TEXT_VOCAB - 1)]
+            row, row_marks, start = [], [], 0
+            while start < len(ids):
+                stop = next((i for i in range(start, len(ids)) if marks[i] != marks[start]), len(ids))
+                part = self.codec.encode(self.codec.decode_ours(ids[start:stop]))
+                row += part
+                row_marks += [marks[start]] * len(part)
+                start = stop
+            new_tokens.append(torch.tensor(row, dtype=torch.long))
+            new_answer.append(torch.tensor(row_marks, dtype=torch.uint8))
+        padded = pad_sequence(new_tokens, batch_first=True, padding_value=self.script.PAD)
+        return padded, pad_sequence(new_answer, batch_first=True)

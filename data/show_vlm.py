@@ -1,0 +1,107 @@
+"""What a VLM says about validation pictures, a sheet with the truth where it is wrong, and a chat about a picture."""
+import dataclasses
+import time
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import draw
+from text_codec import TextCodec
+
+SPEED_TOKENS = 200  # that the speed of sampling is measured on
+
+
+def read_picture(path, size):
+    """The picture (3, size, size) of bytes in an image file, as training sees pictures: upright, white where it is
+    transparent, square. Raises an exception, of any kind, for what is no picture, or one of more than 89 megapixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    pixels = np.array(image.convert("RGB").resize((size, size), Image.BICUBIC))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class Show:
+    """Opened before the clock starts: the text encoding, the picture to chat about; frozen is the validation set."""
+
+    def __init__(self, script, run, frozen, backbones):
+        self.script, self.options = script, run.options
+        self.pixels, self.tokens, self.answer, _ = (part[:run.options.samples] for part in frozen)
+        try:
+            self.codec = backbones.codec if backbones else TextCodec()
+        except (OSError, ValueError) as error:
+            raise script.Fault(f"the text encoding cannot be read ({error}): `git checkout data/frozen`") from None
+        self.picture = self.open_picture(frozen[0].size(-1)) if run.options.chat else None
+
+    def open_picture(self, size):
+        path = self.options.chat
+        try:
+            return read_picture(self.script.ROOT / path, size)
+        except Exception as error:  # Pillow's decoders raise what they like
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise self.script.Fault(f"--chat={path} is not a picture that can be read ({reason})") from None
+
+    def show(self, model, folder):
+        numbers = {}
+        if len(self.pixels):
+            with tqdm(total=len(self.pixels) + 2, desc="samples", unit="picture", dynamic_ncols=True) as bar:
+                self.sheet(model, folder / "vlm.png", bar)
+                numbers = {"sampled_per_second": self.speed(model, True, bar),
+                           "sampled_per_second_uncached": self.speed(model, False, bar)}
+        if self.picture is not None:
+            self.chat(model)
+        return numbers
+
+    def ask(self, model, picture, tokens):
+        """What the model answers to a picture and the tokens of questions."""
+        said = self.script.generate(model, picture, tokens, self.codec.stop, self.options)
+        return self.codec.decode(said).strip()
+
+    def sheet(self, model, path, bar):
+        """Pictures with questions, answers and the truth."""
+        cells = []
+        for picture, row, marks in zip(self.pixels, self.tokens.tolist(), self.answer.tolist()):
+            lines = [self.turn(model, picture, row, marks, turn) for turn in range(1, max(marks) + 1)]
+            cells += [picture.float() / 255, "\n".join(lines)]
+            bar.update()
+        rows = [cells[i:i + 4] for i in range(0, len(cells), 4)]
+        draw.sheet(["questions, the model's answers, and the true ones where it is wrong", *rows], path)
+
+    def turn(self, model, picture, row, marks, turn):
+        """One line: a turn's question, the answer, and the true one if that is another."""
+        first, last = marks.index(turn), len(marks) - marks[::-1].index(turn)
+        asked = len(marks) - marks[::-1].index(turn - 1) if turn > 1 else 0
+        said = self.ask(model, picture, row[:first])
+        truth = self.codec.decode(row[first:last]).strip()
+        question = self.codec.decode(row[asked:first]).replace("Question:", "").replace("Answer:", "").strip()
+        return f"{question} {said}" if said == truth else f"{question} {said}   (true: {truth})"
+
+    def speed(self, model, cached, bar):
+        """Tokens per second of an answer of 200 tokens, whatever they say."""
+        bar.set_postfix_str(f"speed {'with' if cached else 'without'} the cache")
+        options = dataclasses.replace(self.options, max_tokens=SPEED_TOKENS)
+        question = self.codec.question("How many objects are there?")
+        start = time.perf_counter()
+        made = self.script.generate(model, self.pixels[0], question, None, options, cached=cached)
+        bar.update()
+        return round(len(made) / (time.perf_counter() - start), 1)
+
+    def chat(self, model):
+        """Answer questions about the picture, typed in the terminal, until an empty line or Ctrl-C."""
+        print("Ask about the picture; an empty line ends it.")
+        while True:
+            try:
+                question = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                return
+            if not question:
+                return
+            print(self.ask(model, self.picture, self.codec.question(question)))
