@@ -121,8 +121,9 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
 }
 
 
-def check_config(config):
+def check_config(config, run):
     """What fields may be together. Raises Fault for what they may not."""
+    run.slice(config.batch)  # can it be divided among the processes?
     if config.side % (config.patch * config.shuffle):
         raise Fault(f"--shuffle={config.shuffle} patches of --patch={config.patch} pixels do not tile pictures of "
                     f"--side={config.side} pixels")
@@ -1207,14 +1208,13 @@ def main(argv):
     config, options, given = read_options(argv)
     keep_memory()
     run = Run("vlm", config, options, given)
-    run.slice(config.batch)
     backbones = open_backbones(config) if config.vit or config.lm else None
     if backbones:
         config = backbones.config
     if options.load:
         weights, config = read_checkpoint(options.load, config, given)
     run.config = config  # in the sizes of what is loaded
-    check_config(config)
+    check_config(config, run)
     *frozen, about, eval_sha256 = read_frozen(config)
     vocab, pad = about["vocab"], about["pad"]
     if config.num_steps:

@@ -2,7 +2,12 @@
 import dataclasses
 import functools
 import json
+import math
+import os
+import random
 import shutil
+import signal
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +17,32 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import backbones as hub
 import leaderboard
 import runs
+import show_vlm
 import tokenizer
 import train_vlm
-from train_vlm import IMAGE, PAD, Fault, generate
+from train_vlm import IMAGE, PAD, Fault, Options, generate
 
 ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"vit_dim": 32, "vit_depth": 1, "vit_heads": 2, "vit_mlp": 64, "lm_dim": 32, "lm_depth": 2, "lm_heads": 4,
         "lm_kv_heads": 2, "lm_mlp": 48}
-SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--rows=4", "--eval_batch=30",
-         "--samples=2", "--precision=fp32"]
+SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=4",
+         "--eval_batch=30", "--samples=2", "--precision=fp32"]
 
 
 def small_config(**changes):
     return dataclasses.replace(train_vlm.CONFIGS["cpu"], **DIMS, **changes)
+
+
+class FakeRun(types.SimpleNamespace):
+    """What the functions of the script read of a Run."""
+    slice = train_vlm.Run.slice
+
+    def __init__(self, rank=0, world=1, **options):
+        super().__init__(rank=rank, world=world, device=torch.device("cpu"), precision="fp32")
+        self.options = Options(**options)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +84,10 @@ make_root, run_here = functools.partial(runs.make_root, "vlm"), functools.partia
 # ------------------------------------------------------------------------------------------------------------
 # Packing and masks
 
-def make_loader(frozen, rank=0, world=1, **changes):
-    pixels, tokens, answer = (part[:50] for part in frozen[:3])
-    config = small_config(**({"rows": 4, "row": 192} | changes))
-    return train_vlm.Loader(pixels, tokens, answer, 16, frozen[4]["pad"], config, rank, world, torch.device("cpu"))
+def make_loader(frozen, rank=0, world=1, num=50, **changes):
+    pixels, tokens, answer = (part[:num] for part in frozen[:3])
+    config = small_config(**({"batch": 4, "seq_len": 192} | changes))
+    return train_vlm.Loader(pixels, tokens, answer, frozen[4]["pad"], config, FakeRun(rank, world))
 
 
 def conversations(batch, pad):
@@ -100,7 +116,8 @@ def test_packing_keeps_every_conversation_whole(frozen):
             i = known[tuple(tokens.tolist())]
             assert torch.equal(answer, frozen[2][i][:len(answer)].long()) and torch.equal(picture, frozen[0][i])
             seen.append(i)
-        assert batch["answers"] == (batch["answer"] > 0).sum()
+        assert batch["answers"] == (batch["answer"] > 0).sum() and batch["pictures"] == len(batch["pixels"])
+    assert loader.pictures == len(seen)
     counts = np.bincount(seen, minlength=50)
     assert counts.max() - counts.min() <= 2 and len(seen) > 50
     share = (batch["tokens"] != pad).float().mean()
@@ -116,13 +133,31 @@ def test_ranks_share_the_rows_of_one_step(frozen):
         assert torch.equal(batch["answer"], torch.cat([part["answer"] for part in parts]))
         assert torch.equal(batch["pixels"], torch.cat([part["pixels"] for part in parts]))
         assert {part["answers"] for part in parts} == {batch["answers"]}
+        assert {part["pictures"] for part in parts} == {batch["pictures"]}
         for part in parts:
             conversations(part, pad)
 
 
 def test_a_row_too_short(frozen):
-    with pytest.raises(Fault, match="a row of 40 tokens is too short"):
-        make_loader(frozen, row=40)
+    with pytest.raises(Fault, match="--seq_len=40 is too short: a conversation has"):
+        make_loader(frozen, seq_len=40)
+
+
+@pytest.mark.parametrize("num", [1, 5, 15])
+def test_sets_of_few_conversations(frozen, num):
+    loader, pad = make_loader(frozen, num=num), frozen[4]["pad"]
+    parts = [part for _ in range(8) for part in conversations(loader(), pad)]
+    found = {tuple(tokens.tolist()) for tokens, _, _ in parts}
+    assert found == {tuple(row[row != pad].tolist()) for row in frozen[1][:num]}
+
+
+def test_a_loader_goes_on_where_it_was(frozen):
+    loader, other = make_loader(frozen), make_loader(frozen, seed=3)
+    for _ in range(4):
+        loader()
+    other.load_state_dict(loader.state_dict())
+    for _ in range(4):
+        assert torch.equal(loader()["tokens"], other()["tokens"]) and loader.pictures == other.pictures
 
 
 def test_mask_against_a_plain_loop(model):
@@ -139,17 +174,27 @@ def test_mask_against_a_plain_loop(model):
 
 def test_block_mask_is_the_dense_mask(model, frozen):
     """Flex attention with the BlockMask against attend with the dense mask, forward; nothing is compiled twice."""
-    loader, kept = make_loader(frozen, rows=2, row=256), {}
+    loader, mask_cache = make_loader(frozen, batch=2, seq_len=256), {}
     for i in range(3):
         batch = loader()
         document, image = batch["document"], batch["tokens"] == IMAGE
         q, k, v = torch.randn(3, 2, 2, 256, 16).unbind(0)
         with torch._dynamo.config.patch(error_on_recompile=i > 0), torch.no_grad():
-            found = train_vlm.attend(q, k, v, train_vlm.block_mask(model.may_see, 2 * document + image, kept))
+            found = train_vlm.attend(q, k, v, train_vlm.block_mask(train_vlm.may_see, 2 * document + image, mask_cache))
         dense = model.mask(document, image)
         assert torch.allclose(train_vlm.attend(q, k, v, dense), found, atol=1e-5)
         assert not torch.allclose(train_vlm.attend(q, k, v, torch.ones_like(dense)), found, atol=1e-2)
-    assert len(kept) == 1
+    assert len(mask_cache) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_may_see_nothing_gets_zeros(dtype):
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0)).to(dtype).unbind(0)
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    mask[1, :, 2] = False
+    out = train_vlm.attend(q, k, v, mask)
+    assert (out[1, :, 2] == 0).all() and out.isfinite().all()
+    assert torch.allclose(out[:, :, 0], v[:, :, 0], atol=1e-2), "others see what they may"
 
 
 def test_a_packed_conversation_is_alone(model, frozen):
@@ -219,7 +264,7 @@ def test_accuracy_of_a_model_that_knows(model, frozen, monkeypatch):
 
 def test_every_parameter_has_one_optimizer(model):
     for changes in ({}, {"vit": "x"}, {"lm": "x"}):
-        muon, adam = train_vlm.make_optimizers(model, small_config(**changes), 0, 1, "fp32")
+        muon, adam = train_vlm.make_optimizers(model, small_config(**changes), FakeRun())
         taken = [p for params, _ in (muon.stacks if muon else []) for p in params]
         taken += [p for group in adam.param_groups for p in group["params"]]
         assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
@@ -232,15 +277,15 @@ def test_every_parameter_has_one_optimizer(model):
 
 def test_the_cache_changes_nothing(model, frozen):
     pixels, tokens, answer = (part[:12] for part in frozen[:3])
-    config = small_config(max_tokens=20)
+    options = Options(max_tokens=20)
     lengths = set()
     for picture, row, marks in zip(pixels, tokens.tolist(), answer.tolist()):
         question = row[:marks.index(1)]
-        made = [generate(model, picture, question, 3, config, cached=cached) for cached in (True, False)]
+        made = [generate(model, picture, question, 3, options, cached=cached) for cached in (True, False)]
         assert made[0] == made[1] and 3 not in made[0]
         lengths.add(tuple(made[0]))
     assert len(lengths) > 3, "answers differ from picture to picture"
-    hot = dataclasses.replace(config, temperature=1.0, top_k=50, top_p=0.9)
+    hot = dataclasses.replace(options, temperature=1.0, top_k=50, top_p=0.9)
     drawn = [generate(model, picture, question, None, hot, seed, cached) for seed in (0, 1) for cached in (True, False)]
     assert drawn[0] == drawn[1] and drawn[2] == drawn[3] != drawn[0] and len(drawn[0]) == 20
 
@@ -250,20 +295,51 @@ def test_generation_is_what_evaluation_sees(model, frozen):
     for picture, row, marks in zip(*(part[:10] for part in frozen[:3])):
         first = (marks == 1).nonzero()[0, 0].item()
         _, right = train_vlm.answer_nats(model, picture[None], row[None], marks[None])
-        said = generate(model, picture, row[:first].tolist(), None, small_config(max_tokens=1))[0]
+        said = generate(model, picture, row[:first].tolist(), None, Options(max_tokens=1))[0]
         assert (said == row[first].item()) == right[0].item()
 
 
-def test_chat(model, tmp_path, monkeypatch, capsys):
+def test_chat(model, frozen, tmp_path, monkeypatch, capsys):
     Image.new("L", (50, 70), 128).save(tmp_path / "grey.png")
-    config, lines = small_config(chat=str(tmp_path / "grey.png")), iter(["How many objects are there?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    train_vlm.chat(model, config, train_vlm.Words(""))
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    show = show_vlm.Show(train_vlm, FakeRun(chat=str(tmp_path / "grey.png"), samples=0), frozen[:4], None)
+    for ending in ("", EOFError, KeyboardInterrupt):
+        lines = iter(["How many objects are there?", ending])
+
+        def typed(prompt):
+            line = next(lines)
+            if isinstance(line, str):
+                return line
+            raise line
+        monkeypatch.setattr("builtins.input", typed)
+        assert show.show(model, tmp_path) == {}
+        assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_pictures_are_read_as_training_reads_them(tmp_path):
+    left = np.zeros((64, 64, 3), np.uint8)
+    left[:, :32] = 200, 100, 50
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(left).save(tmp_path / "turned.png", exif=exif)
+    picture = show_vlm.read_picture(tmp_path / "turned.png", 64)
+    assert picture.shape == (3, 64, 64) and picture.dtype == torch.uint8
+    assert picture[:, 16, 40].tolist() == [200, 100, 50] and not picture[:, 48].any(), "left is up"
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (show_vlm.read_picture(tmp_path / "clear.png", 64) == 255).all(), "white where it is transparent"
+    Image.fromarray(np.full((32, 32), 32896, np.uint16)).save(tmp_path / "deep.png")
+    assert (show_vlm.read_picture(tmp_path / "deep.png", 64) == 128).all(), "16 bits"
+
+
+def test_chat_pictures_that_are_none(tiny, tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("no picture")
-    for name in ("text.png", "missing.png"):
-        with pytest.raises(Fault, match="is not a picture"):
-            train_vlm.chat(model, small_config(chat=str(tmp_path / name)), train_vlm.Words(""))
+    Image.new("L", (200, 70), 128).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10000)
+    root = make_root(tmp_path / "root")
+    for name in ("text.png", "missing.png", "bomb.png", "."):
+        with pytest.raises(Fault, match="is not a picture that can be read") as caught:
+            argv = [*SMALL, *tiny[1], "--num_steps=2", f"--chat={tmp_path / name}"]
+            run_here(monkeypatch, root, argv, samples=True)
+        assert "\n" not in str(caught.value) and not (root / "logs").exists(), "noticed before the clock"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -293,15 +369,19 @@ def backbones(tmp_path_factory):
     return folder, vision.eval(), llama.eval()
 
 
+def open_backbones(vit="", lm=""):
+    return hub.Backbones(train_vlm, small_config(vit=str(vit), lm=str(lm)))
+
+
 def load(backbones):
-    config, vocab = train_vlm.backbone_config(small_config(vit=str(backbones[0] / "vit"), lm=str(backbones[0] / "lm")))
-    model = train_vlm.VLM(config, vocab)
-    train_vlm.load_backbone(model.vit, config.vit), train_vlm.load_backbone(model.lm, config.lm)
-    return model, config
+    found = open_backbones(backbones[0] / "vit", backbones[0] / "lm")
+    model = train_vlm.VLM(found.config, found.vocab)
+    found.load(model)
+    return model, found
 
 
 def test_siglip_parity(backbones):
-    model, config = load(backbones)
+    model, _ = load(backbones)
     pictures = torch.rand(3, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         expected = backbones[1](pictures).last_hidden_state
@@ -309,7 +389,7 @@ def test_siglip_parity(backbones):
 
 
 def test_llama_parity(backbones):
-    model, config = load(backbones)
+    model, _ = load(backbones)
     tokens = torch.randint(0, 400, (2, 70))
     document, image = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
     with torch.no_grad():
@@ -320,36 +400,45 @@ def test_llama_parity(backbones):
 
 def test_backbones_that_do_not_fit(backbones, tmp_path):
     with pytest.raises(Fault, match="cannot read the model"):
-        train_vlm.fetch_backbone(str(tmp_path / "none"))
+        open_backbones(vit=tmp_path / "none")
     with pytest.raises(Fault, match="only plain Llamas"):
-        train_vlm.backbone_config(small_config(lm=str(backbones[0] / "vit")))
-    model, config = load(backbones)
+        open_backbones(lm=backbones[0] / "vit")
+    model, found = load(backbones)
     with pytest.raises(Fault, match="has no weight that fits"):
-        train_vlm.load_backbone(model.vit, config.lm)
+        found.load_part(model.vit, found.folders["lm"])
     folder = shutil.copytree(backbones[0] / "lm", tmp_path / "lm")
     state = load_file(folder / "model.safetensors")
     save_file({key: value for key, value in state.items() if "layers.1" not in key}, folder / "model.safetensors")
     with pytest.raises(Fault, match="has no weight that fits layers.1"):
-        train_vlm.load_backbone(model.lm, str(folder))
+        found.load_part(model.lm, folder)
+    about = json.loads((folder / "config.json").read_text())
+    del about["intermediate_size"]
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(Fault, match="without 'intermediate_size'"):
+        open_backbones(lm=folder)
+    shutil.copy(backbones[0] / "lm/config.json", folder / "config.json")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(Fault, match="tokenizer.json cannot be read"):
+        open_backbones(lm=folder)
 
 
-def test_the_other_models_words(backbones, frozen):
-    words = train_vlm.Words(str(backbones[0] / "lm"))
-    tokens, answer = words.convert(frozen[1][:20], frozen[2][:20])
-    ours = tokenizer.load_text(tokenizer.QA)
+def test_the_other_models_tokens(backbones, frozen):
+    found = open_backbones(lm=backbones[0] / "lm")
+    tokens, answer = found.convert(frozen[1][:20], frozen[2][:20])
+    codec, ours = found.codec, tokenizer.load_text(tokenizer.QA)
     for row, marks, old, old_marks in zip(tokens, answer, frozen[1], frozen[2]):
         row, marks = row[row != PAD], marks[row != PAD]
-        assert words.decode(row.tolist()) == tokenizer.decode_text(ours, old.tolist())
+        assert codec.decode(row.tolist()) == tokenizer.decode_text(ours, old.tolist())
         for turn in range(1, old_marks.max() + 1):
-            said = words.decode(row[marks == turn].tolist())
+            said = codec.decode(row[marks == turn].tolist())
             assert said == tokenizer.decode_text(ours, old[old_marks == turn].tolist()) and said.endswith("\n")
 
 
 def test_run_with_backbones(backbones, tiny, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root")
     run_here(monkeypatch, root, [
-        "--track=cpu", f"--vit={backbones[0]}/vit", f"--lm={backbones[0]}/lm", *tiny[1], "--row=900", "--rows=2",
-        "--num_steps=4", "--eval_batch=30", "--samples=2", "--max_tokens=4"])
+        "--track=cpu", f"--vit={backbones[0]}/vit", f"--lm={backbones[0]}/lm", *tiny[1], "--seq_len=900", "--batch=2",
+        "--num_steps=4", "--eval_batch=30", "--samples=2", "--max_tokens=4"], samples=True)
     log, = (root / "logs").iterdir()
     assert leaderboard.parse_log(log)["footer"]["steps"] == 4
 
@@ -362,41 +451,185 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     argv = [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"]
     run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
-    log = leaderboard.parse_log(log)
+    run_id, log = log.stem, leaderboard.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30] and log["footer"]["val_loss"] < 2.5
-    assert {p.name for p in (root / "samples").iterdir()} == {"vlm.png"}
+    assert {str(p.relative_to(root / "samples")) for p in (root / "samples").rglob("*.png")} == {
+        "vlm.png", f"{run_id}/vlm.png"}
+    assert log["footer"]["pictures"] > 30 and log["footer"]["sampled_per_second"] > 0
     weights, = (root / "checkpoints").iterdir()
-    again = make_root(tmp_path / "again")
-    run_here(monkeypatch, again, [*SMALL, *tiny[1], "--num_steps=0", f"--load={weights}"])
+    again, argv = make_root(tmp_path / "again"), ["--track=cpu", *tiny[1], "--num_steps=0", f"--load={weights}"]
+    run_here(monkeypatch, again, [*argv, "--save=true"])  # the checkpoint has the architecture
     log2, = (again / "logs").iterdir()
     assert leaderboard.parse_log(log2)["footer"]["val_loss"] == pytest.approx(log["footer"]["val_loss"], abs=0.01)
+    copied, = (again / "checkpoints").iterdir()
+    run_here(monkeypatch, make_root(tmp_path / "copied"), [*argv[:-1], f"--load={copied}"])  # and so has its copy
+    with pytest.raises(Fault, match="was trained with --lm_depth=2: leave it out"):
+        run_here(monkeypatch, again, [*argv, "--lm_depth=3"])
 
 
-@pytest.mark.parametrize("argv,message", [
+BAD_ARGUMENTS = [
     (["--data=nowhere"], "python data/scenes.py --qa"),
     (["--frozen=none.npz"], "is missing: it belongs to the repository"),
-    (["--row=30"], "is too short"),
-    (["--patch=12"], "do not tile pictures of 64"),
-    (["--lm_heads=5"], "lm_heads half of lm_dim"),
-    (["--lm_kv_heads=3"], "do not divide"),
+    (["--seq_len=30"], "--seq_len=30 is too short"),
+    (["--patch=12"], "do not tile pictures of --side=64"),
+    (["--patch=64"], "do not tile pictures of --side=64"),
+    (["--lm_heads=5"], "is not a multiple of twice --lm_heads=5"),
+    (["--lm_kv_heads=3"], "is not a multiple of --lm_kv_heads=3"),
+    (["--vit_heads=3"], "is not a multiple of --vit_heads=3"),
     (["--load=none.safetensors"], "is not a checkpoint of this script"),
-    (["--num_steps=-1"], "num_steps must be at least 0"),
-])
+    (["--resume=none.pt"], "is not the state of a run"),
+    (["--resume=none.pt", "--num_steps=0"], "continues a run: pass its --num_steps"),
+    (["--rows=4"], "there is no field --rows"),
+    *(([f"--{key}={value}"], f"--{key}={value} is not {allowed}") for key, value, allowed in (
+        ("num_steps", -1, "from 0"), ("batch", 0, "from 1"), ("seq_len", 0, "from 1"), ("eval_every", 0, "from 1"),
+        ("eval_batch", 0, "from 1"), ("side", 0, "from 1"), ("patch", 0, "from 1"), ("shuffle", 0, "from 1"),
+        ("vit_dim", 0, "from 1"), ("vit_depth", 0, "from 1"), ("vit_heads", 0, "from 1"), ("vit_mlp", 0, "from 1"),
+        ("lm_dim", 0, "from 2"), ("lm_depth", 0, "from 1"), ("lm_heads", 0, "from 1"), ("lm_kv_heads", 0, "from 1"),
+        ("lm_mlp", 0, "from 1"), ("rope_theta", 0, "from 1"), ("momentum", 1, "from 0 to 0.9999"),
+        ("seed", -1, "from 0"),
+        ("cooldown", 0, "from 0.001 to 1"), ("cooldown", 2, "from 0.001 to 1"), ("muon_lr", "nan", "from 0"),
+        ("adam_lr", "inf", "from 0"), ("backbone_lr", -1, "from 0"), ("samples", -1, "from 0"), ("top_k", -1, "from 0"),
+        ("top_p", 0, "from 0.001 to 1"), ("top_p", 1.5, "from 0.001 to 1"), ("temperature", -0.5, "from 0 to 100"),
+        ("max_tokens", 0, "from 1"), ("save_every", -1, "from 0"), ("precision", "fp16", "one of auto, fp32, bf16"))),
+]
+
+
+@pytest.mark.parametrize("argv,message", BAD_ARGUMENTS)
 def test_bad_arguments(tiny, monkeypatch, tmp_path, argv, message):
     root = make_root(tmp_path / "root")
-    with pytest.raises(Fault, match=message):
+    with pytest.raises(Fault) as caught:
         run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=10", *argv])
-    assert not list(root.glob("samples/*"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (root / "logs").exists()
+
+
+SIZES = ("side", "patch", "shuffle", "vit_dim", "vit_depth", "vit_heads", "vit_mlp", "lm_dim", "lm_depth", "lm_heads",
+         "lm_kv_heads", "lm_mlp", "batch")
+
+
+def make_or_refuse(sizes):
+    """Whether a Config of these sizes makes a model; else it has to be refused in one sentence."""
+    try:
+        config, _, _ = train_vlm.read_options(["--track=cpu", *(f"--{key}={value}" for key, value in sizes.items())])
+        train_vlm.check_config(config, FakeRun())
+    except Fault as fault:
+        assert "\n" not in str(fault)
+        return False
+    with torch.device("meta"):
+        model = train_vlm.VLM(config, 512)
+        tokens = torch.full((2, 5 + model.image_tokens), IMAGE)
+        states = model(tokens, torch.zeros_like(tokens), torch.empty(2, 3, 64, 64, dtype=torch.uint8))
+    assert states.shape == (*tokens.shape, config.lm_dim)
+    return True
+
+
+def test_any_sizes_make_a_model_or_one_sentence():
+    rng, made = random.Random(0), []
+    for _ in range(300):
+        fields = rng.sample(SIZES, rng.randint(1, 5))
+        made.append(make_or_refuse({key: rng.choice((-1, 0, 1, 2, 3, 4, 6, 8, 12)) for key in fields}))
+    assert 10 < sum(made) < 290
 
 
 def test_damaged_shards(tiny, monkeypatch, tmp_path):
+    def refuses(folder, message):
+        with pytest.raises(Fault, match=f"cannot be trained on .*{message}.*once it is moved away"):
+            run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, *tiny[1], f"--data={folder}"])
+        return shutil.copytree(tiny[0] / "train", tmp_path / "train", dirs_exist_ok=True)
+
     folder = shutil.copytree(tiny[0] / "train", tmp_path / "train")
-    np.save(folder / "qa.npy", np.full_like(np.load(folder / "qa.npy"), 512))
-    with pytest.raises(Fault, match="is damaged .*delete it and run"):
-        run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, *tiny[1], f"--data={folder}"])
+    for name, edit, message in (
+            ("qa", lambda a: np.full_like(a, 512), "holds token 512 of a vocabulary of 512"),
+            ("qa", lambda a: a.astype(np.float32), "qa.npy holds float32"),
+            ("qa", lambda a: a[:, :-1], "qa.npy holds uint16"),
+            ("answer", lambda a: a[:-1], "answer.npy holds uint8"),
+            ("answer", np.zeros_like, "conversation 0 has no answer"),
+            ("pixels", lambda a: a[:, :1], "pixels.npy holds uint8"),
+            ("pixels", lambda a: a[0, 0], "pixels.npy holds uint8")):
+        np.save(folder / f"{name}.npy", edit(np.load(folder / f"{name}.npy")))
+        folder = refuses(folder, message)
     (folder / "pixels.npy").write_bytes((folder / "pixels.npy").read_bytes()[:-10])
-    with pytest.raises(Fault, match="is damaged .*delete it and run"):
-        run_here(monkeypatch, tmp_path / "root", [*SMALL, *tiny[1], f"--data={folder}"])
+    folder = refuses(folder, "")
+    (folder / "answer.npy").unlink()
+    folder = refuses(folder, "answer.npy")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["modalities"]["qa"]["vocab"] = 400
+    (folder / "meta.json").write_text(json.dumps(meta))
+    refuses(folder, "another vocabulary than the frozen validation set")
+
+
+def footer(root):
+    return runs.footers(root)[-1]
+
+
+class CutOff(BaseException):
+    """Nothing in a script catches it."""
+
+
+def test_resume(tiny, tmp_path, monkeypatch, capsys):
+    """Cut off after the state of step 14 of 20 and resumed, evaluated at other steps: the same run to the last digit.
+    With more steps it is trained on."""
+    argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=9", "--save=true", "--save_every=7"]
+    whole, cut = make_root(tmp_path / "whole"), make_root(tmp_path / "cut")
+    run_here(monkeypatch, whole, argv)
+    plain = train_vlm.Run.save_state
+
+    def save_state(run, *rest):
+        plain(run, *rest)
+        if run.step == 14:
+            raise CutOff
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        patch.setattr(train_vlm.Run, "save_state", save_state)
+        run_here(patch, cut, argv)
+    assert not (cut / "records/runs.jsonl").exists()
+    state, = (cut / "checkpoints").glob("*.state.*")
+    kept, root = state.read_bytes(), make_root(tmp_path / "resumed")
+    run_here(monkeypatch, root, [*argv, f"--resume={state}", "--eval_every=4"])
+    for key in ("val_loss", "steps", "tokens", "pictures"):
+        assert footer(root)[key] == footer(whole)[key], key
+    one, two = (load_file(next((r / "checkpoints").glob("*.safetensors"))) for r in (whole, root))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    state.write_bytes(kept)
+    capsys.readouterr()
+    on = make_root(tmp_path / "on")
+    run_here(monkeypatch, on, [*argv, f"--resume={state}", "--num_steps=24"])
+    assert footer(on)["steps"] == 24 and "20 steps were planned, 24 are now" in capsys.readouterr().out
+    with pytest.raises(Fault, match="is of a run with --muon_lr=0.015: pass the same"):
+        run_here(monkeypatch, on, [*argv, f"--resume={state}", "--muon_lr=0.01"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_the_state(tiny, tmp_path, monkeypatch, capsys, number):
+    handlers, plain = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], train_vlm.Run.progress
+
+    def progress(run, loss):
+        plain(run, loss)
+        if run.step == 3:
+            os.kill(os.getpid(), number)
+    root, argv = make_root(tmp_path / "root"), [*SMALL, *tiny[1], "--num_steps=6"]
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+            patch.setattr(train_vlm.Run, "progress", progress)
+            run_here(patch, root, argv)
+    finally:
+        for n, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(n, handler)
+    state, = (root / "checkpoints").iterdir()
+    assert caught.value.code == 0 and not (root / "records/runs.jsonl").exists()
+    assert f"continue with the same command and --resume={state}" in capsys.readouterr().out
+    run_here(monkeypatch, root, [*argv, f"--resume={state}", "--seed=0"])
+    assert footer(root)["steps"] == 6
+
+
+def test_samples_that_fail_leave_the_result(tiny, tmp_path, monkeypatch, capsys):
+    def show(*_):
+        raise ValueError("no paper")
+    monkeypatch.setattr(show_vlm.Show, "show", show)
+    root = make_root(tmp_path / "root")
+    with pytest.raises(SystemExit) as caught:
+        run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=2", "--save=true"], samples=True)
+    assert caught.value.code == 1 and "no samples (ValueError: no paper)" in capsys.readouterr().out
+    assert math.isfinite(footer(root)["val_loss"]) and len(list((root / "checkpoints").glob("*.safetensors"))) == 1
 
 
 def test_two_processes_are_the_same_run(tiny, tmp_path):
@@ -406,5 +639,5 @@ def test_two_processes_are_the_same_run(tiny, tmp_path):
 def test_gpu_track_shapes():
     with torch.device("meta"):
         model = train_vlm.VLM(train_vlm.CONFIGS["gpu"], 512)
-        seen = model.see(torch.empty(2, 3, 64, 64, dtype=torch.uint8))
-    assert seen.shape == (2, 64, 512)
+        tokens = model.encode_images(torch.empty(2, 3, 64, 64, dtype=torch.uint8))
+    assert tokens.shape == (2, 64, 512)
