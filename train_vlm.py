@@ -115,7 +115,7 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
     "seed": (0, 2 ** 31), "side": (1, 2048), "patch": (1, 256), "vit_dim": (1, 8192), "vit_depth": (1, 96),
     "vit_heads": (1, 256), "vit_mlp": (1, 65536), "shuffle": (1, 64), "lm_dim": (2, 8192), "lm_depth": (1, 96),
     "lm_heads": (1, 256), "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf),
-    "momentum": (0, 0.9999), "batch": (1, math.inf), "seq_len": (1, 65536), "cooldown": (0.001, 1),
+    "momentum": (0, 0.9999), "batch": (1, 4096), "seq_len": (1, 65536), "cooldown": (0.001, 1),
     "eval_every": (1, math.inf), "eval_batch": (1, 10000), "max_tokens": (1, 4096), "temperature": (0, 100),
     "top_p": (0.001, 1), "precision": ("auto", "fp32", "bf16"),
 }
@@ -277,8 +277,7 @@ def load_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[1:2])
-        raise Fault(f"{path} does not fit this model, was it trained on other data? {reason}") from None
+        raise Fault(f"{path} does not fit this model: {' '.join(str(error).split())[:200]}") from None
 
 
 class Clock:
@@ -470,9 +469,6 @@ class Run:
             raise Fault(f"--resume={path} is of a run on other training data")
         if step > self.config.num_steps:
             raise Fault(f"--resume={path} is at step {step}, beyond --num_steps={self.config.num_steps}")
-        if saved["num_steps"] != self.config.num_steps:
-            self.say(f"{saved['num_steps']} steps were planned, {self.config.num_steps} are now: from step {step} on "
-                     "the learning rates are those of the longer run")
         return state
 
     def load_state(self, state, model, muon, adam, loader):
@@ -484,6 +480,10 @@ class Run:
         loader.load_state_dict(state["loader"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
+        planned, num_steps = state["config"]["num_steps"], self.config.num_steps
+        if planned != num_steps:
+            self.say(f"{planned} steps were planned, {num_steps} are now: from step {self.step} on the learning rates "
+                     "are those of the longer run")
         self.bar.update(self.step)
         self.clock.seconds = state["seconds"]
         self.clock.go()
@@ -550,14 +550,11 @@ class Run:
 # --- copied: keep memory ---
 def keep_memory():
     """Have the C library keep freed memory, or a step on a CPU pays for new pages: in the flow 62 ms, with it 52."""
-    if sys.platform != "linux":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # musl has none
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX
-    mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # musl has no mallopt
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 # --- end: keep memory ---
 
 
@@ -680,7 +677,7 @@ class Loader:
                 "pixels": self.pixels[chosen], "answers": answers, "pictures": len(plan)}
 
     def state_dict(self):
-        return {"rng": self.rng.get_state(), "pending": self.pending, "pictures": self.pictures}
+        return {"rng": self.rng.get_state(), "pending": list(self.pending), "pictures": self.pictures}
 
     def load_state_dict(self, state):
         self.rng.set_state(state["rng"])
@@ -817,33 +814,35 @@ compiled_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 def dense_mask(mask_mod, doc_ids, start=0):
     """The mask (B, 1, T - start, T) that attend takes, True where a place from start on may see a place.
 
-    mask_mod(doc_ids, b, q, k) decides by the numbers of row and places and by what doc_ids (B, T) say of them.
+    mask_mod(doc_ids, b, q, k) decides by the numbers of row, query and key, and by what doc_ids (B, T) say of them.
     """
     B, T = doc_ids.shape
-    b = torch.arange(B, device=doc_ids.device).view(B, 1, 1, 1)
-    q = torch.arange(start, T, device=doc_ids.device).view(-1, 1)
-    k = torch.arange(T, device=doc_ids.device)
-    return mask_mod(doc_ids, b, q, k).expand(B, 1, T - start, T)
+    rows = torch.arange(B, device=doc_ids.device).view(-1, 1, 1, 1)
+    places = torch.arange(T, device=doc_ids.device)
+    return mask_mod(doc_ids, rows, places[start:, None], places).expand(B, 1, T - start, T)
 
 
 def block_mask(mask_mod, doc_ids, mask_cache):
-    """The same for all places as a FlexAttention BlockMask. doc_ids go into a tensor of this shape that stays in
-    mask_cache with the one function over it: for a new one everything would be compiled again."""
+    """The same for all places, as a FlexAttention BlockMask.
+
+    doc_ids go into a tensor of this shape that stays in mask_cache together with the one function over it: for a new
+    function everything would be compiled again.
+    """
     if doc_ids.shape not in mask_cache:
-        kept = torch.empty_like(doc_ids)
+        own_ids = torch.empty_like(doc_ids)
 
-        def kept_mod(b, h, q, k):
-            return mask_mod(kept, b % len(kept), q, k)  # one row may stand for all
+        def own_mask_mod(b, h, q, k):
+            return mask_mod(own_ids, b % len(own_ids), q, k)  # one row of ids may stand for all
 
-        mask_cache[doc_ids.shape] = kept, kept_mod
-    kept, kept_mod = mask_cache[doc_ids.shape]
-    kept.copy_(doc_ids)
+        mask_cache[doc_ids.shape] = own_ids, own_mask_mod
+    own_ids, own_mask_mod = mask_cache[doc_ids.shape]
+    own_ids.copy_(doc_ids)
     B, T = doc_ids.shape
-    return compiled_create_block_mask(kept_mod, B, None, T, T, device=doc_ids.device)
+    return compiled_create_block_mask(own_mask_mod, B, None, T, T, device=doc_ids.device)
 
 
 def make_mask(mask_mod, doc_ids, start=0, mask_cache=None):
-    """block_mask on CUDA, dense_mask elsewhere, where nothing is kept, and for lengths that do not fill its blocks."""
+    """block_mask on CUDA; dense_mask elsewhere, without a mask_cache, and for lengths that do not fill its blocks."""
     if doc_ids.is_cuda and mask_cache is not None and doc_ids.size(1) % 128 == 0:
         return block_mask(mask_mod, doc_ids, mask_cache)
     return dense_mask(mask_mod, doc_ids, start)
@@ -855,8 +854,7 @@ def attend(q, k, v, mask=None):
     A query that may see nothing gets zeros.
     """
     if isinstance(mask, BlockMask):
-        # autocast leaves norms in float32
-        return compiled_flex_attention(q.type_as(v), k.type_as(v), v, block_mask=mask)
+        return compiled_flex_attention(q.type_as(v), k.type_as(v), v, block_mask=mask)  # autocast: norms are float32
     if q.is_cuda or v.dtype == torch.float32:
         return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, attn_mask=mask)
     # written out: in bfloat16 on a CPU torch 2.13's fused kernel takes 3 to 6 times as long, in float32 0.8 times
@@ -879,7 +877,7 @@ def may_see(doc_ids, b, q, k):
 
 
 def apply_rotary(x, cos, sin):
-    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by cos, sin (T, D / 2)."""
+    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (T, D / 2)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
@@ -955,7 +953,7 @@ class LlamaBlock(nn.Module):
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
 
 
-def only_new(k, v):
+def no_cache(k, v):
     """For LlamaBlock where nothing was read before: the new keys and values are all there are."""
     return k, v
 
@@ -975,7 +973,7 @@ class Llama(nn.Module):
         rate = self.theta ** -torch.linspace(0, 1, self.head_dim // 2 + 1, device=x.device)[:-1]
         angle = torch.arange(start, start + x.size(1), device=x.device)[:, None] * rate  # (T, D / 2)
         cos, sin = angle.cos(), angle.sin()
-        for layer, append in zip(self.layers, appends or [only_new] * len(self.layers)):
+        for layer, append in zip(self.layers, appends or [no_cache] * len(self.layers)):
             x = layer(x, cos, sin, mask, append)
         return self.norm(x)
 
@@ -1089,17 +1087,19 @@ def sharpen(logits, temperature, top_k, top_p):
 
 
 class KVCache:
-    """Keys and values of the places that a language model has read: every token is computed once."""
+    """Keys and values of the tokens that a language model has read, so that every token is computed once."""
 
     def __init__(self):
-        self.length, self.blocks = 0, {}
+        self.length = 0  # tokens read
+        self.blocks = {}  # keys and values (B, H, length, D) of each block
 
-    def append(self, i, k, v):
-        """Add keys and values (B, H, T, D) to those of block i: all there are."""
-        if i in self.blocks:
-            k = torch.cat([self.blocks[i][0], k], 2)
-            v = torch.cat([self.blocks[i][1], v], 2)
-        self.blocks[i], self.length = (k, v), k.size(2)
+    def append(self, layer, k, v):
+        """Add keys and values (B, H, T, D) of new tokens to those of a block: all there are."""
+        if layer in self.blocks:
+            past_k, past_v = self.blocks[layer]
+            k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        self.blocks[layer] = k, v
+        self.length = k.size(2)
         return k, v
 
 
@@ -1108,7 +1108,7 @@ def next_logits(model, x, cache=None):
     B, T, _ = x.shape
     image = (torch.arange(T, device=x.device) < model.image_tokens).expand(B, T)
     start = cache.length if cache else 0
-    appends = [functools.partial(cache.append, i) for i in range(len(model.lm.layers))] if cache else None
+    appends = [functools.partial(cache.append, layer) for layer in range(len(model.lm.layers))] if cache else None
     mask = model.mask(torch.zeros_like(image, dtype=torch.long), image, start)
     return model.lm.logits(model.lm(x[:, start:], mask, start, appends)[:, -1])
 
