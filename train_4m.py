@@ -1265,6 +1265,10 @@ def main(argv):
         if action := run.next_action():
             run.save_state(action, model, muon, adam, loader)
 
+    if config.shard:  # whole again: samples are drawn by rank 0 alone
+        weights = get_model_state_dict(model, options=FULL_STATE)
+        model = Nano4M(config, layout).to(run.device)
+        model.load_state_dict(weights)
     run.result(model, eval_sha256, {f"val_loss_{m}": round(value, 4) for m, value in by_modality.items()})
     run.show(samples, model)
 
