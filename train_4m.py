@@ -168,7 +168,7 @@ def read_options(argv):
         if kind in (int, float):
             least, most = LIMITS.get(key, (0, math.inf))
             if not least <= parsed <= most or not math.isfinite(parsed):
-                raise Fault(f"--{key}={value} is not from {least} to {most}")
+                raise Fault(f"--{key}={value} is not a number from {least} to {most}")
         setattr(target, key, parsed)
     if options.resume and not config.num_steps:
         raise Fault("--resume continues a run: pass its --num_steps, or --load to evaluate a checkpoint")
@@ -499,7 +499,7 @@ class Run:
 
     def prepare_show(self, **data):
         """data/show.py with all it needs to draw samples, opened before the clock starts. None without that file."""
-        if self.rank or not (ROOT / "data" / "show.py").exists():
+        if not (ROOT / "data" / "show.py").exists():
             return None
         sys.path.insert(0, str(ROOT / "data"))
         import show
@@ -507,7 +507,7 @@ class Run:
 
     def show(self, prepared, model):
         """Draw samples and measure their quality: whatever fails here is one sentence, the result is filed."""
-        if prepared:
+        if prepared and self.rank == 0:
             try:
                 with self.autocast(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                     numbers = prepared.show(model)
@@ -570,7 +570,7 @@ def read_shards(folder, modalities):
             if int(array.max()) >= modalities[m]["vocab"]:
                 raise ValueError(f"{m}.npy holds token {array.max()} of a vocabulary of {modalities[m]['vocab']}")
         recipe = {key: meta[key] for key in ("name", "version", "size", "num", "seed", "tokenizer", "text")}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise Fault(f"{folder} cannot be trained on ({error}): our own set is made again with `{make}`, once it is "
                     "moved away") from None
     return arrays, hashlib.sha256(json.dumps(recipe).encode()).hexdigest()  # not of the tokens: rounding differs
@@ -1195,6 +1195,7 @@ def main(argv):
     layout = Layout(modalities, run.device)
     if options.load:
         weights, config = read_checkpoint(options.load, config, given)
+        run.config = config
     check_config(config, run, layout, len(val_tokens))
     if config.num_steps:
         arrays, run.data_sha256 = read_shards(config.data, modalities)
