@@ -100,12 +100,12 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
 
 def check_config(config, run, modalities):
     """What fields may be together. Raises Fault for what they may not."""
+    run.slice(config.batch)  # can it be divided among the processes?
     if config.dim % config.head_dim:
         raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}")
     vocab = modalities["rgb"]["vocab"]
     if math.isqrt(vocab) ** 2 != vocab:
         raise Fault(f"{config.frozen} has a vocabulary of {vocab}, which is not a square: tokens are pairs of digits")
-    run.slice(config.batch)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -250,8 +250,7 @@ def load_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[1:2])
-        raise Fault(f"{path} does not fit this model, was it trained on other data? {reason}") from None
+        raise Fault(f"{path} does not fit this model: {' '.join(str(error).split())[:200]}") from None
 
 
 class Clock:
@@ -443,9 +442,6 @@ class Run:
             raise Fault(f"--resume={path} is of a run on other training data")
         if step > self.config.num_steps:
             raise Fault(f"--resume={path} is at step {step}, beyond --num_steps={self.config.num_steps}")
-        if saved["num_steps"] != self.config.num_steps:
-            self.say(f"{saved['num_steps']} steps were planned, {self.config.num_steps} are now: from step {step} on "
-                     "the learning rates are those of the longer run")
         return state
 
     def load_state(self, state, model, muon, adam, loader):
@@ -457,6 +453,10 @@ class Run:
         loader.load_state_dict(state["loader"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
+        planned, num_steps = state["config"]["num_steps"], self.config.num_steps
+        if planned != num_steps:
+            self.say(f"{planned} steps were planned, {num_steps} are now: from step {self.step} on the learning rates "
+                     "are those of the longer run")
         self.bar.update(self.step)
         self.clock.seconds = state["seconds"]
         self.clock.go()
@@ -581,8 +581,9 @@ def read_text(split):
 def read_frozen_text():
     """What read_frozen returns, of a text: rows without labels, and seeded masks."""
     tokens = torch.from_numpy(read_text("val")[:TEXT_ROWS].astype(np.int64))
-    masked = draw_masks(*tokens.shape, torch.Generator().manual_seed(0))
-    masked = masked[torch.randperm(len(masked), generator=torch.Generator())]  # draw_masks sorts them by their number
+    rng = torch.Generator().manual_seed(0)
+    masked = draw_masks(*tokens.shape, rng)
+    masked = masked[torch.randperm(len(masked), generator=rng)]  # rows with few masked tokens come first
     modalities = {"rgb": {"length": TEXT_LENGTH, "vocab": 256}, "label": {"length": 1, "vocab": 1}}
     return tokens, torch.zeros(len(tokens), dtype=torch.long), masked, modalities, "none"
 
