@@ -8,6 +8,8 @@ from tqdm import tqdm
 import classifier
 import draw
 import studio
+import tokenizer
+import world
 
 QUALITY_STEPS = (1, 4, 8, 16, 32, 64)  # numbers of network evaluations that the judge's numbers are taken at
 FIRST_ROWS = 12  # validation rows that are filled in
@@ -27,10 +29,11 @@ class Show:
         # a model that never, or always, saw labels has nothing to be guided by
         self.guidance = 2.0 if 0 < run.config.label_drop < 1 else 1.0
         self.side = math.isqrt(modalities["rgb"]["length"])
-        if (8 * self.side) ** 2 != 64 * modalities["rgb"]["length"] or modalities["rgb"]["vocab"] != 4096:
-            raise script.Fault(f"the tokenizer decodes squares of 4096 tokens, and {run.config.frozen} has "
-                               f"{modalities['rgb']['length']} of {modalities['rgb']['vocab']}")
-        self.names = list(classifier.world.CLASSES)
+        length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
+        if self.side ** 2 != length or vocab != tokenizer.VOCAB:
+            raise script.Fault(f"the tokenizer decodes squares of tokens out of {tokenizer.VOCAB}, and "
+                               f"{run.config.frozen} has {length} out of {vocab}")
+        self.names = list(world.CLASSES)
         if len(self.classes) != len(self.names):
             self.names = [f"class {i}" for i in self.classes.tolist()]
         self.studio = studio.Studio(run.device)
@@ -39,17 +42,18 @@ class Show:
 
     def open_judge(self, run):
         """The judge, if it can judge these pictures. Raises Fault."""
-        if len(self.classes) != len(classifier.world.CLASSES) or self.side % 8:
-            raise self.script.Fault(f"the judge knows the {len(classifier.world.CLASSES)} classes of data/objects64, and "
-                                    f"{run.config.frozen} has others: pass --quality_pictures=0")
+        known, wanted = len(world.CLASSES), run.options.quality_pictures
+        if len(self.classes) != known or self.side % 8:
+            raise self.script.Fault(f"the judge knows the {known} classes of data/objects64 and not those of "
+                                    f"{run.config.frozen}: pass --quality_pictures=0")
         if not self.per_class:
-            raise self.script.Fault(f"--quality_pictures={run.options.quality_pictures} is less than one for each of the "
-                                    f"{len(self.classes)} classes")
+            raise self.script.Fault(f"--quality_pictures={wanted} is less than one for each of the {known} classes")
         self.judge = classifier.load(run.device)
 
     def show(self, model, folder):
         tasks = 2 if self.is_text else 3 + len(QUALITY_STEPS) * bool(self.per_class)
-        with tqdm(total=tasks, desc="samples", unit="task", dynamic_ncols=True) as self.bar:
+        with tqdm(total=tasks, desc="samples", unit="task", dynamic_ncols=True) as bar:
+            self.bar = bar
             if self.is_text:
                 self.text(model, folder / "maskgit.txt")
                 return {}
