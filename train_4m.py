@@ -595,8 +595,6 @@ class Loader:
 
     def __init__(self, tensors, batch, seed, device):
         self.tensors, self.batch = [tensor.to(device) for tensor in tensors], batch
-        if batch > len(tensors[0]):
-            raise Fault(f"a batch of {batch} is more than the {len(tensors[0])} training examples there are")
         self.rng = torch.Generator(device).manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.long, device=device)
         self.next = 0
@@ -1213,6 +1211,8 @@ def main(argv):
     check_config(config, run, layout, len(val_tokens))
     if config.num_steps:
         arrays, run.data_sha256 = read_shards(config.data, modalities)
+        if config.batch > len(arrays[0]):
+            raise Fault(f"--batch={config.batch} is more than the {len(arrays[0])} training scenes there are")
     run.choose_precision(config.batch // run.world * config.budget // 2, config.dim, config.mlp_ratio * config.dim)
     torch.manual_seed(config.seed)
     model = Nano4M(config, layout).to(run.device)

@@ -153,7 +153,7 @@ def test_missing_shards_name_the_command(monkeypatch, root, tiny):
 
 def test_batch_larger_than_the_data(monkeypatch, root, tiny):
     found = fault(monkeypatch, root, *tiny[1], "--batch=304", "--num_steps=2", "--save=true")
-    assert "a batch of 304 is more than the 300 training examples there are" in found
+    assert "--batch=304 is more than the 300 training scenes there are" in found
 
 
 def test_frozen_set(monkeypatch, root, tiny, tmp_path):
