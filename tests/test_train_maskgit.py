@@ -275,12 +275,17 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     assert {key: getattr(config, key) for key in DIMS} == DIMS, "what is saved says its architecture as well"
     with pytest.raises(Fault, match="was trained with --dim=64: leave it out"):
         run_here(monkeypatch, again, [*argv, "--num_steps=0", "--dim=128"])
+
+
+def test_a_result_outlives_its_samples(tiny, tmp_path, monkeypatch):
+    """Whatever happens while samples are drawn: footer, weights and line are there, one sentence, exit code 1."""
+    root = make_root(tmp_path / "root")
     monkeypatch.setattr(train_maskgit, "generate", lambda *_, **__: 1 / 0)
     with pytest.raises(SystemExit) as stopped:
-        run_here(monkeypatch, make_root(tmp_path / "broken"), [*argv, "--num_steps=2", "--save=true"], samples=True)
-    assert stopped.value.code == 1 and runs.footers(tmp_path / "broken")[0]["steps"] == 2
-    assert len(list((tmp_path / "broken/checkpoints").iterdir())) == 1
-    log, = (tmp_path / "broken/logs").iterdir()
+        run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=2", "--save=true"], samples=True)
+    assert stopped.value.code == 1 and runs.footers(root)[0]["steps"] == 2
+    assert len(list((root / "checkpoints").iterdir())) == 1
+    log, = (root / "logs").iterdir()
     assert "no samples (ZeroDivisionError: division by zero); the result above is filed" in log.read_text()
 
 
