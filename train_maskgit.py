@@ -98,14 +98,19 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
 }
 
 
-def check_config(config, run, modalities):
-    """What fields may be together. Raises Fault for what they may not."""
+def check_config(config, run, modalities, tokens, labels, masked):
+    """What fields may be together, and with the validation set. Raises Fault for what they may not."""
     run.slice(config.batch)  # can it be divided among the processes?
     if config.dim % config.head_dim:
         raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}")
-    vocab = modalities["rgb"]["vocab"]
+    length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
     if math.isqrt(vocab) ** 2 != vocab:
         raise Fault(f"{config.frozen} has a vocabulary of {vocab}, which is not a square: tokens are pairs of digits")
+    if tokens.shape[1] != length or not masked.any():
+        raise Fault(f"{config.frozen} has {tuple(tokens.shape)} tokens, {int(masked.sum())} of them masked: rows are of "
+                    f"{length}, and one at least must be masked")
+    if int(tokens.max()) >= vocab or int(labels.max()) >= modalities["label"]["vocab"]:
+        raise Fault(f"{config.frozen} holds tokens or labels beyond its own vocabularies")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -528,7 +533,8 @@ TEXT_LENGTH, TEXT_ROWS = 64, 2000  # bytes per row of --data=text, and its valid
 
 def read_shards(folder, modalities):
     """Training tokens (N, L) and labels (N,) uint16, memory maps, and the sha256 of how they were made."""
-    folder, size = ROOT / folder, math.isqrt(modalities["rgb"]["length"]) * 8
+    folder = ROOT / folder
+    size = 8 * math.isqrt(modalities["rgb"]["length"])
     make = "python data/scenes.py --objects" if size == 64 else f"python data/scenes.py --objects --size={size}"
     if not (folder / "meta.json").exists():
         raise Fault(f"no training data in {folder}: our own is made with `{make}`")
@@ -591,8 +597,9 @@ def read_frozen_text():
 def read_train(config, modalities):
     """Training tokens (N, L), labels (N,) and the sha256 of how they were made."""
     if config.data == "text":
-        tokens, digest = read_text("train"), "none"
+        tokens = read_text("train")
         labels = np.zeros(len(tokens), np.uint16)
+        digest = "none"
     else:
         tokens, labels, digest = read_shards(config.data, modalities)
     if config.batch > len(tokens):
@@ -606,8 +613,6 @@ class Loader:
 
     def __init__(self, tensors, batch, seed, device):
         self.tensors, self.batch = [tensor.to(device) for tensor in tensors], batch
-        if batch > len(tensors[0]):
-            raise Fault(f"a batch of {batch} is more than the {len(tensors[0])} training examples there are")
         self.rng = torch.Generator(device).manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.long, device=device)
         self.next = 0
@@ -992,7 +997,8 @@ def generate(model, labels, tokens=None, masked=None, steps=12, schedule="cosine
     rng = torch.Generator(device).manual_seed(seed)
     tokens = torch.zeros(B, L, dtype=torch.long, device=device) if tokens is None else tokens.clone()
     masked = torch.ones(B, L, dtype=torch.bool, device=device) if masked is None else masked.clone()
-    total, history = masked.sum(1, keepdim=True), []
+    total = masked.sum(1, keepdim=True)
+    history = []
     rank = torch.rand(B, L, generator=rng, device=device).argsort(1).argsort(1).float()  # when a place is filled in
     if order == "halton" and math.isqrt(L) ** 2 == L:
         rank = halton_order(math.isqrt(L)).argsort().to(device).float().expand(B, L)
@@ -1072,7 +1078,7 @@ def main(argv):
     if options.load:
         weights, config = read_checkpoint(options.load, config, given)
         run.config = config
-    check_config(config, run, modalities)
+    check_config(config, run, modalities, *frozen)
     if config.num_steps:
         tokens, labels, run.data_sha256 = read_train(config, modalities)
     rows = config.batch // run.world * modalities["rgb"]["length"]

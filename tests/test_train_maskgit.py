@@ -422,6 +422,27 @@ def test_bad_arguments(tiny, monkeypatch, tmp_path, argv, message):
     assert not (root / "logs").exists() and not (root / "samples").exists(), "nothing has been started"
 
 
+def test_frozen_sets_that_do_not_fit(tiny, tmp_path, monkeypatch, frozen):
+    tokens, labels, masked, modalities, _ = frozen
+    root = make_root(tmp_path / "root")
+
+    def check(message, tokens=tokens, labels=labels, masked=masked, rgb={}):
+        about = {**modalities, "rgb": {**modalities["rgb"], **rgb}}
+        arrays = {"rgb": tokens[:100].numpy(), "label": labels[:100, None].numpy()}
+        np.savez(tmp_path / "frozen.npz", modalities=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
+        np.savez(tmp_path / "masks.npz", masked=masked[:100].numpy())
+        files = [f"--frozen={tmp_path}/frozen.npz", f"--frozen_masks={tmp_path}/masks.npz"]
+        with pytest.raises(Fault, match=message):
+            run_here(monkeypatch, root, [*SMALL, *tiny[1], *files, "--num_steps=0"])
+    check("beyond its own vocabularies", tokens=tokens + 4000)
+    check("beyond its own vocabularies", labels=labels + 20)
+    check("one at least must be masked", masked=masked & False)
+    check("rows are of 60", rgb={"length": 60})
+    check("which is not a square", rgb={"vocab": 5000})
+    check("the frozen validation set is damaged", masked=masked[:, 1:])
+    assert not (root / "logs").exists()
+
+
 @pytest.mark.parametrize("label_drop", [0, 1])
 def test_all_labels_or_none(tiny, tmp_path, monkeypatch, label_drop):
     argv = [*SMALL, *tiny[1], "--num_steps=2", f"--label_drop={label_drop}"]
