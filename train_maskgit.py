@@ -107,7 +107,7 @@ def check_config(config, run, modalities, tokens, labels, masked):
     if math.isqrt(vocab) ** 2 != vocab:
         raise Fault(f"{config.frozen} has a vocabulary of {vocab}, which is not a square: tokens are pairs of digits")
     if tokens.shape[1] != length or not masked.any():
-        raise Fault(f"{config.frozen} has {tuple(tokens.shape)} tokens, {int(masked.sum())} of them masked: rows are of "
+        raise Fault(f"{config.frozen} has {tuple(tokens.shape)} tokens, {int(masked.sum())} are masked: rows are of "
                     f"{length}, and one at least must be masked")
     if int(tokens.max()) >= vocab or int(labels.max()) >= modalities["label"]["vocab"]:
         raise Fault(f"{config.frozen} holds tokens or labels beyond its own vocabularies")
