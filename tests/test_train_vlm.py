@@ -480,7 +480,8 @@ BAD_ARGUMENTS = [
     (["--resume=none.pt"], "is not the state of a run"),
     (["--resume=none.pt", "--num_steps=0"], "continues a run: pass its --num_steps"),
     (["--rows=4"], "there is no field --rows"),
-    *(([f"--{key}={value}"], f"--{key}={value} is not {allowed}") for key, value, allowed in (
+    (["--precision=fp16"], "--precision=fp16 is not one of auto, fp32, bf16"),
+    *(([f"--{key}={value}"], f"--{key}={value} is not a number {allowed}") for key, value, allowed in (
         ("num_steps", -1, "from 0"), ("batch", 0, "from 1"), ("batch", 10 ** 9, "from 1 to 4096"),
         ("seq_len", 0, "from 1"), ("seq_len", 10 ** 9, "from 1 to 65536"), ("eval_every", 0, "from 1"),
         ("eval_batch", 0, "from 1"), ("side", 0, "from 1"), ("patch", 0, "from 1"), ("shuffle", 0, "from 1"),
@@ -491,7 +492,7 @@ BAD_ARGUMENTS = [
         ("cooldown", 0, "from 0.001 to 1"), ("cooldown", 2, "from 0.001 to 1"), ("muon_lr", "nan", "from 0"),
         ("adam_lr", "inf", "from 0"), ("backbone_lr", -1, "from 0"), ("samples", -1, "from 0"), ("top_k", -1, "from 0"),
         ("top_p", 0, "from 0.001 to 1"), ("top_p", 1.5, "from 0.001 to 1"), ("temperature", -0.5, "from 0 to 100"),
-        ("max_tokens", 0, "from 1"), ("save_every", -1, "from 0"), ("precision", "fp16", "one of auto, fp32, bf16"))),
+        ("max_tokens", 0, "from 1"), ("save_every", -1, "from 0"))),
 ]
 
 
