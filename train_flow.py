@@ -260,8 +260,7 @@ def load_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[1:2])
-        raise Fault(f"{path} does not fit this model, was it trained on other data? {reason}") from None
+        raise Fault(f"{path} does not fit this model: {' '.join(str(error).split())[:200]}") from None
 
 
 class Clock:
@@ -453,9 +452,6 @@ class Run:
             raise Fault(f"--resume={path} is of a run on other training data")
         if step > self.config.num_steps:
             raise Fault(f"--resume={path} is at step {step}, beyond --num_steps={self.config.num_steps}")
-        if saved["num_steps"] != self.config.num_steps:
-            self.say(f"{saved['num_steps']} steps were planned, {self.config.num_steps} are now: from step {step} on "
-                     "the learning rates are those of the longer run")
         return state
 
     def load_state(self, state, model, muon, adam, loader):
@@ -467,6 +463,10 @@ class Run:
         loader.load_state_dict(state["loader"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
+        planned, num_steps = state["config"]["num_steps"], self.config.num_steps
+        if planned != num_steps:
+            self.say(f"{planned} steps were planned, {num_steps} are now: from step {self.step} on the learning rates "
+                     "are those of the longer run")
         self.bar.update(self.step)
         self.clock.seconds = state["seconds"]
         self.clock.go()
@@ -559,7 +559,7 @@ def compiler_works(run):
 
 def check_images(images, labels, classes):
     """Raises ValueError for arrays that are not images (N, 3, S, S) of bytes and their labels (N, 1) below classes."""
-    if images.dtype != np.uint8 or images.shape != (len(images), 3, *2 * images.shape[-1:]):
+    if images.dtype != np.uint8 or images.shape[1:] != (3, *(2 * images.shape[-1:])):
         raise ValueError(f"the images are {images.dtype} {images.shape}, not uint8 (N, 3, S, S)")
     if labels.dtype.kind not in "iu" or labels.shape != (len(images), 1):
         raise ValueError(f"the labels are {labels.dtype} {labels.shape}, not integers ({len(images)}, 1)")

@@ -143,8 +143,7 @@ def test_evaluation_against_a_plain_loop(frozen):
 
 def test_every_parameter_has_one_optimizer():
     model = small_model()
-    run = types.SimpleNamespace(rank=0, world=1, precision="fp32")
-    muon, adam = train_flow.make_optimizers(model, train_flow.CONFIGS["cpu"], run)
+    muon, adam = train_flow.make_optimizers(model, train_flow.CONFIGS["cpu"], runs.fake_run())
     hidden = [p for params, _ in muon.stacks for p in params]
     taken = hidden + adam.param_groups[0]["params"]
     assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
@@ -227,7 +226,10 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     log = leaderboard.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30]
     assert log["footer"]["val_loss"] < 0.25 < 1 < log["footer"]["constant_loss"]
-    assert {p.name for p in (root / "samples").iterdir()} == {"flow.png", "flow.gif"}
+    path, = (root / "checkpoints").iterdir()
+    assert {p.name for p in (root / "samples").iterdir()} == {"flow.png", "flow.gif", path.stem}
+    for name in ("flow.png", "flow.gif"):
+        assert (root / "samples" / name).read_bytes() == (root / "samples" / path.stem / name).read_bytes()
     weights, = (root / "checkpoints").iterdir()
     again = make_root(tmp_path / "again")
     run_here(monkeypatch, again, [*SMALL, *tiny[1], "--num_steps=0", f"--load={weights}"])
@@ -304,7 +306,8 @@ def test_reflow_straightens(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv,message", [
     (["--reflow=10"], "--reflow needs a model"),
-    (["--reflow=10", "--load=data/frozen/flow.safetensors"], "--reflow=10 images are fewer than a batch of 16"),
+    (["--reflow=10", "--load=data/frozen/flow.safetensors", "--dim=128", "--head_dim=64", "--depth=2"],
+     "--reflow=10 images are fewer than a batch of 16"),
     (["--data=nowhere"], "no training data in .* our own is made with `python data/scenes.py --objects`"),
     (["--frozen=none.npz"], "none.npz is missing: it is no part of the repository .* `python data/cifar10.py`"),
     (["--frozen=data/frozen/none.npz"], "is missing: it belongs to the repository .`git checkout data/frozen/none.npz`"),
@@ -447,18 +450,19 @@ def test_a_result_outlives_its_samples(tiny, monkeypatch, tmp_path, capsys):
 def test_train_on(tiny, monkeypatch, tmp_path):
     """A saved state goes on for more steps than planned, evaluated more often; the same steps are the same run."""
     argv, root = [*SMALL, *tiny[1], "--batch=100"], make_root(tmp_path / "root")
-    run_here(monkeypatch, root, [*argv, "--num_steps=4", "--eval_every=4", "--save_every=2"])
-    state, = (root / "checkpoints").iterdir()
+    run_here(monkeypatch, root, [*argv, "--num_steps=4", "--eval_every=4", "--save_every=2", "--save=true"])
+    state, = (root / "checkpoints").glob("*.state.pt")
+    weights, = set((root / "checkpoints").iterdir()) - {state}
     again = make_root(tmp_path / "again")
     run_here(monkeypatch, again, [*argv, "--num_steps=4", "--eval_every=1", f"--resume={state}"])
-    assert len(runs.losses(again)) == 2 and runs.losses(again)[-1] == runs.losses(root)[-1]
+    assert len(runs.losses(again)) == 3 and runs.losses(again)[-1] == runs.losses(root)[-1]
     assert runs.footers(again)[0]["val_loss"] == runs.footers(root)[0]["val_loss"]
     longer = make_root(tmp_path / "longer")
     run_here(monkeypatch, longer, [*argv, "--num_steps=8", "--eval_every=3", f"--resume={state}"])
     found, = runs.footers(longer)
     assert found["steps"] == 8 and found["tokens"] == 8 * 100 * 64 and len(runs.losses(longer)) == 3
     for more, message in ((["--num_steps=1"], "is at step 2, beyond --num_steps=1"),
-                          (["--reflow=200", "--load=data/frozen/flow.safetensors"], "is of a run with"),
+                          (["--reflow=200", f"--load={weights}"], "is of a run with --reflow=0: pass the same"),
                           (["--muon_lr=0.01"], "is of a run with --muon_lr=0.025: pass the same")):
         with pytest.raises(Fault, match=message):
             run_here(monkeypatch, longer, [*argv, "--num_steps=4", f"--resume={state}", *more])
