@@ -71,8 +71,9 @@ def test_help_names_every_field(capsys):
     said = capsys.readouterr().out
     assert not stopped.value.code and train_4m.__doc__ in said
     for field in (*dataclasses.fields(train_4m.Config), *dataclasses.fields(train_4m.Options)):
-        assert f"\n  --{field.name}=" in said, field.name
-    assert "0.001 to 1" in said and "one of auto, fp32, bf16" in said
+        assert f"\n    {field.name}: " in said, field.name
+    assert "cooldown in (0.001, 1)" in said and "precision in ('auto', 'fp32', 'bf16')" in said
+    assert "is not a multiple of --head_dim" in said
 
 
 def test_overrides_are_typed():
@@ -153,7 +154,7 @@ def test_missing_shards_name_the_command(monkeypatch, root, tiny):
 
 def test_batch_larger_than_the_data(monkeypatch, root, tiny):
     found = fault(monkeypatch, root, *tiny[1], "--batch=304", "--num_steps=2", "--save=true")
-    assert "a batch of 304 is more than the 300 training examples there are" in found
+    assert "--batch=304 is more than the 300 training scenes there are" in found
 
 
 def test_frozen_set(monkeypatch, root, tiny, tmp_path):

@@ -27,6 +27,12 @@ tiny_maskgit, tiny_vlm = test_train_maskgit.tiny, test_train_vlm.tiny
 frozen = test_train_maskgit.frozen
 
 
+def arguments(task, request):
+    """The arguments that point a script to its tiny set."""
+    data = request.getfixturevalue(f"tiny_{task}")
+    return [f"--data={data}"] if task == "gpt" else data[1]
+
+
 def result(root):
     """What the last run in a folder came to: (its line in runs.jsonl, its weights)."""
     run = runs.footers(root)[-1]
@@ -48,10 +54,10 @@ class CutOff(BaseException):
 @pytest.mark.parametrize("task", MODULES)
 def test_a_resumed_run_is_the_same_run(task, request, tmp_path, monkeypatch):
     """Cut off after the state of step 14 of 20, over an epoch's end, and resumed: the same weights bit by bit."""
-    module, data = MODULES[task], request.getfixturevalue(f"tiny_{task}")
+    module = MODULES[task]
     script = getattr(module, f"train_{task}")
-    argv = [*module.SMALL, *([f"--data={data}"] if task == "gpt" else data[1]), "--num_steps=20", "--eval_every=9",
-            "--save=true", "--save_every=7"]
+    argv = [*module.SMALL, *arguments(task, request), "--num_steps=20", "--eval_every=9", "--save=true",
+            "--save_every=7"]
     whole, cut = module.make_root(tmp_path / "whole"), module.make_root(tmp_path / "cut")
     module.run_here(monkeypatch, whole, argv)
     plain, saved = script.Run.save_state, []
