@@ -746,6 +746,7 @@ def schedule(step, config):
     return min(1.0, (1 - step / config.num_steps) / config.cooldown)
 # --- end: schedule ---
 
+
 def input_budget(step, config):
     """Input tokens per scene at this step: 8, 24, .. or 120 of 128, in the golden-ratio order, which is even at every
     length. Eight lengths stand for U{1..budget}, because a CPU builds kernels for each.
