@@ -584,7 +584,8 @@ class Loader:
     """Endless batches at random offsets: inputs and targets (batch, context), the same on every rank."""
 
     def __init__(self, shards, config, device):
-        self.tokens, self.batch = torch.from_numpy(np.concatenate(shards).astype(np.int32)).to(device), config.batch
+        self.tokens = torch.from_numpy(np.concatenate(shards, dtype=np.int32)).to(device)
+        self.batch = config.batch
         self.window = torch.arange(config.context + 1, device=device)
         self.rng = torch.Generator(device).manual_seed(config.seed)
 

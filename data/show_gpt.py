@@ -1,4 +1,4 @@
-"""What a GPT makes of a prompt: text, streamed to the terminal; of the scenes' tokens, a sheet of pictures per label."""
+"""What a GPT makes of a prompt: text, printed as it comes; of the scenes world's labels: a sheet of pictures."""
 import dataclasses
 
 import torch
@@ -28,7 +28,7 @@ class Show:
             raise script.Fault(f"--prompt={ascii(run.options.prompt)} is not text") from None
         except Exception as error:  # tiktoken fetches GPT-2's merges, with errors of several libraries
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise script.Fault(f"the encoding {meta['encoding']!r} of the samples cannot be opened ({reason})") from None
+            raise script.Fault(f"the encoding {meta['encoding']!r} of samples cannot be opened ({reason})") from None
         if not self.is_pictures and max(self.prompt) >= meta["vocab"]:
             raise script.Fault(f"--prompt={run.options.prompt} has characters that {run.config.data} does not")
         if run.options.draft and not self.is_pictures:
