@@ -36,7 +36,7 @@ def test_flex_attention_forward_and_backward(script):
         for a, b in zip(*grads):
             assert torch.allclose(a, b, atol=0.05, rtol=0.05)
     odd = torch.zeros(1, 104, dtype=torch.long, device="cuda")
-    assert torch.is_tensor(script.make_mask(rule, odd, mask_cache=mask_cache)), "lengths that do not fill the blocks are dense"
+    assert torch.is_tensor(script.make_mask(rule, odd, mask_cache=mask_cache)), "odd lengths are dense"
 
 
 @pytest.mark.parametrize("task", MODULES)
