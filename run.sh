@@ -143,7 +143,7 @@ slurm() {  # slurm TASK [--field=value ...]: the job that sbatch starts, on its 
     for arg in "$@"; do case $arg in --seed=*) seed=${arg#--seed=};; esac; done
     if [ -f "$began" ]; then  # a job keeps its id in the queue: the newest state since it first began is its own
         latest=$began
-        for state in checkpoints/*-"$task"-*-"$seed".state.safetensors; do
+        for state in checkpoints/*-"$task"-*-"$seed".state.pt; do
             if [ "$state" -nt "$latest" ]; then latest=$state; fi
         done
         if [ "$latest" != "$began" ]; then set -- "$@" --resume="$latest"; fi

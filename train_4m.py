@@ -106,6 +106,7 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
 
 def check_config(config, run, layout, valid_scenes):
     """What fields may be together. Raises Fault for what they may not."""
+    run.slice(config.batch)  # can it be divided among the processes?
     images, texts = layout.span["desc"].start, layout.size - layout.span["desc"].start
     if config.dim % config.head_dim:
         raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}")
@@ -263,8 +264,7 @@ def load_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[1:2])
-        raise Fault(f"{path} does not fit this model, was it trained on other data? {reason}") from None
+        raise Fault(f"{path} does not fit this model: {' '.join(str(error).split())[:200]}") from None
 
 
 class Clock:
@@ -456,9 +456,6 @@ class Run:
             raise Fault(f"--resume={path} is of a run on other training data")
         if step > self.config.num_steps:
             raise Fault(f"--resume={path} is at step {step}, beyond --num_steps={self.config.num_steps}")
-        if saved["num_steps"] != self.config.num_steps:
-            self.say(f"{saved['num_steps']} steps were planned, {self.config.num_steps} are now: from step {step} on "
-                     "the learning rates are those of the longer run")
         return state
 
     def load_state(self, state, model, muon, adam, loader):
@@ -470,6 +467,10 @@ class Run:
         loader.load_state_dict(state["loader"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
+        planned, num_steps = state["config"]["num_steps"], self.config.num_steps
+        if planned != num_steps:
+            self.say(f"{planned} steps were planned, {num_steps} are now: from step {self.step} on the learning rates "
+                     "are those of the longer run")
         self.bar.update(self.step)
         self.clock.seconds = state["seconds"]
         self.clock.go()
@@ -594,8 +595,6 @@ class Loader:
 
     def __init__(self, tensors, batch, seed, device):
         self.tensors, self.batch = [tensor.to(device) for tensor in tensors], batch
-        if batch > len(tensors[0]):
-            raise Fault(f"a batch of {batch} is more than the {len(tensors[0])} training examples there are")
         self.rng = torch.Generator(device).manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.long, device=device)
         self.next = 0
@@ -1212,6 +1211,8 @@ def main(argv):
     check_config(config, run, layout, len(val_tokens))
     if config.num_steps:
         arrays, run.data_sha256 = read_shards(config.data, modalities)
+        if config.batch > len(arrays[0]):
+            raise Fault(f"--batch={config.batch} is more than the {len(arrays[0])} training scenes there are")
     run.choose_precision(config.batch // run.world * config.budget // 2, config.dim, config.mlp_ratio * config.dim)
     torch.manual_seed(config.seed)
     model = Nano4M(config, layout).to(run.device)

@@ -77,19 +77,23 @@ def trials_table(logs):
     return table(TRIALS, [[f["seed"], f"{f['val_loss']:.5f}", f"{f['train_seconds']:.3f}"] for f in feet])
 
 def summary(tracks):
-    """The block in the front page: of every track the fastest record that is not provisional, and the baseline."""
-    rows = []
+    """The block in the front page: of every track the fastest record that is not provisional."""
+    rows, empty = [], []
     for folder, track, records in tracks:
         name = f"[{folder.name}](records/README.md#{folder.name})"
         if not records:
-            rows.append([name, no_record(track), "–", "–", "–", track["target"] or "–", track["hardware_class"], "–"])
+            empty.append(name)
             continue
-        best = max(records, key=lambda r: (not r["mark"], r["speedup"]))
-        for r in [best] + [records[0]] * (best is not records[0]):
-            title = f"[#{r['number']}{r['mark']} {r['title']}](records/{folder.name}/{r['path'].name})"
-            rows.append([name, title, show_seconds(r["seconds"]), f"{r['speedup']:.2f}x", show_loss(r["losses"]),
-                         track["target"], r["hardware"], r["date"]])
-    return table(FRONT_COLUMNS, rows) + f"\n\n{PROVISIONAL}" * any("†" in row[1] for row in rows)
+        r = max(records, key=lambda r: (not r["mark"], r["speedup"]))
+        title = f"[#{r['number']}{r['mark']} {r['title']}](records/{folder.name}/{r['path'].name})"
+        rows.append([name, title, show_seconds(r["seconds"]), f"{r['speedup']:.2f}x", show_loss(r["losses"]),
+                     track["target"], r["hardware"], r["date"]])
+    text = table(FRONT_COLUMNS, rows)
+    if any("†" in row[1] for row in rows):
+        text += f"\n\n{PROVISIONAL}"
+    if empty:
+        text += f"\n\nNobody has run {', '.join(empty)} yet."
+    return text
 
 def read_tracks(root=ROOT):
     """All tracks: [(folder, track.json, its records)]. ValueError if a log is amiss."""

@@ -137,7 +137,7 @@ def check_log(log, track, root=ROOT):
              f"it ran with {key} {config.get(key)}, and its source says {written.get(key)}")
     for key, value in track.get("eval_config", {}).items():
         need(config.get(key) == value, f"its {key} is {config.get(key)}, and the track's evaluation has {value}")
-    need(not config.get("load"), "it starts from a checkpoint, and a record trains from the beginning")
+    need(not (config | settings.get("options", {})).get("load"), "it starts from a checkpoint, and a record trains from the beginning")
     for key, where in dict(seed=config, target=config, track=config, hardware=settings, precision=settings).items():
         need(foot.get(key) == where.get(key),
              f"its footer has {key} {foot.get(key)}, and its settings {where.get(key)}")

@@ -37,18 +37,17 @@ def kill_rank_1(script):
 
 
 def wait_for_a_signal(script):
-    """Have train_4m.py wait in its fortieth step, the warm-up's included, until SIGTERM reaches this process, or another
-    one of the run, which says so in a file."""
-    calls, loss = [], script.masked_loss
+    """Have a script wait after its thirtieth step until a signal reaches this process, or another one of the run, which
+    says so in a file."""
+    next_action = script.Run.next_action
 
-    def waits(*rest):
-        calls.append(1)
-        while len(calls) == 40 and not (script.SIGTERM or (script.ROOT / "signalled").exists()):
+    def waits(run):
+        while run.step == 30 and not (run.signals or (script.ROOT / "signalled").exists()):
             time.sleep(0.01)
-        if script.SIGTERM:
+        if run.signals:
             (script.ROOT / "signalled").touch()
-        return loss(*rest)
-    script.masked_loss = waits
+        return next_action(run)
+    script.Run.next_action = waits
 
 
 def break_compiler(script):
@@ -58,7 +57,9 @@ def break_compiler(script):
 
 def muon_steps(path):
     """Four steps of Muon and Adam on made-up gradients, which the ranks share; the parameters and momenta in a file."""
-    rank, world, _ = train_4m.setup()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
     rng = torch.Generator().manual_seed(0)
     shapes = [(24, 8)] * 5 + [(8, 8)] * 2 + [(8, 24)]  # uneven among 2, 3 or 4 ranks
     params = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in shapes]
@@ -67,9 +68,9 @@ def muon_steps(path):
     adam = torch.optim.Adam(rest, lr=0.1)
     for step in range(4):
         if step == 2 and world > 1:  # a state goes through any number of ranks
-            kept = muon.momenta()
+            kept = muon.momentum_buffers()
             muon = train_4m.Muon(params, 0.9, rank, world, torch.float32)
-            muon.load_momenta(kept)
+            muon.load_momentum_buffers(kept)
         for i, p in enumerate((*params, *rest)):
             whole = torch.randn(p.shape, generator=rng)
             parts = torch.randn(world, *p.shape, generator=torch.Generator().manual_seed(i))
@@ -82,7 +83,7 @@ def muon_steps(path):
         train_4m.sum_gradients(adam, world)
         muon.step(0.02)
         adam.step()
-    momenta = muon.momenta()  # by all ranks
+    momenta = muon.momentum_buffers()  # by all ranks
     if rank == 0:
         torch.save([p.data for p in (*params, *rest)] + momenta, path)
     if world > 1:

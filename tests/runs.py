@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import time
+import types
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -192,6 +193,11 @@ def run_here(task, monkeypatch, root, argv, samples=False):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
     monkeypatch.setattr(sys, "path", sys.path[:])
     script.main(argv)
+
+
+def fake_run(rank=0, world=1, precision="fp32"):
+    """What a script's functions read of a Run."""
+    return types.SimpleNamespace(rank=rank, world=world, precision=precision, device=torch.device("cpu"))
 
 
 def losses(root):

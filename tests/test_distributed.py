@@ -85,6 +85,11 @@ def test_sizes_of_the_gpu_configs(track, millions, layout):
 BACKEND = "aot_eager_decomp_partition"
 
 
+def graphs():
+    """How many graphs torch.compile has made so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def compiled(function, backend=BACKEND):
     torch._dynamo.reset()
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
@@ -98,19 +103,19 @@ def test_the_loss_of_4m_is_one_graph_an_input_length(layout, frozen):
         traced.append(graph)
         return torch._dynamo.lookup_backend(BACKEND if len(traced) == 1 else "eager")(graph, inputs)
     with torch._dynamo.config.patch(recompile_limit=16):
-        loss_of, before = compiled(train_4m.masked_loss, trace_first), train_4m.graphs()
+        loss_of, before = compiled(train_4m.masked_loss, trace_first), graphs()
         for step in range(24):
             batch = tokens[8 * step:8 * step + 8]
-            inputs = train_4m.input_budget(step, train_4m.CONFIGS["cpu"])
-            places = test_train_4m.draw(batch, layout, inputs, seed=step)
-            share = train_4m.target_shares(places[1], places[2], layout)
+            budget = train_4m.input_budget(step, train_4m.CONFIGS["cpu"])
+            inputs, targets, counted = test_train_4m.draw(batch, layout, budget, seed=step)
+            weight = train_4m.target_weights(targets, counted, layout)
             with torch._dynamo.config.patch(error_on_recompile=step >= 9):  # nine warm-up steps have every length
-                loss = loss_of(model, batch, *places, share, 60)
+                loss = loss_of(model, batch, inputs, targets, weight, 60)
             loss.backward()
             if step % 8 == 0:
                 assert loss.item() == pytest.approx(
-                    train_4m.masked_loss(model, batch, *places, share, 60).item(), rel=1e-4)
-    assert train_4m.graphs() - before == len(traced) == 8
+                    train_4m.masked_loss(model, batch, inputs, targets, weight, 60).item(), rel=1e-4)
+    assert graphs() - before == len(traced) == 8
 
 
 def test_the_forward_pass_of_gpt_is_one_graph():

@@ -101,7 +101,7 @@ def test_slurm_job(root, sbatch):
 
     def state(run, seconds):
         """A state file that was written so long after the job first began."""
-        path = root / "checkpoints" / f"{run}.state.safetensors"
+        path = root / "checkpoints" / f"{run}.state.pt"
         path.touch()
         os.utime(path, (began.stat().st_mtime + seconds,) * 2)
 
@@ -114,12 +114,12 @@ def test_slurm_job(root, sbatch):
     assert sbatch(1, "0:59")[1][0] == STARTED, "not from an older run's state, another seed's or another task's"
     state("20260102-000000-4m-gpu-0", 5)
     state("20260102-000002-4m-gpu-0", 7)
-    resumed = " --resume=checkpoints/20260102-000002-4m-gpu-0.state.safetensors"
+    resumed = " --resume=checkpoints/20260102-000002-4m-gpu-0.state.pt"
     done, calls = sbatch(1, "1:00:00")
     assert calls == [STARTED + resumed] and done.returncode == 1, "a run that fails early does not come back"
     assert done.stderr == "run.sh: the run failed before its time was over\n"
     _, calls = sbatch(1, "3:59", ["--seed=1"])
-    assert calls[0].endswith("--seed=1 --resume=checkpoints/20260102-000000-4m-gpu-1.state.safetensors")
+    assert calls[0].endswith("--seed=1 --resume=checkpoints/20260102-000000-4m-gpu-1.state.pt")
     done, calls = sbatch(0, "0:10")
     assert done.returncode == 0 and calls == [STARTED + resumed] and not began.exists()
 
