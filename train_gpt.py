@@ -265,8 +265,7 @@ def load_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[1:2])
-        raise Fault(f"{path} does not fit this model, was it trained on other data? {reason}") from None
+        raise Fault(f"{path} does not fit this model: {' '.join(str(error).split())[:200]}") from None
 
 
 class Clock:
@@ -458,9 +457,6 @@ class Run:
             raise Fault(f"--resume={path} is of a run on other training data")
         if step > self.config.num_steps:
             raise Fault(f"--resume={path} is at step {step}, beyond --num_steps={self.config.num_steps}")
-        if saved["num_steps"] != self.config.num_steps:
-            self.say(f"{saved['num_steps']} steps were planned, {self.config.num_steps} are now: from step {step} on "
-                     "the learning rates are those of the longer run")
         return state
 
     def load_state(self, state, model, muon, adam, loader):
@@ -472,6 +468,10 @@ class Run:
         loader.load_state_dict(state["loader"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
+        planned, num_steps = state["config"]["num_steps"], self.config.num_steps
+        if planned != num_steps:
+            self.say(f"{planned} steps were planned, {num_steps} are now: from step {self.step} on the learning rates "
+                     "are those of the longer run")
         self.bar.update(self.step)
         self.clock.seconds = state["seconds"]
         self.clock.go()

@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import signal
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -29,7 +30,6 @@ DIMS = {"dim": 64, "head_dim": 32, "depth": 2, "window": 16, "orders": 3, "grams
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=8", "--context=32",
          "--eval_tokens=2000", "--eval_context=64", "--eval_stride=48", "--sample_tokens=20", "--precision=fp32"]
 META = {"vocab": 256, "document_start": None, "encoding": "bytes"}
-ONE = types.SimpleNamespace(rank=0, world=1, precision="fp32")  # as much of a Run as optimizers need
 
 
 def small_config(**fields):
@@ -183,7 +183,7 @@ def test_gpu_model_on_the_meta_device():
 
 
 def test_every_parameter_has_one_optimizer(model):
-    muon, adam = train_gpt.make_optimizers(model, small_config(), ONE)
+    muon, adam = train_gpt.make_optimizers(model, small_config(), runs.fake_run())
     taken = [p for params, _ in muon.stacks for p in params] + adam.param_groups[0]["params"]
     assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
     assert all(p.dim() == 2 for params, _ in muon.stacks for p in params)
@@ -430,32 +430,24 @@ def test_an_encoding_that_cannot_be_fetched(tiny, monkeypatch, tmp_path):
         run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, f"--data={tiny}"], samples=True)
 
 
-def test_any_options_run_or_give_one_sentence(tiny, monkeypatch, tmp_path_factory):
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-    integers = {"window": 40, "orders": 4, "grams": 50, "depth": 2, "head_dim": 8, "batch": 4, "micro_batch": 4,
-                "eval_tokens": 300, "eval_context": 70, "eval_stride": 70, "eval_batch": 3, "eval_every": 3,
-                "top_k": 300, "sample_tokens": 4, "seed": 2 ** 40}
-    options = {name: st.integers(-2, most) for name, most in integers.items()}
-    options |= {name: st.floats(-1, 2) for name in ("cooldown", "momentum", "top_p", "adam_lr")}
-    options |= {"temperature": st.floats(), "prompt": st.text(max_size=3), "dim": st.sampled_from([0, 1, 8, 12]),
-                "context": st.sampled_from([0, 1, 9, 20000])}
-    small = ["--num_steps=2", "--eval_tokens=100", "--sample_tokens=3", "--dim=8", "--head_dim=4", "--batch=2"]
+SAMPLING = {"temperature": st.floats(), "top_k": st.integers(-2, 300), "top_p": st.floats(-0.5, 1.5),
+            "sample_tokens": st.integers(-1, 9), "ahead": st.integers(-1, 9), "prompt": st.text(max_size=3),
+            "window": st.integers(-1, 9), "orders": st.integers(-1, 4), "depth": st.integers(-1, 2)}
 
-    @hypothesis.settings(max_examples=40, deadline=None, database=None)
-    @hypothesis.given(st.lists(st.sampled_from(sorted(options)), max_size=3, unique=True), st.data())
-    def check(names, data):
-        root = make_root(tmp_path_factory.mktemp("any") / "root")
-        argv = [f"--{name}={data.draw(options[name], name)}" for name in names]
+
+@settings(max_examples=30, deadline=None, database=None)
+@given(st.lists(st.sampled_from(sorted(SAMPLING)), min_size=1, max_size=4, unique=True), st.data())
+def test_any_sampling_draws_or_is_refused(tiny, tmp_path_factory, names, data):
+    root = make_root(tmp_path_factory.mktemp("any") / "root")
+    argv = [*SMALL, f"--data={tiny}", "--num_steps=1", "--eval_tokens=100"]
+    argv += [f"--{name}={data.draw(SAMPLING[name], name)}" for name in names]
+    with pytest.MonkeyPatch.context() as patch:
         try:
-            run_here(monkeypatch, root, [*SMALL, *small, f"--data={tiny}", *argv], samples=True)
+            run_here(patch, root, argv, samples=True)
         except Fault as fault:
-            assert "\n" not in str(fault)
-            assert not (root / "logs").exists() or "lower the learning rate" in str(fault)
+            assert "\n" not in str(fault) and not (root / "logs").exists()
         else:
-            assert runs.footers(root)[0]["steps"] == 2 and (root / "samples/gpt.txt").exists()
-
-    check()
+            assert (root / "samples/gpt.txt").exists()
 
 
 def test_help_shows_every_field(capsys):
