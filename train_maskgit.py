@@ -1,15 +1,18 @@
 """MaskGIT: an encoder learns to fill in masked tokens, of pictures of one class or of text, and draws from nothing.
 
-After MaskGIT (arXiv:2202.04200) and the course's nanoMaskGIT (EPFL COM-304), made fast: Muon, image tokens embedded and
-predicted as two digits, QK-norm, ReLU^2, zero-initialised projections. Times against the baseline, record #1, are in
-records/README.md.
+After MaskGIT (arXiv:2202.04200) and the nanoMaskGIT of EPFL's course COM-304, made fast: Muon, image tokens embedded
+and predicted as two digits, QK-norm, ReLU^2, zero-initialised projections. Times against the baseline, record #1, are
+in records/README.md.
 
-    python train_maskgit.py                                     # cpu track, data from `python data/scenes.py --objects`
-    python train_maskgit.py --data=text                         # bytes of text instead of pictures
+    python train_maskgit.py                   # the cpu track, data from `python data/scenes.py --objects`
+    python train_maskgit.py --data=text       # bytes of text instead of pictures, from `python data/shakespeare.py`
+    python train_maskgit.py --help            # every field and what it may be
 """
+import contextlib
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -33,6 +36,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils import benchmark
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
@@ -41,35 +46,40 @@ from tqdm import tqdm
 @dataclass
 class Config:
     # data
-    track: str = "cpu"
-    seed: int = 0
-    data: str = "data/objects64/train"  # made by `python data/scenes.py --objects`; "text": data/shakespeare
+    track: str = "cpu"  # task and hardware that losses and times are compared on
+    seed: int = 0  # of weights, order and masks
+    data: str = "data/objects64/train"  # aligned shards, made by data/scenes.py --objects; text: data/shakespeare
     frozen: str = "data/frozen/objects64.npz"  # validation pictures
     frozen_masks: str = "data/frozen/eval_maskgit_64.npz"  # which of their tokens are masked
     # model
     dim: int = 128  # channels
-    head_dim: int = 64
+    head_dim: int = 64  # channels per attention head
     depth: int = 2  # blocks
-    mlp_ratio: int = 4
+    mlp_ratio: int = 4  # hidden channels of an MLP per channel
+    # optim
+    muon_lr: float = 0.03  # of hidden matrices
+    momentum: float = 0.95  # of Muon
+    adam_lr: float = 0.02  # of embeddings and heads
     # schedule
-    num_steps: int = 600
-    batch: int = 64  # rows a step, over all processes
-    label_drop: float = 0.1  # share of rows without their label, for classifier-free guidance
+    num_steps: int = 600  # training steps
+    batch: int = 64  # rows per step, over all processes
+    label_drop: float = 0.1  # share of rows without their label, for classifier-free guidance; 0 or 1: no guidance
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
-    # optimizer
-    muon_lr: float = 0.03  # hidden matrices
-    momentum: float = 0.95
-    adam_lr: float = 0.02  # embeddings and heads
-    # evaluation and output
-    target: float = 1.01  # validation loss in nats a masked token, record #1's
-    eval_every: int = 200  # steps between evaluations; the clock stands still
-    eval_batch: int = 250
-    quality_pictures: int = 48  # the quality numbers are taken on as many, two of each class
-    load: str = ""  # checkpoint to start from
-    precision: str = "auto"  # of matrix products: auto (measured), fp32 or bf16
+    # eval
+    target: float = 1.01  # validation loss in nats per masked token, record #1's
+    eval_every: int = 200  # steps between evaluations; the clock is paused
+    eval_batch: int = 250  # rows
+
+
+@dataclass
+class Options:
+    """What a run is asked to do, beside the tuned numbers."""
+    precision: str = "auto"  # of matrix products; auto measures which is faster
+    load: str = ""  # checkpoint to start from; paths are relative to the repository
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
-    save_every: int = 0  # steps between states that --resume can go on from; 0: only at SIGTERM
-    resume: str = ""  # state to go on from
+    save_every: int = 0  # steps between saved states to resume from; 0: only at SIGTERM and Ctrl-C
+    resume: str = ""  # saved state to resume from
+    quality_pictures: int = 48  # drawn for the quality numbers, as many of each class; 0: none
 
 
 CONFIGS = {
@@ -77,62 +87,94 @@ CONFIGS = {
     # the course's size on pictures of 256 tokens
     "gpu": Config(track="gpu", data="data/objects128/train", frozen="data/frozen/objects128.npz",
                   frozen_masks="data/frozen/eval_maskgit_128.npz", dim=512, depth=8, batch=256, num_steps=4000,
-                  muon_lr=0.02, adam_lr=0.005, target=0.0, quality_pictures=480),
+                  muon_lr=0.02, adam_lr=0.005, target=0.0),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio")  # what a checkpoint must agree on
+LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
+    "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "mlp_ratio": (1, 16),
+    "momentum": (0, 0.9999), "batch": (1, math.inf), "label_drop": (0, 1), "cooldown": (0.001, 1),
+    "eval_every": (1, math.inf), "eval_batch": (1, 2000), "quality_pictures": (0, 2000),
+    "precision": ("auto", "fp32", "bf16"),
+}
 
 
-# --- copied: overrides ---
-class Fault(Exception):
-    """Something the user can put right; printed as one sentence."""
-
-
-def read_config(argv):
-    """The track's Config with the command line's --field=value overrides: (config, overrides)."""
-    pairs = {}
-    for argument in argv:
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise Fault(f"arguments look like --field=value, not {argument!r}")
-        pairs[key] = value
-    track = pairs.pop("track", "gpu" if torch.cuda.is_available() else "cpu")
-    if track not in CONFIGS:
-        raise Fault(f"--track={track} is not one of {', '.join(CONFIGS)}")
-    config = copy.copy(CONFIGS[track])
-    kinds = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    for key, value in pairs.items():
-        if key not in kinds:
-            raise Fault(f"unknown override --{key}; the fields of Config are {', '.join(kinds)}")
-        try:
-            parsed = {"true": True, "false": False}[value.lower()] if kinds[key] is bool else kinds[key](value)
-        except (ValueError, KeyError):
-            raise Fault(f"--{key}={value} is not of type {kinds[key].__name__}") from None
-        if parsed != parsed:
-            raise Fault(f"--{key}={value} is not a number")
-        setattr(config, key, parsed)
-    return config, pairs
-# --- end: overrides ---
+def check_config(config, run, modalities, tokens, labels, masked):
+    """What fields may be together, and with the validation set. Raises Fault for what they may not."""
+    run.slice(config.batch)  # can it be divided among the processes?
+    if config.dim % config.head_dim:
+        raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}")
+    length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
+    if math.isqrt(vocab) ** 2 != vocab:
+        raise Fault(f"{config.frozen} has a vocabulary of {vocab}, which is not a square: tokens are pairs of digits")
+    if tokens.shape[1] != length or not masked.any():
+        raise Fault(f"{config.frozen} has {tuple(tokens.shape)} tokens, {int(masked.sum())} are masked: rows are of "
+                    f"{length}, and one at least must be masked")
+    if int(tokens.max()) >= vocab or int(labels.max()) >= modalities["label"]["vocab"]:
+        raise Fault(f"{config.frozen} holds tokens or labels beyond its own vocabularies")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Setup
+# Run
 
-# --- copied: setup ---
+# --- copied: run ---
+# The track's stop-watch: options, processes, clock, log, checkpoints and states. A record may not change it.
 HERE = Path(__file__).resolve()  # the repository is wherever data/frozen is: archived scripts run from their folder
 ROOT = next((folder for folder in HERE.parents if (folder / "data" / "frozen").exists()), HERE.parent)
 RULE = "=" * 100
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
 
 
-def setup():
-    """Join the process group if there is one: (rank, world size, device)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return rank, world, device
+class Fault(Exception):
+    """User error, reported in one line without a traceback."""
+
+
+def allowed(key):
+    """What values a field may have, in words: LIMITS has a least and a most, or choices; others are at least 0."""
+    limits = LIMITS.get(key, (0, math.inf))
+    return f"one of {', '.join(limits)}" if isinstance(limits[0], str) else f"from {limits[0]} to {limits[1]}"
+
+
+def print_help():
+    print(__doc__)
+    source = inspect.getsource(Config) + inspect.getsource(Options)
+    for key, kind, default, what in re.findall(r"^    (\w+): (\w+) = (.+?)  # (.+)$", source, re.M):
+        values = f", {allowed(key)}" if key in LIMITS or kind in ("int", "float") else ""
+        print(f"  --{key}={default}".ljust(36) + what + values)
+
+
+def read_options(argv):
+    """--field=value arguments -> the track's Config, the Options, and {field: value} as given."""
+    given = {}
+    for argument in argv:
+        if argument in ("-h", "--help"):
+            print_help()
+            sys.exit()
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise Fault(f"arguments look like --field=value, not {argument!r}; --help lists the fields")
+        given[key] = value
+    track = given.get("track", "gpu" if torch.cuda.is_available() else "cpu")
+    if track not in CONFIGS:
+        raise Fault(f"--track={track} is not one of {', '.join(CONFIGS)}")
+    config, options = copy.copy(CONFIGS[track]), Options()
+    for key, value in given.items():
+        target = next((part for part in (config, options) if key in vars(part)), None)
+        if target is None:
+            raise Fault(f"there is no field --{key}; --help lists the fields")
+        kind = type(getattr(target, key))
+        try:
+            parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise Fault(f"--{key}={value} is not of type {kind.__name__}") from None
+        limits = LIMITS.get(key, (0, math.inf))
+        fits = parsed in limits if kind is str else limits[0] <= parsed <= limits[1] and math.isfinite(parsed)
+        if not fits and (kind is not str or key in LIMITS):
+            raise Fault(f"--{key}={value} is not {allowed(key)}")
+        setattr(target, key, parsed)
+    if options.resume and not config.num_steps:
+        raise Fault("--resume continues a run: pass its --num_steps, or --load to evaluate a checkpoint")
+    return config, options, given
 
 
 def hardware(device):
@@ -147,52 +189,24 @@ def hardware(device):
     return f"{torch.get_num_threads()} cores of {name}"
 
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+def peak_memory_mib(device):
+    """Most memory in use so far: the allocator's on CUDA, the process's elsewhere, 0 where no one counts it."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2 ** 20)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2 ** (20 if sys.platform == "darwin" else 10))
 
 
 def matmul_flops(device, dtype, rows, dim, hidden, seconds=0.1):
     """Measured FLOP/s of products (rows, dim) x (dim, hidden) in dtype."""
     a = torch.randn(rows, dim, device=device, dtype=dtype)
     b = torch.randn(hidden, dim, device=device, dtype=dtype)
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    F.linear(a, b)  # the first call makes its kernel
-    best, end = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        sync()
-        start = time.perf_counter()
-        F.linear(a, b)
-        sync()
-        best = min(best, time.perf_counter() - start)
-    return 2 * rows * dim * hidden / best
-
-
-def choose_precision(option, device, world, *shape):
-    """The precision of matrix products, "bf16" or "fp32", and the peak in FLOP/s that MFU is relative to.
-
-    "auto" on a CPU is what multiplies matrices of this model's shape (rows, dim, hidden) faster: bf16 with AMX by far,
-    fp32 on most others, where bf16 can take seven times as long. On CUDA it is bf16 from compute capability 8.0 on.
-    """
-    if option not in ("auto", *PRECISIONS):
-        raise Fault(f"--precision={option} is not one of auto, {', '.join(PRECISIONS)}")
-    if device.type == "cuda":
-        chosen = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-        chosen = chosen if option == "auto" else option
-        return chosen, matmul_flops(device, PRECISIONS[chosen], 8192, 8192, 8192, 0.5)  # small ones leave it idle
-    measured = {name: matmul_flops(device, dtype, *shape) for name, dtype in PRECISIONS.items()}
-    chosen = max(measured, key=measured.get) if option == "auto" else option
-    decision = [chosen, max(measured.values())]
-    if world > 1:  # one run, one precision
-        dist.broadcast_object_list(decision)
-    return tuple(decision)
-
-
-def peak_memory_mib(device):
-    """Most memory in use so far: the allocator's on CUDA, the process's elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** 20 if sys.platform == "darwin" else peak / 2 ** 10
+    timer = benchmark.Timer("F.linear(a, b)", globals={"F": F, "a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=seconds).median
 
 
 def frozen_sha256(*paths):
@@ -201,18 +215,116 @@ def frozen_sha256(*paths):
     return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
 
 
-def graphs():
-    """How many graphs torch.compile has made so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+def model_sha256():
+    """Hash of this script's Model section: by another one a checkpoint's weights may mean other things."""
+    return hashlib.sha256(HERE.read_text().partition("\n# Model\n")[2].partition("\n# Loss\n")[0].encode()).hexdigest()
 
 
-class Log:
-    """Rank 0's log file: the source, the settings, then lines that also reach the console through `say`."""
+def write_safely(path, save):
+    """save(a temporary path), then rename it: a full disk leaves what was there. Returns what went wrong, or ""."""
+    part = path.with_name(path.name + ".part")
+    try:
+        save(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        return f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is kept"
+    return ""
 
-    def __init__(self, task, config, overrides, rank, device, precision):
-        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{task}-{config.track}-{config.seed}"
-        self.file = None
-        if rank:
+
+def read_checkpoint(path, config, given):
+    """Weights that a run saved, and config with the architecture that they are for."""
+    try:
+        with safe_open(ROOT / path, "pt") as file:
+            about = file.metadata() or {}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+        saved = json.loads(about["config"])
+        architecture = {key: saved[key] for key in ARCHITECTURE}
+    except Exception as error:  # safetensors raises its own kinds
+        raise Fault(f"{path} is not a checkpoint of this script ({type(error).__name__}: {error})") from None
+    if other := [key for key in ARCHITECTURE if key in given and getattr(config, key) != saved[key]]:
+        raise Fault(f"{path} was trained with --{other[0]}={saved[other[0]]}: leave it out, the checkpoint has its own")
+    if about.get("model_sha256", model_sha256()) != model_sha256():
+        print(f"{HERE.name}: {path} was written by another Model section than this one: its results may differ")
+    return weights, dataclasses.replace(config, **architecture)
+
+
+def load_weights(model, weights, path):
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise Fault(f"{path} does not fit this model: {' '.join(str(error).split())[:200]}") from None
+
+
+class Clock:
+    """Training time in seconds: what passes between go and pause. CUDA is synchronised at both."""
+
+    def __init__(self, device):
+        self.seconds = 0.0
+        self.sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def go(self):
+        self.sync()
+        self.start = time.perf_counter()
+
+    def pause(self):
+        self.sync()
+        self.seconds += time.perf_counter() - self.start
+
+
+class Run:
+    """Everything around the model: processes, device, precision, clock, log, progress bar, checkpoints, states."""
+
+    def __init__(self, task, config, options, given):
+        self.task, self.config, self.options, self.given = task, config, options, given
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        self.clock = Clock(self.device)
+        self.file, self.signals, self.failed = None, [], False
+        self.step, self.tokens, self.flops, self.loading, self.val_loss = 0, 0, 0.0, 0.0, math.nan
+        self.data_sha256, self.compile_seconds, self.graphs = "none", 0.0, 0
+
+    def slice(self, batch):
+        """This rank's part of a global batch."""
+        if batch % self.world:
+            raise Fault(f"a batch of {batch} cannot be divided among {self.world} processes")
+        return slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
+
+    def choose_precision(self, rows, dim, hidden):
+        """Set precision and the peak in FLOP/s that MFU is relative to. A product of the model is (rows, dim, hidden).
+
+        auto on a CPU is what multiplies matrices of this shape faster: bf16 with AMX by far, fp32 on most others, where
+        bf16 can take seven times as long. On CUDA it is bf16 from compute capability 8.0 on.
+        """
+        self.precision = self.options.precision
+        if self.device.type == "cuda":
+            if self.precision == "auto":
+                self.precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+            dtype = PRECISIONS[self.precision]
+            self.peak = matmul_flops(self.device, dtype, 8192, 8192, 8192, 0.5)  # smaller ones leave it idle
+            return
+        flops = {name: matmul_flops(self.device, dtype, rows, dim, hidden) for name, dtype in PRECISIONS.items()}
+        if self.precision == "auto":
+            self.precision = max(flops, key=flops.get)
+        decision = [self.precision, max(flops.values())]
+        if self.world > 1:  # one run, one precision
+            dist.broadcast_object_list(decision)
+        self.precision, self.peak = decision
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def open_log(self):
+        """Rank 0's log file: the source and the settings, then lines that also reach the console through say."""
+        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.task}-{self.config.track}-{self.config.seed}"
+        if self.rank:
             return
         try:
             for folder in ("logs", "samples", "records", "checkpoints"):
@@ -224,49 +336,224 @@ class Log:
             raise Fault(f"cannot write the log: {error}") from None
         git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
                                                      text=True).stdout.strip()
-        settings = {"config": dataclasses.asdict(config), "argv": sys.argv[1:], "overrides": overrides,
-                    "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-                    "threads": torch.get_num_threads(), "hardware": hardware(device), "precision": precision,
-                    "git": git or None}
+        settings = {"config": vars(self.config), "options": vars(self.options), "argv": sys.argv[1:],
+                    "overrides": self.given, "python": platform.python_version(), "torch": torch.__version__,
+                    "cuda": torch.version.cuda, "threads": torch.get_num_threads(), "hardware": hardware(self.device),
+                    "precision": self.precision, "git": git or None}
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
-        if precision == "fp32" and device.type == "cuda":
-            self.say("precision: fp32, this GPU is older than bfloat16 (compute capability 8.0)")
+        if self.precision == "fp32" and self.device.type == "cuda":
+            self.say("precision: fp32, because bf16 needs a GPU of compute capability 8.0 or was not asked for")
 
     def say(self, line):
         if self.file:
             self.file.write(line + "\n")
             tqdm.write(line)
 
+    def count_graphs(self):
+        """How many graphs torch.compile has made so far."""
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
-def finite(loss, step):
-    """Stop at the first loss that is no number: every later one would be none either."""
-    if not math.isfinite(loss):
-        raise Fault(f"the loss is {loss} at step {step}: lower the learning rate")
-    return loss
-# --- end: setup ---
+    @contextlib.contextmanager
+    def warm_up(self, model):
+        """For untimed steps on dummy data: afterwards the weights are what they were before."""
+        start, weights = time.perf_counter(), copy.deepcopy(model.state_dict())
+        yield
+        model.load_state_dict(weights)
+        self.compile_seconds = time.perf_counter() - start
+        self.graphs = self.count_graphs()
+
+    def start(self):
+        """Start the clock and the bar. SIGTERM, as SLURM sends it, and Ctrl-C save the state; a second one ends it."""
+        def stop(number, frame):
+            self.signals.append(number)
+            signal.signal(number, signal.default_int_handler)
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        self.bar = tqdm(total=self.config.num_steps, disable=self.rank > 0, unit="step", dynamic_ncols=True)
+        self.clock.go()
+
+    def fetch(self, loader):
+        """The loader's next batch. The time it takes is training time, and counted apart as well."""
+        start = time.perf_counter()
+        batch = loader()
+        self.loading += time.perf_counter() - start
+        return batch
+
+    def check(self, loss):
+        """Abort on a non-finite loss."""
+        if not math.isfinite(loss):
+            raise Fault(f"the loss is {loss} at step {self.step}: lower the learning rate")
+
+    def progress(self, loss):
+        """Count a step whose loss, this rank's part of it, is a tensor. Each tenth is looked at."""
+        self.step += 1
+        if self.step % 10 == 0:
+            loss = loss.item() * self.world
+            self.check(loss)
+            self.bar.set_postfix(loss=f"{loss:.3f}")
+        self.bar.update(self.step - self.bar.n)
+
+    def evaluation(self, val_loss):
+        self.val_loss, milliseconds = val_loss, 1000 * self.clock.seconds
+        self.say(f"step:{self.step}/{self.config.num_steps} val_loss:{val_loss:.4f} train_time:{milliseconds:.0f}ms "
+                 f"step_avg:{milliseconds / max(1, self.step):.2f}ms")
+
+    def next_action(self):
+        """After a step: "stop" once a signal has reached any rank, "save" every save_every steps, else ""."""
+        stop = bool(self.signals)
+        if self.world > 1:  # ranks hear of it at different steps: they agree on each tenth
+            asked, stop = stop, False
+            if self.step % 10 == 0:
+                flag = torch.tensor(float(asked), device=self.device)
+                dist.all_reduce(flag)
+                stop = bool(flag)
+        if self.step == self.config.num_steps:
+            return ""
+        due = self.options.save_every and self.step % self.options.save_every == 0
+        return "stop" if stop else "save" if due else ""
+
+    def save_state(self, action, model, muon, adam, loader):
+        """Save all that the rest of the run depends on, for any number of processes. "stop" then ends this one."""
+        self.clock.pause()
+        counters = {name: getattr(self, name) for name in ("step", "flops", "loading")}
+        state = {"config": vars(self.config), "data_sha256": self.data_sha256, "seconds": self.clock.seconds,
+                 "counters": counters | {"tokens": int(self.tokens)}, "adam": adam.state_dict(),
+                 "model": get_model_state_dict(model, options=FULL_STATE), "loader": loader.state_dict(),
+                 "muon": muon.momentum_buffers() if muon else []}
+        path = ROOT / (self.options.resume or f"checkpoints/{self.run_id}.state.pt")
+        problem = write_safely(path, lambda part: torch.save(state, part)) if self.rank == 0 else ""
+        self.say(problem or f"state of step {self.step} in {path}")
+        if action == "stop":
+            self.say(f"stopped: continue with the same command and --resume={path}")
+            if self.world > 1:
+                dist.destroy_process_group()
+            sys.exit(1 if problem else 0)
+        self.clock.go()
+
+    def read_state(self):
+        """What save_state wrote of this run. It may go on for more steps than planned, or be evaluated more often."""
+        path, config = self.options.resume, vars(self.config)
+        try:
+            state = torch.load(ROOT / path, map_location="cpu", weights_only=True)
+            saved, step = state["config"], state["counters"]["step"]
+        except Exception as error:  # torch.load raises many kinds
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise Fault(f"--resume={path} is not the state of a run ({reason})") from None
+        fixed = set(config) - {"num_steps", "eval_every", "target", "shard"}
+        if different := [f"--{key}={saved.get(key)}" for key in sorted(fixed) if saved.get(key) != config[key]]:
+            raise Fault(f"--resume={path} is of a run with {' '.join(different)}: pass the same")
+        if state["data_sha256"] != self.data_sha256:
+            raise Fault(f"--resume={path} is of a run on other training data")
+        if step > self.config.num_steps:
+            raise Fault(f"--resume={path} is at step {step}, beyond --num_steps={self.config.num_steps}")
+        return state
+
+    def load_state(self, state, model, muon, adam, loader):
+        """Put what read_state found back to where it came from. The clock resumes where it was."""
+        set_model_state_dict(model, state["model"], options=FULL_STATE)
+        if muon:
+            muon.load_momentum_buffers(state["muon"])
+        adam.load_state_dict(state["adam"])
+        loader.load_state_dict(state["loader"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        planned, num_steps = state["config"]["num_steps"], self.config.num_steps
+        if planned != num_steps:
+            self.say(f"{planned} steps were planned, {num_steps} are now: from step {self.step} on the learning rates "
+                     "are those of the longer run")
+        self.bar.update(self.step)
+        self.clock.seconds = state["seconds"]
+        self.clock.go()
+
+    def result(self, model, eval_sha256, numbers):
+        """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.bar.close()
+        self.check(self.val_loss)
+        seconds, tokens = max(self.clock.seconds, 1e-9), int(self.tokens)
+        weights = get_model_state_dict(model, options=FULL_STATE)
+        footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
+                  "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
+                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens,
+                  "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
+                  "reached": self.val_loss <= self.config.target, "train_seconds": round(self.clock.seconds, 3),
+                  "compile_seconds": round(self.compile_seconds, 1), "recompiles": self.count_graphs() - self.graphs,
+                  "loader_share": round(self.loading / seconds, 4), "tokens_per_second": round(tokens / seconds),
+                  "mfu": round(self.flops / seconds / self.peak / self.world, 4),
+                  "matmul_peak_tflops": round(self.peak / 1e12, 2), "peak_memory_mib": peak_memory_mib(self.device),
+                  "data_sha256": self.data_sha256, "eval_sha256": eval_sha256,
+                  "overrides": " ".join(f"--{key}={value}" for key, value in self.given.items()) or "none"}
+        if self.rank == 0:
+            if self.options.save:
+                path = ROOT / "checkpoints" / f"{self.run_id}.safetensors"
+                half = {name: value.half().contiguous().cpu() for name, value in weights.items()}
+                about = {"config": json.dumps(vars(self.config)), "model_sha256": model_sha256()}
+                problem = write_safely(path, lambda part: save_file(half, part, about))
+                self.failed = bool(problem)
+                self.say(problem or f"weights in {path}")
+            for key, value in footer.items():
+                self.say(f"{key}: {value}")
+            with open(ROOT / "records" / "runs.jsonl", "a") as file:
+                file.write(json.dumps({"run_id": self.run_id, **footer}) + "\n")
+        if self.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def prepare_show(self, **data):
+        """data/show.py with all it needs to draw samples, opened before the clock starts. None without that file."""
+        if self.rank or not (ROOT / "data" / "show.py").exists():
+            return None
+        sys.path.insert(0, str(ROOT / "data"))
+        import show
+        return show.prepare(sys.modules[__name__], self, **data)
+
+    def show(self, prepared, model):
+        """Draw samples and measure their quality: whatever fails here is one sentence, the result is filed."""
+        if prepared:
+            try:
+                with self.autocast(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                    numbers = prepared.show(model)
+                for key, value in numbers.items():
+                    self.say(f"{key}: {value}")
+            except (Exception, KeyboardInterrupt) as error:
+                self.say(f"no samples ({type(error).__name__}: {error}); the result above is filed")
+                self.failed = True
+        if self.failed:
+            sys.exit(1)
+# --- end: run ---
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
-def read_rows(config):
-    """Training tokens (N, L) int16, labels (N,), what meta.json says of both, and the sha256 of how they were made."""
-    folder, make = ROOT / config.data, "python data/scenes.py --objects" + " --size=128" * (config.track == "gpu")
+TEXT_LENGTH, TEXT_ROWS = 64, 2000  # bytes per row of --data=text, and its validation rows
+
+
+def read_shards(folder, modalities):
+    """Training tokens (N, L) and labels (N,) uint16, memory maps, and the sha256 of how they were made."""
+    folder = ROOT / folder
+    size = 8 * math.isqrt(modalities["rgb"]["length"])
+    make = "python data/scenes.py --objects" if size == 64 else f"python data/scenes.py --objects --size={size}"
     if not (folder / "meta.json").exists():
-        raise Fault(f"no training data in {folder}: make it with `{make}`")
+        raise Fault(f"no training data in {folder}: our own is made with `{make}`")
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        arrays = {m: np.load(folder / f"{m}.npy", allow_pickle=False) for m in ("rgb", "label")}
+        if meta["modalities"] != modalities:
+            raise ValueError("another vocabulary or length than the frozen validation set")
+        arrays = {m: np.load(folder / f"{m}.npy", mmap_mode="r", allow_pickle=False) for m in ("rgb", "label")}
         for m, array in arrays.items():
-            if array.dtype != np.uint16 or array.shape != (meta["num"], meta["modalities"][m]["length"]):
+            if array.dtype != np.uint16 or array.shape != (meta["num"], modalities[m]["length"]):
                 raise ValueError(f"{m}.npy holds {array.dtype} {array.shape}")
-            if int(array.max()) >= meta["modalities"][m]["vocab"]:
-                raise ValueError(f"{m}.npy holds {array.max()} of a vocabulary of {meta['modalities'][m]['vocab']}")
+            if int(array.max()) >= modalities[m]["vocab"]:
+                raise ValueError(f"{m}.npy holds {array.max()} of a vocabulary of {modalities[m]['vocab']}")
         recipe = {key: meta[key] for key in ("name", "version", "size", "num", "seed", "tokenizer")}
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise Fault(f"{folder} is damaged ({error}): delete it and run `{make}`") from None
-    tokens, labels = (torch.from_numpy(arrays[m].astype(np.int16)) for m in ("rgb", "label"))
-    return tokens, labels[:, 0], meta["modalities"], hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        raise Fault(f"{folder} cannot be trained on ({error}): our own set is made again with `{make}`, once it is "
+                    "moved away") from None
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()  # not of the tokens: rounding differs
+    return arrays["rgb"], arrays["label"][:, 0], digest
 
 
 # --- copied: read bin ---
@@ -281,21 +568,43 @@ def read_bin(path):
 # --- end: read bin ---
 
 
-def read_text(length=64, rows=2000):
-    """The same for a text: a byte stream cut into rows without labels; and validation rows with seeded masks."""
+def read_text(split):
+    """The bytes of data/shakespeare as rows (N, L) uint16, a memory map; what is over is left out."""
     folder = ROOT / "data" / "shakespeare"
-    if not (folder / "train.bin").exists():
-        raise Fault(f"no data in {folder}: make it with `python data/{folder.name}.py`")
+    if not (folder / f"{split}.bin").exists():
+        raise Fault(f"no {split}.bin in {folder}: make it with `python data/shakespeare.py`")
     try:
-        train, val = (torch.from_numpy(read_bin(folder / f"{name}.bin").astype(np.int16)) for name in ("train", "val"))
+        stream = read_bin(folder / f"{split}.bin")
+        rows = stream[:len(stream) // TEXT_LENGTH * TEXT_LENGTH].reshape(-1, TEXT_LENGTH)
+        if not len(rows) or int(rows.max()) > 255:
+            raise ValueError(f"{split}.bin is shorter than {TEXT_LENGTH} bytes, or tokens of it are no bytes")
     except (OSError, ValueError) as error:
-        raise Fault(f"{folder} is damaged ({error}): delete it and run `python data/{folder.name}.py`") from None
-    train, val = (part[:len(part) // length * length].view(-1, length) for part in (train, val))
-    modalities = {"rgb": {"length": length, "vocab": 256}, "label": {"length": 1, "vocab": 1}}
-    labels = lambda part: torch.zeros(len(part), dtype=torch.long)
-    masked = draw_masks(len(val[:rows]), length, torch.Generator().manual_seed(0))
-    frozen = val[:rows].long(), labels(val[:rows]), masked[torch.randperm(len(masked))]
-    return (train, labels(train), modalities, "none"), (*frozen, modalities, "none")
+        raise Fault(f"{folder} cannot be used ({error}): our own text is made again with `python data/shakespeare.py`, "
+                    "once it is moved away") from None
+    return rows
+
+
+def read_frozen_text():
+    """What read_frozen returns, of a text: rows without labels, and seeded masks."""
+    tokens = torch.from_numpy(read_text("val")[:TEXT_ROWS].astype(np.int64))
+    rng = torch.Generator().manual_seed(0)
+    masked = draw_masks(*tokens.shape, rng)
+    masked = masked[torch.randperm(len(masked), generator=rng)]  # rows with few masked tokens come first
+    modalities = {"rgb": {"length": TEXT_LENGTH, "vocab": 256}, "label": {"length": 1, "vocab": 1}}
+    return tokens, torch.zeros(len(tokens), dtype=torch.long), masked, modalities, "none"
+
+
+def read_train(config, modalities):
+    """Training tokens (N, L), labels (N,) and the sha256 of how they were made."""
+    if config.data == "text":
+        tokens = read_text("train")
+        labels = np.zeros(len(tokens), np.uint16)
+        digest = "none"
+    else:
+        tokens, labels, digest = read_shards(config.data, modalities)
+    if config.batch > len(tokens):
+        raise Fault(f"--batch={config.batch} is more than the {len(tokens)} training examples there are")
+    return tokens, labels, digest
 
 
 # --- copied: loader ---
@@ -304,27 +613,145 @@ class Loader:
 
     def __init__(self, tensors, batch, seed, device):
         self.tensors, self.batch = [tensor.to(device) for tensor in tensors], batch
-        if batch > len(tensors[0]):
-            raise Fault(f"a batch of {batch} is more than the {len(tensors[0])} training examples there are")
         self.rng = torch.Generator(device).manual_seed(seed)
-        self.order, self.next = torch.empty(0, dtype=torch.long, device=device), 0
+        self.order = torch.empty(0, dtype=torch.long, device=device)
+        self.next = 0
 
     def __call__(self):
         if self.next + self.batch > len(self.order):
-            rows = len(self.tensors[0])
-            self.order, self.next = torch.randperm(rows, generator=self.rng, device=self.order.device), 0
+            self.order = torch.randperm(len(self.tensors[0]), generator=self.rng, device=self.order.device)
+            self.next = 0
         self.next += self.batch
         rows = self.order[self.next - self.batch:self.next]
         return [tensor[rows] for tensor in self.tensors]
+
+    def state_dict(self):
+        return {"rng": self.rng.get_state(), "order": self.order, "next": self.next}
+
+    def load_state_dict(self, state):
+        self.rng.set_state(state["rng"])
+        self.order, self.next = state["order"].to(self.order.device), state["next"]
 # --- end: loader ---
 
 
 def draw_masks(B, L, rng):
-    """m ~ U{1..L} of L places masked at random in each of B rows: (B, L) bool. The rows' m are spread evenly over 1..L,
-    which makes a batch's loss less of a gamble than independent draws do."""
+    """m ~ U{1..L} of L places masked at random in each of B rows: (B, L) bool. The rows' m, in ascending order, are
+    spread evenly over 1..L, which makes a batch's loss less of a gamble than independent draws do."""
     even = (torch.arange(B, device=rng.device) + torch.rand(1, generator=rng, device=rng.device)) / B
     count = 1 + (even * L).long().clamp(max=L - 1)[:, None]
     return torch.rand(B, L, generator=rng, device=rng.device).argsort(1).argsort(1) < count
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Muon
+
+# --- copied: muon ---
+POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
+         (2.3465, -1.7098, 0.4232))  # Polar Express (arXiv:2505.16932), five steps
+
+
+def orthogonalise(G, dtype=torch.bfloat16):
+    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; computed in dtype."""
+    tall = G.size(1) > G.size(2)
+    X = G.to(dtype)
+    X = X.mT if tall else X
+    X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
+    for a, b, c in POLAR:
+        A = X @ X.mT
+        X = a * X + (b * A + c * (A @ A.mT)) @ X  # A is symmetric
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon:
+    """Nesterov momentum, then an orthogonalised step, for matrices (kellerjordan.github.io/posts/muon).
+
+    Matrices of one shape are a stack, divided among the ranks: each adds up the gradients of its own matrices, keeps
+    their momentum and sends their update to all. Messages of one stack travel while another is computed.
+    """
+
+    def __init__(self, params, momentum, rank=0, world=1, dtype=torch.bfloat16):
+        self.momentum, self.rank, self.world, self.dtype = momentum, rank, world, dtype
+        by_shape = {}
+        for p in params:
+            by_shape.setdefault(p.shape, []).append(p)
+        self.stacks = []  # (parameters, this rank's momentum buffers)
+        for shape, stack in by_shape.items():
+            per_rank = -(-len(stack) // world)  # the last rank's part is filled up with zeros
+            self.stacks.append((stack, torch.zeros(per_rank, *shape, device=stack[0].device)))
+
+    def gather(self, shard, wait=True):
+        """The parts of all ranks (k, rows, columns) in a row, and a handle to wait for before they are read."""
+        if self.world == 1:
+            return shard, None
+        whole = shard.new_empty(self.world * len(shard), *shard.shape[1:])
+        return whole, dist.all_gather_into_tensor(whole, shard.contiguous(), async_op=not wait)
+
+    @torch.no_grad()
+    def step(self, lr):
+        """Move the parameters by their gradients, summed over the ranks; one without a gradient has a zero one."""
+        handles = []
+        for params, buffer in self.stacks:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            grads += [torch.zeros_like(params[0])] * (self.world * len(buffer) - len(params))
+            grads = torch.stack(grads)
+            if self.world == 1:
+                handles.append((grads, None, grads))
+            else:
+                shard = torch.empty_like(buffer)
+                handle = dist.reduce_scatter_tensor(shard, grads, async_op=True)
+                handles.append((shard, handle, grads))  # grads must live until they are sent
+        updates = []
+        for (_, buffer), (shard, handle, _) in zip(self.stacks, handles):
+            if handle:
+                handle.wait()
+            buffer.lerp_(shard, 1 - self.momentum)
+            shard = orthogonalise(shard.lerp_(buffer, self.momentum), self.dtype)
+            updates.append((*self.gather(shard, wait=False), shard))  # so must the shard
+        for (params, _), (update, handle, _) in zip(self.stacks, updates):
+            if handle:
+                handle.wait()
+            rows, columns = params[0].shape
+            torch._foreach_add_(params, list(update[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+
+    def momentum_buffers(self):
+        """The momentum of each stack, gathered: (matrices, rows, columns)."""
+        return [self.gather(buffer)[0][:len(params)] for params, buffer in self.stacks]
+
+    def load_momentum_buffers(self, buffers):
+        for (params, shard), whole in zip(self.stacks, buffers):
+            first, last = (min(r * len(shard), len(params)) for r in (self.rank, self.rank + 1))
+            shard[:last - first] = whole[first:last].to(shard.device)
+# --- end: muon ---
+
+
+# --- copied: sum gradients ---
+def sum_gradients(optimizer, world):
+    """Add up the gradients of an optimizer's parameters over all ranks, in one flat message. Where a rank has none it
+    sends zeros: every rank must take part."""
+    if world == 1:
+        return
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = part.view_as(p)
+# --- end: sum gradients ---
+
+
+# --- copied: schedule ---
+def schedule(step, config):
+    """Share of the peak learning rates: 1, then linearly down to 0."""
+    return min(1.0, (1 - step / config.num_steps) / config.cooldown)
+# --- end: schedule ---
+
+
+def make_optimizers(model, config, run):
+    """Muon for the blocks' matrices, Adam for embeddings and heads; every parameter is in exactly one."""
+    hidden, rest = [], []
+    for name, p in model.named_parameters():
+        (hidden if "blocks" in name or "mix" in name else rest).append(p)
+    muon = Muon(hidden, config.momentum, run.rank, run.world, PRECISIONS[run.precision])
+    return muon, torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -332,7 +759,10 @@ def draw_masks(B, L, rng):
 
 # --- copied: attend ---
 def attend(q, k, v, visible=None):
-    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D); visible (B, N): keys that may be seen, None: all."""
+    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D); visible (B, N): keys that may be seen, None: all.
+
+    A query that may see nothing gets zeros.
+    """
     mask = None if visible is None else visible[:, None, None]
     if q.is_cuda or v.dtype == torch.float32:
         return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, attn_mask=mask)
@@ -340,7 +770,8 @@ def attend(q, k, v, visible=None):
     scores = (q * q.size(-1) ** -0.5) @ k.mT
     if mask is not None:
         scores = scores.masked_fill(~mask, -3e4)
-    return scores.softmax(-1).type_as(v) @ v
+    weights = scores.softmax(-1).type_as(v)
+    return (weights if mask is None else weights * mask.any(-1, keepdim=True)) @ v
 # --- end: attend ---
 
 
@@ -349,13 +780,17 @@ def attend(q, k, v, visible=None):
 
 # --- copied: norm ---
 def norm(x):
-    return F.layer_norm(x, (x.size(-1),))  # one kernel on a CPU, rms_norm is many: in 4M 0.146 s a step, not 0.171
+    return F.layer_norm(x, (x.size(-1),))  # one kernel on a CPU, rms_norm is many: in 4M 0.146 s per step, not 0.171
 
 
 class Linear(nn.Linear):
     def __init__(self, inside, outside):
         super().__init__(inside, outside, bias=False)
 # --- end: norm ---
+
+
+def split_heads(x, head_dim):
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -365,8 +800,9 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
 
     def forward(self, x):
-        heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        q, k, v = norm(heads(self.q(x))), norm(heads(self.k(x))), heads(self.v(x))
+        q = norm(split_heads(self.q(x), self.head_dim))
+        k = norm(split_heads(self.k(x), self.head_dim))
+        v = split_heads(self.v(x), self.head_dim)
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -385,47 +821,53 @@ class Block(nn.Module):
 
 
 class MaskGIT(nn.Module):
-    """A token is a pair of digits (a, b): embedded as the sum of both and of the pair, predicted as p(a) p(b | a), so
-    that codes which look alike share what is learned and no softmax has 4096 classes."""
+    """Encoder over all places, masked ones included.
+
+    A token is a pair of digits (a, b): embedded as the sum of both and of the pair, predicted as p(a) p(b | a), so that
+    codes which look alike share what is learned and no softmax has 4096 classes.
+    """
 
     def __init__(self, config, modalities):
         super().__init__()
-        C, self.vocab, self.length = config.dim, modalities["rgb"]["vocab"], modalities["rgb"]["length"]
-        self.labels, self.digit = modalities["label"]["vocab"], math.isqrt(self.vocab)
-        assert self.digit ** 2 == self.vocab
-        self.embed_a, self.embed_b = nn.Embedding(self.digit, C), nn.Embedding(self.digit, C)
+        C = config.dim
+        self.vocab, self.length = modalities["rgb"]["vocab"], modalities["rgb"]["length"]
+        self.num_labels = modalities["label"]["vocab"]
+        self.base = math.isqrt(self.vocab)  # of the digits
+        self.embed_a, self.embed_b = nn.Embedding(self.base, C), nn.Embedding(self.base, C)
         self.embed_pair, self.embed_mask = nn.Embedding(self.vocab, C), nn.Embedding(1, C)
         self.embed_position = nn.Embedding(self.length, C)
-        self.embed_label = nn.Embedding(self.labels + 1, C)  # the last one: no label
+        self.embed_label = nn.Embedding(self.num_labels + 1, C)  # the last one: no label
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head_a, self.head_b = Linear(C, self.digit), Linear(C, self.digit)
-        self.embed_first, self.mix = nn.Embedding(self.digit, C), Linear(C, C)  # p(b | a) is a small MLP of both
+        self.head_a, self.head_b = Linear(C, self.base), Linear(C, self.base)
+        self.embed_first, self.mix = nn.Embedding(self.base, C), Linear(C, C)  # p(b | a) is a small MLP of both
 
     def forward(self, tokens, labels, masked):
         """Final states (B, L, C) for tokens (B, L), those where masked (B, L) hidden, and labels (B,)."""
-        pairs = (self.embed_b.weight[:, None] + self.embed_a.weight).flatten(0, 1)  # id = a + digit * b
+        pairs = (self.embed_b.weight[:, None] + self.embed_a.weight).flatten(0, 1)  # id = a + base * b
         table = torch.cat([pairs + self.embed_pair.weight, self.embed_mask.weight])
         x = F.embedding(tokens.masked_fill(masked, self.vocab), table)
-        x = norm(x + self.embed_position.weight + self.embed_label(labels)[:, None])
+        x = norm(x + self.embed_position.weight + self.embed_label(labels)[:, None])  # (B, L, C)
         for block in self.blocks:
             x = block(x)
         return norm(x)
 
-    def second_digit(self, y, a):
-        """Logits of b given states y (..., C) and first digits a (...)."""
+    def logits_b(self, y, a):
+        """Logits of the second digit given states y (..., C) and first digits a (...)."""
         return self.head_b(F.relu(self.mix(y) + self.embed_first(a)).square())
 
-    def nats(self, y, ids):
-        """Cross-entropy (n,) of ids (n,) given states y (n, C)."""
-        a, b = ids % self.digit, ids // self.digit
+    def nll(self, y, ids):
+        """Cross-entropy (N,) of ids (N,) given states y (N, C)."""
+        a, b = ids % self.base, ids // self.base
         first = F.cross_entropy(self.head_a(y).float(), a, reduction="none")
-        return first + F.cross_entropy(self.second_digit(y, a).float(), b, reduction="none")
+        return first + F.cross_entropy(self.logits_b(y, a).float(), b, reduction="none")
 
     def log_probabilities(self, y):
-        """Of all tokens, (n, vocab), given states y (n, C)."""
-        a, log = torch.arange(self.digit, device=y.device), lambda logits: F.log_softmax(logits.float(), -1)
-        joint = [log(self.second_digit(rows[:, None], a)).transpose(1, 2) + log(self.head_a(rows))[:, None]
-                 for rows in y.split(512)]  # (rows, b, a)
+        """Of all tokens, (N, vocab), given states y (N, C)."""
+        a, joint = torch.arange(self.base, device=y.device), []
+        for rows in y.split(512):
+            log_b = self.logits_b(rows[:, None], a).float().log_softmax(-1)  # (rows, a, b)
+            log_a = self.head_a(rows).float().log_softmax(-1)
+            joint.append(log_b.transpose(1, 2) + log_a[:, None])  # (rows, b, a)
         return torch.cat(joint).flatten(1)
 
 
@@ -445,30 +887,61 @@ def init_weights(model):
 # Loss
 
 def masked_nats(model, tokens, labels, masked):
-    """Cross-entropy (n,) in nats of the n tokens (B, L) that masked (B, L) marks, given all others and labels (B,)."""
-    return model.nats(model(tokens, labels, masked)[masked], tokens[masked])
+    """Cross-entropy (N,) in nats of the N tokens (B, L) that masked (B, L) marks, given all others and labels (B,)."""
+    return model.nll(model(tokens, labels, masked)[masked], tokens[masked])
+
+
+def train_step(step, tokens, labels, rng, model, muon, adam, config, run):
+    """One step on a global batch (B, L): this rank's part of its loss."""
+    masked = draw_masks(*tokens.shape, rng)
+    dropped = torch.rand(len(labels), generator=rng, device=labels.device) < config.label_drop
+    labels = labels.masked_fill(dropped, model.num_labels)
+    shard = slice(run.rank, None, run.world)  # not a run of rows: draw_masks has heavily masked ones last
+    with run.autocast():
+        nll = masked_nats(model, tokens[shard], labels[shard], masked[shard])
+        loss = nll.sum() / masked.sum()
+    loss.backward()
+    sum_gradients(adam, run.world)
+    factor = schedule(step, config)
+    muon.step(config.muon_lr * factor)
+    adam.param_groups[0]["lr"] = config.adam_lr * factor
+    adam.step()
+    model.zero_grad(set_to_none=True)
+    return nll.detach().mean() / run.world  # ranks have almost, not quite as many masked tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 
-SCHEDULES = {"constant": lambda t: 1 - t, "cosine": lambda t: math.cos(math.pi / 2 * t),
-             "exponential": lambda t: 1 - math.expm1(3 * t) / math.expm1(3)}  # share still masked at progress t
+SCHEDULES, ORDERS = ("constant", "cosine", "exponential"), ("confidence", "random", "halton")
+
+
+def share_masked(schedule, progress):
+    """Share of the tokens that is still masked at a progress of 0 to 1."""
+    if schedule == "constant":
+        return 1 - progress
+    if schedule == "cosine":
+        return math.cos(math.pi / 2 * progress)
+    return 1 - math.expm1(3 * progress) / math.expm1(3)
+
+
+def radical_inverse(i, base):
+    """The digits of i in a base, mirrored at the point: a number from 0 to 1."""
+    value, scale = 0.0, 1.0
+    while i:
+        scale /= base
+        value += i % base * scale
+        i //= base
+    return value
 
 
 def halton_order(side):
     """The cells of a grid (side * side,) in the order of the 2-D Halton sequence, which spreads them evenly
     (arXiv:2503.17076)."""
-    def radical_inverse(i, base):
-        value, scale = 0.0, 1.0
-        while i:
-            scale, (i, digit) = scale / base, divmod(i, base)
-            value += digit * scale
-        return value
-
     cells, i = {}, 1  # a dict keeps the first time of each
     while len(cells) < side * side:
-        cells.setdefault(int(radical_inverse(i, 2) * side) * side + int(radical_inverse(i, 3) * side))
+        row, column = int(radical_inverse(i, 2) * side), int(radical_inverse(i, 3) * side)
+        cells.setdefault(row * side + column)
         i += 1
     return torch.tensor(list(cells))
 
@@ -482,10 +955,27 @@ def sharpen(logits, temperature, top_k, top_p):
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p < 1:
         ranked, order = logits.softmax(-1).sort(-1, descending=True)
-        cut = ranked.cumsum(-1) - ranked >= top_p  # the likeliest token always stays
+        cut = ranked.cumsum(-1) - ranked >= top_p
+        cut[..., 0] = False  # the likeliest token always stays
         logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -math.inf)
     return logits
 # --- end: sharpen ---
+
+
+def gumbel(shape, rng):
+    """Gumbel noise: argmax(logits + noise) is a draw from the softmax."""
+    uniform = torch.rand(shape, generator=rng, device=rng.device).clamp(1e-20, 1 - 1e-7)
+    return -(-uniform.log()).log()
+
+
+def predict(model, tokens, labels, masked, guidance):
+    """Logits (N, vocab) of the N masked tokens; guidance: u + guidance * (c - u), u not knowing the label."""
+    logits = model.log_probabilities(model(tokens, labels, masked)[masked])
+    if guidance != 1:
+        unlabelled = torch.full_like(labels, model.num_labels)
+        base = model.log_probabilities(model(tokens, unlabelled, masked)[masked])
+        logits = base + guidance * (logits - base)
+    return logits
 
 
 @torch.no_grad()
@@ -495,87 +985,40 @@ def generate(model, labels, tokens=None, masked=None, steps=12, schedule="cosine
 
     order: "confidence" keeps the likeliest draws, their log-probabilities blurred by Gumbel noise times `noise`, which
     falls to 0; "random" and "halton" fix the places beforehand. guidance: logits u + guidance * (c - u), u not knowing
-    the label. return_history: also a list of (tokens, masked) after each. Fault for an order or schedule there is not.
+    the label. return_history: also a list of (tokens, masked) after each step. Fault for what a setting may not be.
     """
-    if schedule not in SCHEDULES or order not in ("confidence", "random", "halton") or steps < 1:
+    if schedule not in SCHEDULES or order not in ORDERS or steps < 1:
         raise Fault(f"schedule {schedule!r}, order {order!r}, {steps} steps: schedules are {', '.join(SCHEDULES)}, "
-                    "orders are confidence, random and halton, steps at least 1")
+                    f"orders are {', '.join(ORDERS)}, steps at least 1")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise Fault(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: temperature and top_k are at least 0, "
+                    "top_p is above 0 and at most 1")
     B, L, device = len(labels), model.length, labels.device
     rng = torch.Generator(device).manual_seed(seed)
-    uniform = lambda *shape: torch.rand(shape, generator=rng, device=device).clamp(1e-20, 1 - 1e-7)
-    gumbel = lambda *shape: -(-uniform(*shape).log()).log()
     tokens = torch.zeros(B, L, dtype=torch.long, device=device) if tokens is None else tokens.clone()
     masked = torch.ones(B, L, dtype=torch.bool, device=device) if masked is None else masked.clone()
-    total, history = masked.sum(1, keepdim=True), []
-    rank = uniform(B, L).argsort(1).argsort(1).float()  # in which order places are due, unless confidence decides
+    total = masked.sum(1, keepdim=True)
+    history = []
+    rank = torch.rand(B, L, generator=rng, device=device).argsort(1).argsort(1).float()  # when a place is filled in
     if order == "halton" and math.isqrt(L) ** 2 == L:
         rank = halton_order(math.isqrt(L)).argsort().to(device).float().expand(B, L)
     for step in range(steps):
         progress = (step + 1) / steps
-        y = model(tokens, labels, masked)[masked]  # (n, C) of all masked places
-        logits = model.log_probabilities(y)
-        if guidance != 1:
-            free = model.log_probabilities(model(tokens, torch.full_like(labels, model.labels), masked)[masked])
-            logits = free + guidance * (logits - free)
-        logits = sharpen(logits, temperature, top_k, top_p)
-        ids = (logits + gumbel(*logits.shape)).argmax(-1)  # the Gumbel trick: a draw from the softmax
+        logits = sharpen(predict(model, tokens, labels, masked, guidance), temperature, top_k, top_p)
+        ids = (logits + gumbel(logits.shape, rng)).argmax(-1)
         tokens = tokens.masked_scatter(masked, ids)
-        priority = rank
         if order == "confidence":
-            sure = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0] + noise * (1 - progress) * gumbel(len(ids))
-            priority = torch.zeros(B, L, device=device).masked_scatter(masked, -sure)
-        left = (total * SCHEDULES[schedule](progress)).long().clamp(max=masked.sum(1, keepdim=True) - 1)
-        left = left if step + 1 < steps else torch.zeros_like(left)
-        due = priority.masked_fill(~masked, -math.inf)  # the last `left` of a row stay masked
-        masked = due.argsort(1).argsort(1) >= L - left
+            confidence = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+            confidence += noise * (1 - progress) * gumbel(ids.shape, rng)
+            rank = torch.zeros(B, L, device=device).masked_scatter(masked, -confidence)
+        left = (total * share_masked(schedule, progress)).long()
+        left = left.clamp(max=masked.sum(1, keepdim=True) - 1)  # at least one place per step
+        if step + 1 == steps:
+            left = torch.zeros_like(left)
+        ranked = rank.masked_fill(~masked, -math.inf)  # the last `left` of a row stay masked
+        masked = ranked.argsort(1).argsort(1) >= L - left
         history.append((tokens.masked_fill(masked, 0), masked))
     return (tokens, history) if return_history else tokens
-
-
-def write_samples(model, config, frozen, folder):
-    """Draw samples/maskgit.png and maskgit_steps.gif, or write maskgit.txt: the quality numbers for the footer."""
-    tokens, labels, masked = (part[:12] for part in frozen)
-    if config.data == "text":
-        made = generate(model, labels, steps=model.length, schedule="constant")
-        filled = generate(model, labels, tokens, masked, steps=model.length, schedule="constant")
-        text = lambda row: bytes(row.tolist()).decode("utf-8", "replace").replace("\n", "~")
-        lines = [f"from nothing  {text(row)}" for row in made]
-        for row, hidden, result in zip(tokens, masked, filled):
-            shown = row.masked_fill(hidden, ord("_"))
-            lines += ["", f"given         {text(shown)}", f"filled in     {text(result)}", f"true          {text(row)}"]
-        (folder / "maskgit.txt").write_text("\n".join(lines) + "\n")
-        print("\n".join(lines))
-        return {}
-    import classifier
-    import draw
-    import studio
-    judge, pictures = classifier.load(tokens.device), studio.Studio(tokens.device).pictures
-    classes = torch.arange(model.labels, device=tokens.device)
-    sample = lambda labels, steps=16, **rest: generate(model, labels, steps=steps, guidance=2.0, **rest)
-    numbers, grid, side = {}, classes.repeat_interleave(4), math.isqrt(model.length)
-    rows = ["four draws of every class"]
-    cells = [(picture, classifier.world.CLASSES[i // 4]) for i, picture in enumerate(pictures(sample(grid)))]
-    rows += [cells[i:i + 8] for i in range(0, len(cells), 8)]
-    rows.append("half of the tokens in  >  the whole picture out (four draws)")
-    half = torch.rand(model.length, generator=torch.Generator().manual_seed(0)).argsort() < model.length // 2
-    cover = F.interpolate(half.view(1, 1, side, side).float(), scale_factor=8)[0]
-    hidden = half.to(tokens.device).expand(4, -1)
-    for row, label, true in zip(tokens[:3], labels, pictures(tokens[:3])):
-        made = pictures(generate(model, label.expand(4), row.expand(4, -1), hidden))
-        rows.append([(true * (1 - cover) + 0.15 * cover, "given"), *((p, "filled in") for p in made), (true, "true")])
-    draw.sheet(rows, folder / "maskgit.png")
-    tokens, history = sample(classes, return_history=True)
-    made, frames = pictures(tokens), []  # a token that is placed stays: of the final picture show what there is
-    for _, hidden in history:
-        cover = F.interpolate(hidden.view(-1, 1, side, side).float(), scale_factor=8).cpu()
-        frames.append(made * (1 - cover) + 0.5 * cover)
-    draw.animation(frames, folder / "maskgit_steps.gif")
-    wanted = classes.repeat(config.quality_pictures // model.labels)
-    for steps in (1, 4, 8, 16, 32, 64) if len(wanted) else ():
-        made = F.avg_pool2d(pictures(sample(wanted, steps)), side // 8)  # the judge knows pictures of 64 pixels
-        numbers[f"accuracy_{steps}_steps"] = round(judge.accuracy(made, wanted), 4)
-        numbers[f"frechet_{steps}_steps"] = round(judge.frechet_distance(made, "decoded"), 3)
-    return numbers
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -618,389 +1061,84 @@ def evaluate(model, tokens, labels, masked, config, rank, world):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Optimizers
-
-# --- copied: muon ---
-POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
-         (2.3465, -1.7098, 0.4232))  # Polar Express (arXiv:2505.16932), five steps
-
-
-def gram(X):
-    """X X^T of a stack of matrices (K, rows, columns)."""
-    return X @ X.mT
-
-
-def orthogonalise(G, dtype=torch.bfloat16, gram=gram):
-    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; computed in dtype."""
-    X = G.to(dtype)
-    X = X.mT if G.size(1) > G.size(2) else X
-    X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
-    for a, b, c in POLAR:
-        A = gram(X)
-        X = a * X + (b * A + c * gram(A)) @ X  # A is symmetric: A A is A A^T
-    return (X.mT if G.size(1) > G.size(2) else X).to(G.dtype)
-
-
-class Muon:
-    """Nesterov momentum, then an orthogonalised step, for matrices (kellerjordan.github.io/posts/muon).
-
-    Matrices of one shape are a stack, divided among the ranks: each adds up the gradients of its own matrices, keeps
-    their momentum and sends their update to all. Messages of one stack travel while another is computed.
-    """
-
-    def __init__(self, params, momentum, rank=0, world=1, dtype=torch.bfloat16, gram=gram):
-        self.momentum, self.rank, self.world, self.dtype, self.gram = momentum, rank, world, dtype, gram
-        by_shape = {}
-        for p in params:
-            by_shape.setdefault(p.shape, []).append(p)
-        each = lambda ps: -(-len(ps) // world)  # matrices a rank, the last one's filled up with zeros
-        self.stacks = [(ps, torch.zeros(each(ps), *shape, device=ps[0].device)) for shape, ps in by_shape.items()]
-
-    def gather(self, mine, wait=True):
-        """The parts of all ranks (k, rows, columns), one after another, and what to wait for before they are read."""
-        if self.world == 1:
-            return mine, None
-        whole = mine.new_empty(self.world * len(mine), *mine.shape[1:])
-        return whole, dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=not wait)
-
-    @torch.no_grad()
-    def step(self, lr):
-        """Move the parameters by their gradients, summed over the ranks; one without a gradient has a zero one."""
-        sent = []
-        for params, momentum in self.stacks:
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            grads += [torch.zeros_like(params[0])] * (self.world * len(momentum) - len(params))
-            mine, job = torch.stack(grads), None
-            if self.world > 1:
-                grads, mine = mine, torch.empty_like(momentum)
-                job = dist.reduce_scatter_tensor(mine, grads, async_op=True)
-            sent.append((mine, job, grads))  # grads must live until they are sent
-        updates = []
-        for (_, momentum), (mine, job, _) in zip(self.stacks, sent):
-            if job:
-                job.wait()
-            momentum.lerp_(mine, 1 - self.momentum)
-            mine = orthogonalise(mine.lerp_(momentum, self.momentum), self.dtype, self.gram)
-            updates.append((*self.gather(mine, wait=False), mine))  # so must mine
-        for (params, _), (update, job, _) in zip(self.stacks, updates):
-            if job:
-                job.wait()
-            rows, columns = params[0].shape
-            torch._foreach_add_(params, list(update[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
-
-    def momenta(self):
-        """The momentum of each stack, gathered: (matrices, rows, columns)."""
-        return [self.gather(momentum)[0][:len(params)] for params, momentum in self.stacks]
-
-    def load_momenta(self, momenta):
-        for (params, mine), whole in zip(self.stacks, momenta):
-            first, last = (min(r * len(mine), len(params)) for r in (self.rank, self.rank + 1))
-            mine[:last - first] = whole[first:last].to(mine.device)
-# --- end: muon ---
-
-
-def make_optimizers(model, config, rank, world, precision):
-    """Muon for the blocks' matrices, Adam for embeddings and heads; every parameter is in exactly one."""
-    hidden, rest = [], []
-    for name, p in model.named_parameters():
-        (hidden if "blocks" in name or "mix" in name else rest).append(p)
-    return (Muon(hidden, config.momentum, rank, world, PRECISIONS[precision]),
-            torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True))
-
-
-# --- copied: schedule ---
-def schedule(step, config):
-    """Share of the peak learning rates: 1, then linearly down to 0."""
-    return min(1.0, (1 - step / config.num_steps) / config.cooldown)
-# --- end: schedule ---
-
-
-# --- copied: sum gradients ---
-def sum_gradients(optimizer, world):
-    """Add up the gradients of an optimizer's parameters over all ranks, in one flat message. Where a rank has none it
-    sends zeros: every rank must take part."""
-    if world == 1:
-        return
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
-    dist.all_reduce(flat)
-    for p, part in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = part.view_as(p)
-# --- end: sum gradients ---
-
-
-# --- copied: checkpoint ---
-def save_checkpoint(path, model, config):
-    """Weights in half precision with the Config in the file's metadata; a temporary name first."""
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({name: p.half().contiguous().cpu() for name, p in model.state_dict().items()}, part,
-              metadata={"config": json.dumps(dataclasses.asdict(config))})
-    part.replace(path)
-
-
-def load_checkpoint(path, model, config):
-    """Load weights that save_checkpoint wrote for the same architecture."""
-    try:
-        with safe_open(path, "pt") as file:
-            saved = json.loads((file.metadata() or {})["config"])
-            state = {name: file.get_tensor(name).float() for name in file.keys()}
-    except Exception as error:  # safetensors raises its own kinds
-        raise Fault(f"--load={path} is not a checkpoint of this script ({type(error).__name__}: {error})") from None
-    different = [f"{key} {saved.get(key)}" for key in ARCHITECTURE if saved.get(key) != getattr(config, key)]
-    if different:
-        raise Fault(f"--load={path} was trained with {', '.join(different)}: pass the same as overrides")
-    if missing := set(model.state_dict()) ^ set(state):
-        raise Fault(f"--load={path} has other weights than this model, e.g. {sorted(missing)[0]}")
-    if other := [name for name, p in model.state_dict().items() if p.shape != state[name].shape]:
-        raise Fault(f"--load={path} has another shape of {other[0]} than this model: was it trained on other data?")
-    model.load_state_dict(state)
-# --- end: checkpoint ---
-
-
-# --- copied: resume ---
-WHOLE = StateDictOptions(full_state_dict=True)  # of a model that is divided among the ranks too
-CURSOR = ("order", "next", "pending")  # where a Loader is in its data, besides its rng; not each has all
-SIGTERM = []  # filled when the signal arrives: SLURM sends it before it takes a machine back
-
-
-def due(step, config, world, device):
-    """What is to follow a step: "stop" once SIGTERM has reached any rank, "save" every save_every steps, else ""."""
-    stop = bool(SIGTERM)
-    if world > 1:  # ranks hear of it at different steps: they agree on every tenth
-        flag = torch.tensor(float(stop), device=device)
-        if step % 10 == 0:
-            dist.all_reduce(flag)
-        stop = step % 10 == 0 and bool(flag)
-    if step == config.num_steps:
-        return ""
-    return "stop" if stop else "save" if config.save_every and step % config.save_every == 0 else ""
-
-
-def save_state(log, why, progress, config, rank, model, muon, adam, loader):
-    """All that the rest of a run depends on, in one safetensors file, the same for any number of processes; a temporary
-    name first, so that a full disk leaves the state before it. Ends the process if `why` is "stop"."""
-    state = {f"model.{name}": value for name, value in get_model_state_dict(model, options=WHOLE).items()}
-    state |= {f"muon.{i}": value for i, value in enumerate(muon.momenta())} if muon else {}
-    for i, moments in adam.state_dict()["state"].items():
-        state |= {f"adam.{i}.{name}": value for name, value in moments.items()}
-    state |= {f"loader.{name}": torch.as_tensor(getattr(loader, name)) for name in CURSOR if hasattr(loader, name)}
-    state["loader.rng"] = loader.rng.get_state()
-    path = Path(config.resume or ROOT / "checkpoints" / f"{log.run_id}.state.safetensors")
-    part, problem = path.with_name(path.name + ".part"), ""
-    if rank == 0:
-        try:
-            save_file({name: value.detach().cpu().clone() for name, value in state.items()}, part,
-                      metadata={"config": json.dumps(dataclasses.asdict(config)), "progress": json.dumps(progress)})
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            part.replace(path)
-            log.say(f"state of step {progress['step']} in {path}")
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            problem = f"the state of step {progress['step']} could not be saved ({error}); any before it is kept"
-            log.say(problem)
-    if why == "stop":
-        log.say(f"stopped by SIGTERM: go on with the same command and --resume={path}")
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(1 if problem else 0)
-
-
-def read_state(config, data_sha256):
-    """What save_state wrote of this very run: its tensors by name, and its progress."""
-    try:
-        with safe_open(config.resume, "pt") as file:
-            saved, progress = (json.loads((file.metadata() or {})[name]) for name in ("config", "progress"))
-            state = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # safetensors raises its own kinds
-        raise Fault(f"--resume={config.resume} is not the state of a run ({type(error).__name__}: {error})") from None
-    now = dataclasses.asdict(config) | {name: saved.get(name) for name in ("resume", "save_every", "save", "shard")}
-    if different := [f"--{name}={saved.get(name)}" for name in now if saved.get(name) != now[name]]:
-        raise Fault(f"--resume={config.resume} is of a run with {' '.join(different)}: pass the same")
-    if progress["data_sha256"] != data_sha256:
-        raise Fault(f"--resume={config.resume} is of a run on other training data")
-    return state, progress
-
-
-def load_state(state, model, muon, adam, loader):
-    """Put a state that was read back where it came from."""
-    part = lambda start: {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
-    set_model_state_dict(model, part("model."), options=WHOLE)
-    if muon:
-        muon.load_momenta([value for _, value in sorted(part("muon.").items(), key=lambda item: int(item[0]))])
-    moments = {}
-    for name, value in part("adam.").items():
-        moments.setdefault(int(name.partition(".")[0]), {})[name.partition(".")[2]] = value
-    adam.load_state_dict({"state": moments, "param_groups": adam.state_dict()["param_groups"]})
-    loader.rng.set_state(state["loader.rng"])
-    for name in CURSOR:
-        if (value := state.get(f"loader.{name}")) is not None:
-            now = getattr(loader, name)
-            setattr(loader, name, value.to(now.device) if torch.is_tensor(now) else value.tolist())
-# --- end: resume ---
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Training
 
 def flops_per_row(model, config):
     """Matmul FLOPs of a training step for one row; backward is twice forward, half the places go to the heads."""
     L, C = model.length, config.dim
     block = 4 * C * C + 2 * config.mlp_ratio * C * C + 2 * L * C
-    return 6 * L * (config.depth * block + (2 * model.digit + C) * C / 2)
+    heads = (2 * model.base + C) * C
+    return 6 * L * (config.depth * block + heads / 2)
 
 
 def main(argv):
-    config, overrides = read_config(argv)
-    if config.resume and not config.num_steps:
-        raise Fault("--resume goes on with a run: pass its --num_steps, or --load to evaluate a checkpoint")
-    if config.num_steps < 0 or min(config.batch, config.eval_every, config.eval_batch) < 1:
-        raise Fault("num_steps must be at least 0, batch, eval_every and eval_batch at least 1")
-    if config.dim % config.head_dim:
-        raise Fault(f"dim {config.dim} is not a multiple of head_dim {config.head_dim}")
-    rank, world, device = setup()
-    if config.batch % world:
-        raise Fault(f"a batch of {config.batch} pictures cannot be divided among {world} processes")
-    if config.data == "text":
-        train, (*frozen, modalities, eval_sha256) = read_text()
-    else:
-        *frozen, modalities, eval_sha256 = read_frozen(config)
-        train = read_rows(config) if config.num_steps else (None, None, modalities, "none")
-    tokens, labels, found, data_sha256 = train
-    if found != modalities:
-        raise Fault(f"{ROOT / config.data} has another vocabulary or length than the frozen validation set")
-    frozen = [part.to(device) for part in frozen]
-    shape = config.batch // world * modalities["rgb"]["length"], config.dim, config.mlp_ratio * config.dim
-    precision, peak = choose_precision(config.precision, device, world, *shape)
-    torch.manual_seed(config.seed)
-    model = MaskGIT(config, modalities).to(device)
-    init_weights(model)
-    if config.load:
-        load_checkpoint(config.load, model, config)
-    state, progress = read_state(config, data_sha256) if config.resume else (None, {})
-    log = Log("maskgit", config, overrides, rank, device, precision)
-    muon, adam = make_optimizers(model, config, rank, world, precision)
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    if device.type == "cuda":
-        model.compile(fullgraph=True, dynamic=False)
-
-    mine = slice(rank * config.batch // world, (rank + 1) * config.batch // world)
-
-    def train_step(tokens, labels, rng, step):
-        """One step on a global batch (batch, L): this rank's part of its loss."""
-        tokens, labels = tokens.long(), labels.long()
-        masked = draw_masks(*tokens.shape, rng)
-        dropped = torch.rand(len(labels), generator=rng, device=device) < config.label_drop
-        labels = labels.masked_fill(dropped, model.labels)
-        with autocast():
-            loss = masked_nats(model, tokens[mine], labels[mine], masked[mine]).sum() / masked.sum()
-        loss.backward()
-        sum_gradients(adam, world)
-        factor = schedule(step, config)
-        muon.step(config.muon_lr * factor)
-        adam.param_groups[0]["lr"] = config.adam_lr * factor
-        adam.step()
-        model.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    # Warm-up on dummy data, untimed, then everything back to where it was.
-    start = time.perf_counter()
+    config, options, given = read_options(argv)
+    run = Run("maskgit", config, options, given)
+    *frozen, modalities, eval_sha256 = read_frozen_text() if config.data == "text" else read_frozen(config)
+    if options.load:
+        weights, config = read_checkpoint(options.load, config, given)
+        run.config = config
+    check_config(config, run, modalities, *frozen)
     if config.num_steps:
-        before, rng = copy.deepcopy(model.state_dict()), torch.Generator(device).manual_seed(0)
-        dummy = torch.zeros(config.batch, model.length, dtype=torch.long, device=device)
-        for i in range(5):
-            train_step(dummy, dummy[:, 0], rng, i)
-        if device.type == "cuda":  # its shapes are compiled too
-            with autocast():
-                evaluate(model, *frozen, config, rank, world)
-        model.load_state_dict(before)
-        muon, adam = make_optimizers(model, config, rank, world, precision)
-    sync()
-    compile_seconds, compiled = time.perf_counter() - start, graphs()
+        tokens, labels, run.data_sha256 = read_train(config, modalities)
+    rows = config.batch // run.world * modalities["rgb"]["length"]
+    run.choose_precision(rows, config.dim, config.mlp_ratio * config.dim)
+    torch.manual_seed(config.seed)
+    model = MaskGIT(config, modalities).to(run.device)
+    init_weights(model)
+    if options.load:
+        load_weights(model, weights, options.load)
+    if run.device.type == "cuda":
+        model.compile(fullgraph=True, dynamic=False)
+    frozen = [part.to(run.device) for part in frozen]
+    samples = run.prepare_show(modalities=modalities, frozen=frozen)
+    state = run.read_state() if options.resume else None
+    run.open_log()
 
-    # The clock starts here.
-    train_seconds, waited, step = 0.0, 0.0, 0
-    start = time.perf_counter()
-    loader = Loader((tokens, labels), config.batch, config.seed, device) if config.num_steps else None
-    if config.resume:
-        load_state(state, model, muon, adam, loader)
-        step, train_seconds, waited = (progress[name] for name in ("step", "seconds", "waited"))
-        start = time.perf_counter()
-    signal.signal(signal.SIGTERM, lambda *_: SIGTERM.append(True))
-    bar = tqdm(total=config.num_steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
+    if config.num_steps:
+        with run.warm_up(model):
+            muon, adam = make_optimizers(model, config, run)
+            rng = torch.Generator(run.device).manual_seed(0)
+            dummy = torch.zeros(config.batch, model.length, dtype=torch.long, device=run.device)
+            for step in range(5):
+                train_step(step, dummy, dummy[:, 0], rng, model, muon, adam, config, run)
+            if run.device.type == "cuda":  # its shapes are compiled, too
+                with run.autocast():
+                    evaluate(model, *frozen, config, run.rank, run.world)
+    muon, adam = make_optimizers(model, config, run)
+
+    run.start()
+    if config.num_steps:
+        arrays = [torch.from_numpy(array.astype(np.int16)) for array in (tokens, labels)]
+        loader = Loader(arrays, config.batch, config.seed, run.device)
+    if options.resume:
+        run.load_state(state, model, muon, adam, loader)
     while True:
-        last = step == config.num_steps
-        if last or (step % config.eval_every == 0 and step):
-            sync()
-            train_seconds += time.perf_counter() - start
-            with autocast():
-                val_loss = evaluate(model, *frozen, config, rank, world)
-            log.say(f"step:{step}/{config.num_steps} val_loss:{val_loss:.4f} train_time:{1000 * train_seconds:.0f}ms "
-                    f"step_avg:{1000 * train_seconds / max(1, step):.2f}ms")
+        last = run.step == config.num_steps
+        if last or (run.step and run.step % config.eval_every == 0):
+            run.clock.pause()
+            with run.autocast():
+                val_loss = evaluate(model, *frozen, config, run.rank, run.world)
+            run.evaluation(val_loss)
             if last:
                 break
-            sync()
-            start = time.perf_counter()
-        asked = time.perf_counter()
-        batch = loader()
-        waited += time.perf_counter() - asked
-        loss = train_step(*batch, loader.rng, step)
-        step += 1
-        if step % 10 == 0:
-            value = finite(loss.item() * world, step)
-            bar.set_postfix(loss=f"{value:.3f}", seconds=f"{train_seconds + time.perf_counter() - start:.0f}")
-        bar.update()
-        if why := due(step, config, world, device):
-            sync()
-            train_seconds += time.perf_counter() - start
-            progress = {"data_sha256": data_sha256, "step": step, "seconds": train_seconds, "waited": waited}
-            save_state(log, why, progress, config, rank, model, muon, adam, loader)
-            start = time.perf_counter()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    bar.close()
-    finite(val_loss, step)
+            run.clock.go()
+        tokens, labels = run.fetch(loader)
+        loss = train_step(run.step, tokens.long(), labels.long(), loader.rng, model, muon, adam, config, run)
+        run.tokens += config.batch * model.length
+        run.flops += config.batch * flops_per_row(model, config)
+        run.progress(loss)
+        if action := run.next_action():
+            run.save_state(action, model, muon, adam, loader)
 
-    # The result.
-    seen = step * config.batch * model.length
-    flops = step * config.batch * flops_per_row(model, config)
-    footer = {"script": HERE.name, "task": "maskgit", "track": config.track, "seed": config.seed,
-              "world_size": world, "hardware": hardware(device), "precision": precision, "steps": step,
-              "parameters": sum(p.numel() for p in model.parameters()), "tokens": seen,
-              "val_loss": round(val_loss, 5), "target": config.target, "reached": val_loss <= config.target,
-              "train_seconds": round(train_seconds, 3), "compile_seconds": round(compile_seconds, 1),
-              "recompiles": graphs() - compiled, "loader_share": round(waited / max(train_seconds, 1e-9), 4),
-              "tokens_per_second": round(seen / max(train_seconds, 1e-9)),
-              "mfu": round(flops / max(train_seconds, 1e-9) / peak / world, 4),
-              "matmul_peak_tflops": round(peak / 1e12, 2), "peak_memory_mib": round(peak_memory_mib(device)),
-              "data_sha256": data_sha256, "eval_sha256": eval_sha256}
-    if rank == 0:
-        if config.save:
-            save_checkpoint(ROOT / "checkpoints" / f"{log.run_id}.safetensors", model, config)
-        sys.path.insert(0, str(ROOT / "data"))  # turns tokens into pictures, not needed while training
-        with autocast(), torch.compiler.set_stance("force_eager"):  # samples come in other shapes
-            footer.update(write_samples(model, config, frozen, ROOT / "samples"))
-        footer["overrides"] = " ".join(f"--{key}={value}" for key, value in overrides.items()) or "none"
-        for key, value in footer.items():
-            log.say(f"{key}: {value}")
-        with open(ROOT / "records" / "runs.jsonl", "a") as file:
-            file.write(json.dumps({"run_id": log.run_id, **footer}) + "\n")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    run.result(model, eval_sha256, {})
+    run.show(samples, model)
 
 
 # --- copied: start ---
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        record(main)(sys.argv[1:])
     except Fault as fault:
         sys.exit(f"{HERE.name}: {fault}")
-    except RuntimeError as error:  # NCCL and gloo have no kind of their own for a process that is gone
-        if not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)", str(error)):
-            raise
-        print(f"{HERE.name}: another process of this run has ended, see its message ({str(error).splitlines()[0]}); "
-              "--resume goes on from a saved state", file=sys.stderr, flush=True)
-        os._exit(1)  # the usual way out waits for the other process
 # --- end: start ---

@@ -141,8 +141,8 @@ def work(out, argv):
         timed(dist, name, "messages", 1)
     timed(dist, "all_reduce", "messages", 2)
     timed(train_4m.Loader, "__call__", "loader")
-    timed(train_4m, "draw_places", "masking")
-    timed(train_4m, "target_shares", "masking")
+    timed(train_4m, "draw_positions", "masking")
+    timed(train_4m, "target_weights", "masking")
     timed(torch.optim.Adam, "step", "adam")
     start_clock = train_4m.Loader.__init__
 
@@ -152,7 +152,7 @@ def work(out, argv):
         start_clock(*arguments)
     train_4m.Loader.__init__ = begin
     train_4m.evaluate = lambda *_: (0.0, {})  # the clock stands still there, and nothing here is about the loss
-    train_4m.draw_samples = lambda *_: None
+    train_4m.Run.prepare_show = lambda *_, **__: None
     train_4m.main(argv)
     if int(os.environ["RANK"]) == 0:
         steps = calls["loader"]

@@ -42,20 +42,20 @@ def untouched(root):
     ("--dim=wide", "--dim=wide is not of type int"),
     ("--batch=8.5", "--batch=8.5 is not of type int"),
     ("--adam_lr=", "--adam_lr= is not of type float"),
-    ("--adam_lr=nan", "--adam_lr=nan is not from 0 to inf"),
-    ("--adam_lr=inf", "--adam_lr=inf is not from 0 to inf"),
+    ("--adam_lr=nan", "--adam_lr=nan is not a number from 0 to inf"),
+    ("--adam_lr=inf", "--adam_lr=inf is not a number from 0 to inf"),
     ("--save=perhaps", "--save=perhaps is not of type bool"),
     ("--precision=fp16", "--precision=fp16 is not one of auto, fp32, bf16"),
     ("num_steps=3", "not 'num_steps=3'"),
     ("--save", "not '--save'"),
     ("--track=tpu", "--track=tpu is not one of cpu, gpu"),
-    ("--num_steps=-1", "--num_steps=-1 is not from 0 to inf"),
-    ("--batch=0", "--batch=0 is not from 1 to inf"),
-    ("--eval_every=0", "--eval_every=0 is not from 1 to inf"),
-    ("--cooldown=0", "--cooldown=0 is not from 0.001 to 1"),
-    ("--head_dim=0", "--head_dim=0 is not from 1 to 256"),
+    ("--num_steps=-1", "--num_steps=-1 is not a number from 0 to inf"),
+    ("--batch=0", "--batch=0 is not a number from 1 to inf"),
+    ("--eval_every=0", "--eval_every=0 is not a number from 1 to inf"),
+    ("--cooldown=0", "--cooldown=0 is not a number from 0.001 to 1"),
+    ("--head_dim=0", "--head_dim=0 is not a number from 1 to 256"),
     ("--head_dim=7", "--dim=64 is not a multiple of --head_dim=7"),
-    ("--budget=8", "--budget=8 is not from 16 to inf"),
+    ("--budget=8", "--budget=8 is not a number from 16 to inf"),
     ("--budget=500", "--budget=500 is not a multiple of 16 up to the 320 image tokens of a scene"),
     ("--image_targets=400", "a scene has places for 320 and 93"),
     ("--text_targets=94", "a scene has places for 320 and 93"),
@@ -71,8 +71,9 @@ def test_help_names_every_field(capsys):
     said = capsys.readouterr().out
     assert not stopped.value.code and train_4m.__doc__ in said
     for field in (*dataclasses.fields(train_4m.Config), *dataclasses.fields(train_4m.Options)):
-        assert f"\n  --{field.name}=" in said, field.name
-    assert "0.001 to 1" in said and "one of auto, fp32, bf16" in said
+        assert f"\n    {field.name}: " in said, field.name
+    assert "cooldown in (0.001, 1)" in said and "precision in ('auto', 'fp32', 'bf16')" in said
+    assert "is not a multiple of --head_dim" in said
 
 
 def test_overrides_are_typed():

@@ -52,7 +52,7 @@ def root(tmp_path):
 ])
 def test_bad_input(root, words, said):
     env = {key: value for key, value in ENV.items() if not key.startswith("SLURM_")}
-    done = subprocess.run(["./run.sh", *words.split()], cwd=root, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["./run.sh", *words.split()], cwd=root, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0 and done.stderr.startswith("run.sh: ") and said in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -65,7 +65,7 @@ def test_two_machines(root, tiny):  # noqa: F811
     both = [subprocess.Popen(command, cwd=root, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for _ in range(2)]
     try:
-        said = [process.communicate(timeout=120) for process in both]
+        said = [process.communicate(timeout=600) for process in both]
     finally:
         for process in both:
             process.kill()
@@ -90,7 +90,7 @@ def sbatch(root, tmp_path):
         env = {**os.environ, "PATH": f"{fake}:{os.environ['PATH']}", "FAKE": str(fake), "SRUN_EXIT": str(srun_exit),
                "TIME_LEFT": time_left}
         done = subprocess.run(["sbatch", "run.sh", "slurm", "4m", "--save_every=100", *more], cwd=root, env=env,
-                              capture_output=True, text=True, timeout=60)
+                              capture_output=True, text=True, timeout=600)
         return done, (fake / "calls").read_text().splitlines()
 
     return submit

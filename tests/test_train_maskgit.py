@@ -1,9 +1,13 @@
 """train_maskgit.py: masks, model, evaluation, sampling, whole runs on tiny data."""
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import re
 import shutil
+import signal
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,9 @@ import pytest
 import torch
 
 import leaderboard
+import ranks
 import runs
-import scenes
+import show_maskgit
 import streams
 import train_maskgit
 from train_maskgit import Fault, generate
@@ -108,8 +113,34 @@ def test_evaluation_against_a_plain_loop(model, frozen):
     assert found == pytest.approx(nats.mean().item(), abs=1e-4) and len(nats) == masked.sum()
 
 
+def test_ranks_share_the_work(model, frozen, monkeypatch):
+    """Every rank has nearly as many masked tokens, and its loss is an estimate of the whole batch's."""
+    tokens, labels = (part[:64] for part in frozen[:2])
+    config, seen, losses = train_maskgit.CONFIGS["cpu"], [], []
+    masked_nats = train_maskgit.masked_nats
+
+    def spy(model, tokens, labels, masked):
+        seen.append(masked)
+        return masked_nats(model, tokens, labels, masked)
+    monkeypatch.setattr(train_maskgit, "masked_nats", spy)
+    monkeypatch.setattr(train_maskgit, "sum_gradients", lambda *_: None)
+    still = types.SimpleNamespace(step=lambda *_: None, param_groups=[{}])
+    for rank, world in ((0, 1), (0, 4), (1, 4), (2, 4), (3, 4)):
+        run = runs.fake_run(rank, world)
+        run.autocast = contextlib.nullcontext
+        rng = torch.Generator().manual_seed(5)
+        losses.append(world * train_maskgit.train_step(0, tokens, labels, rng, model, still, still, config, run).item())
+    whole, *parts = seen
+    assert sorted(map(tuple, torch.cat(parts).tolist())) == sorted(map(tuple, whole.tolist())), "each row once"
+    counts = [int(part.sum()) for part in parts]
+    assert max(counts) < 1.1 * min(counts) and sum(counts) == whole.sum()
+    weighted = sum(loss * count for loss, count in zip(losses[1:], counts)) / sum(counts)
+    assert weighted == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1:] == pytest.approx([losses[0]] * 4, rel=0.3), "not by how many are masked"
+
+
 def test_every_parameter_has_one_optimizer(model):
-    muon, adam = train_maskgit.make_optimizers(model, train_maskgit.CONFIGS["cpu"], 0, 1, "fp32")
+    muon, adam = train_maskgit.make_optimizers(model, train_maskgit.CONFIGS["cpu"], runs.fake_run())
     taken = [p for params, _ in muon.stacks for p in params] + adam.param_groups[0]["params"]
     assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
 
@@ -204,6 +235,18 @@ def test_generate_refuses(model):
     for settings in ({"order": "spiral"}, {"schedule": "linear"}, {"steps": 0}):
         with pytest.raises(Fault, match="schedules are constant, cosine, exponential"):
             generate(model, torch.arange(2), **settings)
+    for settings in ({"top_p": 0.0}, {"top_p": -0.5}, {"top_p": 1.1}, {"top_p": math.nan}, {"top_k": -1},
+                     {"temperature": -1.0}):
+        with pytest.raises(Fault, match="top_p is above 0 and at most 1"):
+            generate(model, torch.arange(2), **settings)
+
+
+def test_the_likeliest_token_alone(model):
+    """Temperature 0, top_k=1 and a tiny top_p are all one: every draw is the likeliest."""
+    labels = torch.arange(4)
+    certain = [generate(model, labels, steps=2, **settings, seed=seed) for seed, settings in
+               enumerate(({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 0.0}))]
+    assert torch.equal(certain[0], certain[1]) and torch.equal(certain[0], certain[2])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,43 +254,200 @@ def test_generate_refuses(model):
 
 def test_run_and_load(tiny, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root")
-    monkeypatch.setattr(train_maskgit, "generate", lambda *words, **settings: generate(*words, **settings | {"steps": 2}))
+    monkeypatch.setattr(train_maskgit, "generate", lambda *words, **rest: generate(*words, **rest | {"steps": 2}))
     argv = [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"]
     run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
     log = leaderboard.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30] and log["footer"]["val_loss"] < math.log(4096) - 1
-    assert {p.name for p in (root / "samples").iterdir()} == {"maskgit.png", "maskgit_steps.gif"}
     weights, = (root / "checkpoints").iterdir()
+    samples = {"maskgit.png", "maskgit_steps.gif"}
+    assert {p.name for p in (root / "samples").iterdir()} == {*samples, weights.stem}
+    assert {p.name for p in (root / "samples" / weights.stem).iterdir()} == samples
     again = make_root(tmp_path / "again")
-    run_here(monkeypatch, again, [*SMALL, *tiny[1], "--num_steps=0", f"--load={weights}"])
+    sizes = {*(f"--{key}={value}" for key, value in DIMS.items())}
+    argv = [*(word for word in SMALL if word not in sizes), *tiny[1], f"--load={weights}"]
+    run_here(monkeypatch, again, [*argv, "--num_steps=0", "--save=true"])  # the checkpoint has its own architecture
     log2, = (again / "logs").iterdir()
     assert leaderboard.parse_log(log2)["footer"]["val_loss"] == pytest.approx(log["footer"]["val_loss"], abs=0.02)
+    copied, = (again / "checkpoints").iterdir()
+    _, config = train_maskgit.read_checkpoint(copied, train_maskgit.CONFIGS["cpu"], {})
+    assert {key: getattr(config, key) for key in DIMS} == DIMS, "what is saved says its architecture as well"
+    with pytest.raises(Fault, match="was trained with --dim=64: leave it out"):
+        run_here(monkeypatch, again, [*argv, "--num_steps=0", "--dim=128"])
+
+
+def test_a_result_outlives_its_samples(tiny, tmp_path, monkeypatch):
+    """Whatever happens while samples are drawn: footer, weights and line are there, one sentence, exit code 1."""
+    root = make_root(tmp_path / "root")
+    monkeypatch.setattr(train_maskgit, "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(SystemExit) as stopped:
+        run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=2", "--save=true"], samples=True)
+    assert stopped.value.code == 1 and runs.footers(root)[0]["steps"] == 2
+    assert len(list((root / "checkpoints").iterdir())) == 1
+    log, = (root / "logs").iterdir()
+    assert "no samples (ZeroDivisionError: division by zero); the result above is filed" in log.read_text()
+
+
+def test_quality_numbers(model, frozen, tmp_path, monkeypatch):
+    """One picture of each class, by number of steps; and what the judge or the tokenizer does not know."""
+    def show(modalities=ABOUT, **fields):
+        run = runs.fake_run()
+        run.config = dataclasses.replace(train_maskgit.CONFIGS["cpu"], label_drop=fields.pop("label_drop", 0.1))
+        run.options = train_maskgit.Options(**fields)
+        return show_maskgit.Show(train_maskgit, run, modalities=modalities, frozen=frozen[:3])
+    monkeypatch.setattr(show_maskgit, "QUALITY_STEPS", (1, 2))
+    shown = show(quality_pictures=24)
+    shown.bar = types.SimpleNamespace(set_postfix_str=lambda *_: None, update=lambda: None)
+    numbers = shown.quality(model)
+    assert set(numbers) == {f"{name}_{steps}_steps" for name in ("accuracy", "frechet") for steps in (1, 2)}
+    assert all(math.isfinite(value) for value in numbers.values())
+    with pytest.raises(Fault, match="is less than one for each of the 24 classes"):
+        show(quality_pictures=23)
+    one = ABOUT | {"label": {"length": 1, "vocab": 1}}
+    with pytest.raises(Fault, match="pass --quality_pictures=0"):
+        show(one, quality_pictures=24)
+    for rgb in ({"length": 60, "vocab": 4096}, {"length": 64, "vocab": 1024}):
+        with pytest.raises(Fault, match="the tokenizer decodes squares of tokens out of 4096"):
+            show(ABOUT | {"rgb": rgb}, quality_pictures=0)
+    shown = show(one, quality_pictures=0, label_drop=0.0)
+    assert shown.guidance == 1.0 and shown.names == ["class 0"] and show(label_drop=1.0).guidance == 1.0
+    assert show().guidance == 2.0, "a model that has learned to do without labels"
+
+
+def test_train_on(tiny, tmp_path, monkeypatch, capsys):
+    """More steps than planned, evaluated at others, with other samples."""
+    argv = [*SMALL, *tiny[1], "--save_every=4"]
+    root, again = make_root(tmp_path / "root"), make_root(tmp_path / "again")
+    run_here(monkeypatch, root, [*argv, "--num_steps=6"])
+    state, = (root / "checkpoints").glob("*.state.pt")
+    more = ["--num_steps=10", "--eval_every=5", "--quality_pictures=24", f"--resume={state}"]
+    run_here(monkeypatch, again, [*argv, *more])
+    assert "6 steps were planned, 10 are now: from step 4 on" in capsys.readouterr().out
+    run, = runs.footers(again)
+    assert run["steps"] == 10 and run["tokens"] == 10 * 16 * 64 and len(runs.losses(again)) == 2
+    with pytest.raises(Fault, match="is of a run with --label_drop=0.1: pass the same"):
+        run_here(monkeypatch, again, [*argv, *more, "--label_drop=0.2"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves(tiny, tmp_path, number):
+    """Ctrl-C and SLURM's signal: the state is saved, how to continue is said, and that gives the same run."""
+    argv = [*SMALL, *tiny[1], "--num_steps=40", "--eval_every=40"]
+    roots = [make_root(tmp_path / name) for name in ("stopped", "resumed", "whole")]
+    world = runs.start("maskgit", argv, roots[0], spy=ranks.wait_for_a_signal)
+    world.wait_for_steps()
+    world.kill(number)
+    said = re.search(r"stopped: continue with the same command and (--resume=\S+)", world.succeed().out)
+    assert not (roots[0] / "records/runs.jsonl").exists()
+    runs.run("maskgit", [*argv, said[1]], roots[1])
+    runs.run("maskgit", argv, roots[2])
+    (resumed,), (whole,) = map(runs.footers, roots[1:])
+    assert resumed["val_loss"] == whole["val_loss"] and resumed["tokens"] == whole["tokens"]
+
+
+def text_root(folder, text):
+    """A folder with a text to train on, and all else that is in data/."""
+    (folder / "data/shakespeare").mkdir(parents=True)
+    for path in (ROOT / "data").iterdir():
+        if path.name != "shakespeare":
+            (folder / "data" / path.name).symlink_to(path)
+    for split in ("train", "val"):
+        streams.write_bin(folder / f"data/shakespeare/{split}.bin", text)
 
 
 def test_text(tmp_path, monkeypatch):
     text = np.frombuffer(b"the quick brown fox jumps over the lazy dog; " * 400, np.uint8)
-    (tmp_path / "data/shakespeare").mkdir(parents=True)
-    for split in ("train", "val"):
-        streams.write_bin(tmp_path / f"data/shakespeare/{split}.bin", text)
+    text_root(tmp_path, text)
     run_here(monkeypatch, tmp_path, [*SMALL, "--data=text", "--num_steps=30", "--eval_every=30"], samples=True)
     lines = (tmp_path / "samples/maskgit.txt").read_text().splitlines()
     given, filled = (next(line[14:] for line in lines if line.startswith(name)) for name in ("given", "filled"))
     assert len(lines) > 20 and all(a == b for a, b in zip(given, filled) if a != "_") and "_" not in filled
+    masked, again = (train_maskgit.read_frozen_text()[2] for _ in range(2))
+    assert torch.equal(masked, again) and not masked.sum(1).diff().ge(0).all(), "seeded, and in no order"
+
+
+def test_texts_that_cannot_be_used(tmp_path, monkeypatch):
+    argv = [*SMALL, "--data=text", "--num_steps=2"]
+    with pytest.raises(Fault, match="no val.bin in .*: make it with `python data/shakespeare.py`"):
+        run_here(monkeypatch, tmp_path, argv)
+    text_root(tmp_path, np.arange(63, dtype=np.uint16))
+    with pytest.raises(Fault, match="val.bin is shorter than 64 bytes"):
+        run_here(monkeypatch, tmp_path, argv)
+    streams.write_bin(tmp_path / "data/shakespeare/val.bin", np.zeros(640, np.uint16))
+    with pytest.raises(Fault, match="train.bin is shorter than 64 bytes"):
+        run_here(monkeypatch, tmp_path, argv)
+    streams.write_bin(tmp_path / "data/shakespeare/train.bin", np.full(640, 256, np.uint16))
+    with pytest.raises(Fault, match="tokens of it are no bytes"):
+        run_here(monkeypatch, tmp_path, argv)
+    streams.write_bin(tmp_path / "data/shakespeare/train.bin", np.zeros(640, np.uint16))
+    with pytest.raises(Fault, match="--batch=16 is more than the 10 training examples there are"):
+        run_here(monkeypatch, tmp_path, argv)
+    (tmp_path / "data/shakespeare/train.bin").write_bytes(b"hello")
+    with pytest.raises(Fault, match="train.bin is not a .bin token file"):
+        run_here(monkeypatch, tmp_path, argv)
 
 
 @pytest.mark.parametrize("argv,message", [
     (["--data=nowhere"], "python data/scenes.py --objects"),
     (["--frozen=none.npz"], "is missing: it belongs to the repository"),
     (["--batch=301"], "more than the 300 training examples there are"),
-    (["--head_dim=24"], "not a multiple of head_dim"),
+    (["--head_dim=24"], "--dim=64 is not a multiple of --head_dim=24"),
     (["--load=none.safetensors"], "is not a checkpoint of this script"),
+    (["--resume=none.pt"], "is not the state of a run"),
+    (["--resume=none.pt", "--num_steps=0"], "--resume continues a run"),
+    (["--nope=1"], "there is no field --nope"),
+    (["--precision=fp16"], "is not one of auto, fp32, bf16"),
+    (["--adam_lr=nan"], "is not from 0 to inf"),
+    (["--muon_lr=-1"], "is not from 0 to inf"),
+    (["--momentum=1"], "is not from 0 to 0.9999"),
+    (["--cooldown=0"], "is not from 0.001 to 1"),
+    (["--label_drop=1.5"], "is not from 0 to 1"),
+    (["--label_drop=-0.1"], "is not from 0 to 1"),
+    (["--head_dim=0"], "is not from 1 to 256"),
+    (["--depth=0"], "is not from 1 to 96"),
+    (["--mlp_ratio=0"], "is not from 1 to 16"),
+    (["--dim=0"], "is not from 1 to 8192"),
+    (["--batch=0"], "is not from 1 to inf"),
+    (["--eval_every=0"], "is not from 1 to inf"),
+    (["--eval_batch=0"], "is not from 1 to 2000"),
+    (["--quality_pictures=-1"], "is not from 0 to 2000"),
+    (["--save_every=-1"], "is not from 0 to inf"),
+    (["--seed=-1"], "is not from 0 to"),
 ])
 def test_bad_arguments(tiny, monkeypatch, tmp_path, argv, message):
     root = make_root(tmp_path / "root")
     with pytest.raises(Fault, match=message):
         run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=10", *argv])
-    assert not list(root.glob("samples/*"))
+    assert not (root / "logs").exists() and not (root / "samples").exists(), "nothing has been started"
+
+
+def test_frozen_sets_that_do_not_fit(tiny, tmp_path, monkeypatch, frozen):
+    tokens, labels, masked, modalities, _ = frozen
+    root = make_root(tmp_path / "root")
+
+    def check(message, tokens=tokens, labels=labels, masked=masked, rgb={}):
+        about = {**modalities, "rgb": {**modalities["rgb"], **rgb}}
+        arrays = {"rgb": tokens[:100].numpy(), "label": labels[:100, None].numpy()}
+        np.savez(tmp_path / "frozen.npz", modalities=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
+        np.savez(tmp_path / "masks.npz", masked=masked[:100].numpy())
+        files = [f"--frozen={tmp_path}/frozen.npz", f"--frozen_masks={tmp_path}/masks.npz"]
+        with pytest.raises(Fault, match=message):
+            run_here(monkeypatch, root, [*SMALL, *tiny[1], *files, "--num_steps=0"])
+    check("beyond its own vocabularies", tokens=tokens + 4000)
+    check("beyond its own vocabularies", labels=labels + 20)
+    check("one at least must be masked", masked=masked & False)
+    check("rows are of 60", rgb={"length": 60})
+    check("which is not a square", rgb={"vocab": 5000})
+    check("the frozen validation set is damaged", masked=masked[:, 1:])
+    assert not (root / "logs").exists()
+
+
+@pytest.mark.parametrize("label_drop", [0, 1])
+def test_all_labels_or_none(tiny, tmp_path, monkeypatch, label_drop):
+    argv = [*SMALL, *tiny[1], "--num_steps=2", f"--label_drop={label_drop}"]
+    run_here(monkeypatch, make_root(tmp_path / "root"), argv)
+    assert math.isfinite(runs.footers(tmp_path / "root")[0]["val_loss"])
 
 
 def test_damaged_shards(tiny, monkeypatch, tmp_path):
@@ -256,7 +456,7 @@ def test_damaged_shards(tiny, monkeypatch, tmp_path):
     with pytest.raises(Fault, match="of a vocabulary of 24"):
         run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, *tiny[1], f"--data={folder}"])
     (folder / "rgb.npy").write_bytes((folder / "rgb.npy").read_bytes()[:-10])
-    with pytest.raises(Fault, match="is damaged .*delete it and run"):
+    with pytest.raises(Fault, match="cannot be trained on .*made again with"):
         run_here(monkeypatch, tmp_path / "root", [*SMALL, *tiny[1], f"--data={folder}"])
 
 
@@ -270,9 +470,17 @@ def test_gpu_track():
         y = model(*(torch.empty(shape, dtype=torch.long) for shape in ((2, 256), (2,))),
                   torch.empty(2, 256, dtype=torch.bool))
     assert y.shape == (2, 256, 512) and sum(p.numel() for p in model.blocks.parameters()) == 8 * 12 * 512 ** 2
-    with pytest.raises(Fault, match="make it with `python data/scenes.py --objects --size=128`"):
-        train_maskgit.read_rows(dataclasses.replace(config, data="data/none"))
+    with pytest.raises(Fault, match="our own is made with `python data/scenes.py --objects --size=128`"):
+        train_maskgit.read_shards("data/none", modalities)
 
 
 def test_two_processes_are_the_same_run(tiny, tmp_path):
     runs.assert_same_on_two_processes("maskgit", [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=10"], tmp_path)
+
+
+def test_two_processes_report_a_fault(tiny, tmp_path):
+    root = make_root(tmp_path / "two")
+    world = runs.start("maskgit", [*SMALL, *tiny[1], "--batch=7"], root, 2)
+    assert world.wait() == [1, 1] and not (root / "logs").exists()
+    for rank in (0, 1):
+        assert world.printed(2, rank) == "train_maskgit.py: a batch of 7 cannot be divided among 2 processes\n"

@@ -1,0 +1,134 @@
+"""What a MaskGIT draws from nothing and from parts of validation rows, and the judge's numbers on its pictures."""
+import math
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import classifier
+import draw
+import studio
+import tokenizer
+import world
+
+QUALITY_STEPS = (1, 4, 8, 16, 32, 64)  # numbers of network evaluations that the judge's numbers are taken at
+FIRST_ROWS = 12  # validation rows that are filled in
+
+
+class Show:
+    """Opened before the clock starts: tokenizer and judge; frozen is (tokens (N, L), labels (N,), masked (N, L))."""
+
+    def __init__(self, script, run, modalities, frozen):
+        self.script, self.device = script, run.device
+        self.tokens, self.labels, self.masked = (part[:FIRST_ROWS] for part in frozen)
+        self.is_text = run.config.data == "text"
+        if self.is_text:
+            return
+        self.classes = torch.arange(modalities["label"]["vocab"], device=run.device)
+        self.per_class = run.options.quality_pictures // len(self.classes)
+        # a model that never, or always, saw labels has nothing to be guided by
+        self.guidance = 2.0 if 0 < run.config.label_drop < 1 else 1.0
+        self.side = math.isqrt(modalities["rgb"]["length"])
+        length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
+        if self.side ** 2 != length or vocab != tokenizer.VOCAB:
+            raise script.Fault(f"the tokenizer decodes squares of tokens out of {tokenizer.VOCAB}, and "
+                               f"{run.config.frozen} has {length} out of {vocab}")
+        self.names = list(world.CLASSES)
+        if len(self.classes) != len(self.names):
+            self.names = [f"class {i}" for i in self.classes.tolist()]
+        self.studio = studio.Studio(run.device)
+        if run.options.quality_pictures:
+            self.open_judge(run)
+
+    def open_judge(self, run):
+        """The judge, if it can judge these pictures. Raises Fault."""
+        known, wanted = len(world.CLASSES), run.options.quality_pictures
+        if len(self.classes) != known or self.side % 8:
+            raise self.script.Fault(f"the judge knows the {known} classes of data/objects64 and not those of "
+                                    f"{run.config.frozen}: pass --quality_pictures=0")
+        if not self.per_class:
+            raise self.script.Fault(f"--quality_pictures={wanted} is less than one for each of the {known} classes")
+        self.judge = classifier.load(run.device)
+
+    def show(self, model, folder):
+        tasks = 2 if self.is_text else 3 + len(QUALITY_STEPS) * bool(self.per_class)
+        with tqdm(total=tasks, desc="samples", unit="task", dynamic_ncols=True) as bar:
+            self.bar = bar
+            if self.is_text:
+                self.text(model, folder / "maskgit.txt")
+                return {}
+            draw.sheet([*self.every_class(model), *self.from_half(model)], folder / "maskgit.png")
+            self.animation(model, folder / "maskgit_steps.gif")
+            return self.quality(model) if self.per_class else {}
+
+    def generate(self, model, what, labels, *given, **settings):
+        """What the script's generate returns; one task of the bar."""
+        self.bar.set_postfix_str(f"{what}, {len(labels)} rows")
+        made = self.script.generate(model, labels, *given, **settings)
+        self.bar.update()
+        return made
+
+    def text(self, model, path):
+        """Rows from nothing and validation rows with gaps filled in, in a file and on the console."""
+        settings = {"steps": model.length, "schedule": "constant"}
+        made = self.generate(model, "from nothing", self.labels, **settings)
+        filled = self.generate(model, "filled in", self.labels, self.tokens, self.masked, **settings)
+        gaps = self.tokens.masked_fill(self.masked, ord("_"))
+        lines = [f"from nothing  {as_text(row)}" for row in made]
+        for given, result, true in zip(gaps, filled, self.tokens):
+            lines += ["", f"given         {as_text(given)}", f"filled in     {as_text(result)}",
+                      f"true          {as_text(true)}"]
+        path.write_text("\n".join(lines) + "\n")
+        tqdm.write("\n".join(lines))
+
+    def every_class(self, model):
+        """Rows of the sheet: a heading, then four draws of every class."""
+        labels = self.classes.repeat_interleave(4)
+        tokens = self.generate(model, "every class", labels, steps=16, guidance=self.guidance)
+        cells = [(picture, self.names[label]) for picture, label in zip(self.studio.pictures(tokens), labels.tolist())]
+        return ["four draws of every class", *(cells[i:i + 8] for i in range(0, len(cells), 8))]
+
+    def from_half(self, model, pictures=3):
+        """Rows of the sheet: a heading, then three validation pictures of which half of the tokens are given."""
+        length = self.side ** 2
+        hidden = torch.rand(length, generator=torch.Generator().manual_seed(0)).argsort() < length // 2
+        cover = self.enlarge(hidden.view(1, -1))[0]
+        self.bar.set_postfix_str("half of the tokens given")
+        rows = ["half of the tokens in  >  the whole picture out (four draws)"]
+        masked = hidden.to(self.device).expand(4, -1)
+        some = self.tokens[:pictures]
+        for tokens, label, true in zip(some, self.labels, self.studio.pictures(some)):
+            made = self.script.generate(model, label.expand(4), tokens.expand(4, -1), masked)
+            drawn = [(picture, "filled in") for picture in self.studio.pictures(made)]
+            rows.append([(true * (1 - cover) + 0.15 * cover, "given"), *drawn, (true, "true")])
+        self.bar.update()
+        return rows
+
+    def enlarge(self, masked):
+        """Masked places (B, L) as pictures (B, 1, H, W) of 0 and 1, on the CPU."""
+        return F.interpolate(masked.view(-1, 1, self.side, self.side).float(), scale_factor=8).cpu()
+
+    def animation(self, model, path):
+        """A picture of every class as it is filled in."""
+        tokens, history = self.generate(model, "step by step", self.classes, steps=16, guidance=self.guidance,
+                                        return_history=True)
+        made, frames = self.studio.pictures(tokens), []
+        for _, masked in history:  # a token that is placed stays: of the final picture show what there is
+            cover = self.enlarge(masked)
+            frames.append(made * (1 - cover) + 0.5 * cover)
+        draw.animation(frames, path)
+
+    def quality(self, model):
+        """The judge's accuracy and Frechet distance, by the number of steps."""
+        labels, numbers = self.classes.repeat(self.per_class), {}
+        for steps in QUALITY_STEPS:
+            tokens = self.generate(model, f"{steps} steps", labels, steps=steps, guidance=self.guidance)
+            pictures = F.avg_pool2d(self.studio.pictures(tokens), self.side // 8)  # the judge knows 64 pixels
+            numbers[f"accuracy_{steps}_steps"] = round(self.judge.accuracy(pictures, labels), 4)
+            numbers[f"frechet_{steps}_steps"] = round(self.judge.frechet_distance(pictures, "decoded"), 3)
+        return numbers
+
+
+def as_text(row):
+    """Bytes as one line of text, ~ for a line break."""
+    return bytes(row.tolist()).decode("utf-8", "replace").replace("\n", "~")
