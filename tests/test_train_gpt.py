@@ -373,23 +373,23 @@ def test_load_and_draft(finished, tiny, monkeypatch, tmp_path, capsys):
     (["--data=nowhere"], "make it with `python data/nowhere.py`"),
     (["--data=scenes"], "python data/scenes.py --objects"),
     (["--data=mine"], "no data in .*mine: it should hold train"),
-    (["--num_steps=-1"], "--num_steps=-1 is not from 0"),
-    (["--window=0"], "--window=0 is not from 1"),
-    (["--head_dim=0"], "--head_dim=0 is not from 2"),
+    (["--num_steps=-1"], "--num_steps=-1 is not a number from 0"),
+    (["--window=0"], "--window=0 is not a number from 1"),
+    (["--head_dim=0"], "--head_dim=0 is not a number from 2"),
     (["--head_dim=24"], "not a multiple of --head_dim"),
     (["--dim=33", "--head_dim=33"], "or that is odd"),
     (["--eval_stride=65"], "--eval_stride=65 is more than --eval_context=64"),
     (["--eval_tokens=999999"], "is more than the"),
-    (["--eval_tokens=-5"], "--eval_tokens=-5 is not from 1"),
-    (["--eval_every=0"], "--eval_every=0 is not from 1"),
-    (["--cooldown=0"], "--cooldown=0 is not from 0.001 to 1"),
-    (["--top_p=0"], "--top_p=0 is not from"),
-    (["--top_k=-1"], "--top_k=-1 is not from 0"),
-    (["--temperature=inf"], "--temperature=inf is not from 0"),
-    (["--sample_tokens=0"], "--sample_tokens=0 is not from 1"),
-    (["--ahead=0"], "--ahead=0 is not from 1"),
+    (["--eval_tokens=-5"], "--eval_tokens=-5 is not a number from 1"),
+    (["--eval_every=0"], "--eval_every=0 is not a number from 1"),
+    (["--cooldown=0"], "--cooldown=0 is not a number from 0.001 to 1"),
+    (["--top_p=0"], "--top_p=0 is not a number from 1e-06 to 1"),
+    (["--top_k=-1"], "--top_k=-1 is not a number from 0"),
+    (["--temperature=inf"], "--temperature=inf is not a number from 0"),
+    (["--sample_tokens=0"], "--sample_tokens=0 is not a number from 1"),
+    (["--ahead=0"], "--ahead=0 is not a number from 1"),
     (["--precision=fp8"], "--precision=fp8 is not one of auto, fp32, bf16"),
-    (["--muon_lr=nan"], "--muon_lr=nan is not from 0"),
+    (["--muon_lr=nan"], "--muon_lr=nan is not a number from 0"),
     (["--micro_batch=3"], "--micro_batch=3 does not divide a process's 8 rows"),
     (["--context=18000"], "18000 training tokens are too few for --context=18000"),
     (["--windows=3"], "there is no field --windows"),
@@ -455,8 +455,8 @@ def test_help_shows_every_field(capsys):
         train_gpt.main(["--help"])
     out = capsys.readouterr().out
     for key in {**vars(train_gpt.Config()), **vars(train_gpt.Options())}:
-        assert f"  --{key}=" in out, key
-    assert "python train_gpt.py" in out and "from 1e-06 to 1" in out
+        assert f"    {key}: " in out, key
+    assert "python train_gpt.py" in out and "top_p in (1e-06, 1)" in out
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "vocabulary", "meta", "fields", "types", "none"])
