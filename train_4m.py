@@ -140,7 +140,7 @@ class Fault(Exception):
 
 def read_options(argv):
     """--field=value arguments -> the track's Config, the Options, and {field: value} as given."""
-    if "--help" in argv:
+    if "--help" in argv or "-h" in argv:
         print(__doc__, inspect.getsource(Config), inspect.getsource(Options), inspect.getsource(check_config), sep="\n")
         print("Numbers are at least 0, and", *(f"{key} in {limits}" for key, limits in LIMITS.items()), sep="\n    ")
         sys.exit()
@@ -745,6 +745,7 @@ def schedule(step, config):
     """Share of the peak learning rates: 1, then linearly down to 0."""
     return min(1.0, (1 - step / config.num_steps) / config.cooldown)
 # --- end: schedule ---
+
 
 def input_budget(step, config):
     """Input tokens per scene at this step: 8, 24, .. or 120 of 128, in the golden-ratio order, which is even at every

@@ -129,27 +129,14 @@ class Fault(Exception):
     """User error, reported in one line without a traceback."""
 
 
-def allowed(key):
-    """What values a field may have, in words: LIMITS has a least and a most, or choices; others are at least 0."""
-    limits = LIMITS.get(key, (0, math.inf))
-    return f"one of {', '.join(limits)}" if isinstance(limits[0], str) else f"from {limits[0]} to {limits[1]}"
-
-
-def print_help():
-    print(__doc__)
-    source = inspect.getsource(Config) + inspect.getsource(Options)
-    for key, kind, default, what in re.findall(r"^    (\w+): (\w+) = (.+?)  # (.+)$", source, re.M):
-        values = f", {allowed(key)}" if key in LIMITS or kind in ("int", "float") else ""
-        print(f"  --{key}={default}".ljust(36) + what + values)
-
-
 def read_options(argv):
     """--field=value arguments -> the track's Config, the Options, and {field: value} as given."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__, inspect.getsource(Config), inspect.getsource(Options), inspect.getsource(check_config), sep="\n")
+        print("Numbers are at least 0, and", *(f"{key} in {limits}" for key, limits in LIMITS.items()), sep="\n    ")
+        sys.exit()
     given = {}
     for argument in argv:
-        if argument in ("-h", "--help"):
-            print_help()
-            sys.exit()
         key, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
             raise Fault(f"arguments look like --field=value, not {argument!r}; --help lists the fields")
@@ -167,10 +154,12 @@ def read_options(argv):
             parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise Fault(f"--{key}={value} is not of type {kind.__name__}") from None
-        limits = LIMITS.get(key, (0, math.inf))
-        fits = parsed in limits if kind is str else limits[0] <= parsed <= limits[1] and math.isfinite(parsed)
-        if not fits and (kind is not str or key in LIMITS):
-            raise Fault(f"--{key}={value} is not {allowed(key)}")
+        if kind is str and parsed not in LIMITS.get(key, [parsed]):
+            raise Fault(f"--{key}={value} is not one of {', '.join(LIMITS[key])}")
+        if kind in (int, float):
+            least, most = LIMITS.get(key, (0, math.inf))
+            if not least <= parsed <= most or not math.isfinite(parsed):
+                raise Fault(f"--{key}={value} is not a number from {least} to {most}")
         setattr(target, key, parsed)
     if options.resume and not config.num_steps:
         raise Fault("--resume continues a run: pass its --num_steps, or --load to evaluate a checkpoint")
@@ -350,8 +339,7 @@ class Run:
             tqdm.write(line)
 
     def count_graphs(self):
-        """How many graphs torch.compile has made so far."""
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]  # that torch.compile has made so far
 
     @contextlib.contextmanager
     def warm_up(self, model):
@@ -389,9 +377,8 @@ class Run:
         """Count a step whose loss, this rank's part of it, is a tensor. Each tenth is looked at."""
         self.step += 1
         if self.step % 10 == 0:
-            loss = loss.item() * self.world
-            self.check(loss)
-            self.bar.set_postfix(loss=f"{loss:.3f}")
+            self.check(loss.item())
+            self.bar.set_postfix(loss=f"{loss.item() * self.world:.3f}")
         self.bar.update(self.step - self.bar.n)
 
     def evaluation(self, val_loss):
@@ -402,12 +389,12 @@ class Run:
     def next_action(self):
         """After a step: "stop" once a signal has reached any rank, "save" every save_every steps, else ""."""
         stop = bool(self.signals)
-        if self.world > 1:  # ranks hear of it at different steps: they agree on each tenth
-            asked, stop = stop, False
-            if self.step % 10 == 0:
-                flag = torch.tensor(float(asked), device=self.device)
-                dist.all_reduce(flag)
-                stop = bool(flag)
+        if self.world > 1 and self.step % 10:  # ranks hear of it at different steps: they agree on each tenth
+            stop = False
+        elif self.world > 1:
+            flag = torch.tensor(float(stop), device=self.device)
+            dist.all_reduce(flag)
+            stop = bool(flag)
         if self.step == self.config.num_steps:
             return ""
         due = self.options.save_every and self.step % self.options.save_every == 0
@@ -503,7 +490,7 @@ class Run:
 
     def prepare_show(self, **data):
         """data/show.py with all it needs to draw samples, opened before the clock starts. None without that file."""
-        if self.rank or not (ROOT / "data" / "show.py").exists():
+        if not (ROOT / "data" / "show.py").exists():
             return None
         sys.path.insert(0, str(ROOT / "data"))
         import show
@@ -511,7 +498,7 @@ class Run:
 
     def show(self, prepared, model):
         """Draw samples and measure their quality: whatever fails here is one sentence, the result is filed."""
-        if prepared:
+        if prepared and self.rank == 0:
             try:
                 with self.autocast(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                     numbers = prepared.show(model)

@@ -152,7 +152,7 @@ class Fault(Exception):
 
 def read_options(argv):
     """--field=value arguments -> the track's Config, the Options, and {field: value} as given."""
-    if "--help" in argv:
+    if "--help" in argv or "-h" in argv:
         print(__doc__, inspect.getsource(Config), inspect.getsource(Options), inspect.getsource(check_config), sep="\n")
         print("Numbers are at least 0, and", *(f"{key} in {limits}" for key, limits in LIMITS.items()), sep="\n    ")
         sys.exit()

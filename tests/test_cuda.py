@@ -21,22 +21,22 @@ def test_flex_attention_forward_and_backward(script):
     """With a BlockMask against SDPA with the dense mask of the same rule: outputs and gradients."""
     def rule(ids, b, q, k):
         return (k <= q) & (ids[b, q] == ids[b, k])
-    rng, kept = torch.Generator("cuda").manual_seed(0), {}
+    rng, mask_cache = torch.Generator("cuda").manual_seed(0), {}
     for i in range(3):
         ids = torch.randint(2, (4, 384), generator=rng, device="cuda").cumsum(1) // 40
         q, k, v, out = torch.randn(4, 4, 6, 384, 64, generator=rng, device="cuda", dtype=torch.bfloat16)
         grads = []
-        for mask in (script.make_mask(rule, ids, kept=kept), script.make_mask(rule, ids)):
+        for mask in (script.make_mask(rule, ids, mask_cache=mask_cache), script.make_mask(rule, ids)):
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
             with torch._dynamo.config.patch(error_on_recompile=i > 0):
                 y = script.attend(*leaves, mask)
             y.backward(out)
             grads.append([y, *(leaf.grad for leaf in leaves)])
-        assert type(script.make_mask(rule, ids, kept=kept)).__name__ == "BlockMask"
+        assert type(script.make_mask(rule, ids, mask_cache=mask_cache)).__name__ == "BlockMask"
         for a, b in zip(*grads):
             assert torch.allclose(a, b, atol=0.05, rtol=0.05)
     odd = torch.zeros(1, 104, dtype=torch.long, device="cuda")
-    assert torch.is_tensor(script.make_mask(rule, odd, kept=kept)), "lengths that do not fill the blocks are dense"
+    assert torch.is_tensor(script.make_mask(rule, odd, mask_cache=mask_cache)), "odd lengths are dense"
 
 
 @pytest.mark.parametrize("task", MODULES)

@@ -148,10 +148,10 @@ def test_flex_attention_inside_a_compiled_model():
     model = test_train_gpt.small_model({**test_train_gpt.META, "document_start": 250}, window=100, depth=1)
     rng = torch.Generator()
     torch._dynamo.reset()
-    forward, kept = torch.compile(model.forward, fullgraph=True, dynamic=False), {}
+    forward, mask_cache = torch.compile(model.forward, fullgraph=True, dynamic=False), {}
     for step in range(3):
         tokens = torch.randint(256, (2, 256), generator=rng.manual_seed(step))
         documents = (tokens >= 250).cumsum(1)
         with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=step > 0):
-            y = forward(tokens, train_gpt.block_mask(model.may_see, documents, kept))
+            y = forward(tokens, train_gpt.block_mask(model.mask_mod, documents, mask_cache))
         assert torch.allclose(y, model(tokens, model.mask(tokens)), atol=1e-4)

@@ -1,5 +1,5 @@
-"""The Triton kernels of train_gpt.py against their PyTorch references: in Triton's interpreter on a CPU, compiled for
-GPUs that need not be there, and on the GPU if there is one.
+"""The Triton kernels of data/kernels.py against their PyTorch references: in Triton's interpreter on a CPU, compiled
+for GPUs that need not be there, and on the GPU if there is one.
 
     TRITON_INTERPRET=1 python tests/test_kernels.py    # what `interpreted` reads: a line of JSON, errors of every case
 """
@@ -15,14 +15,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import kernels  # noqa: E402
 import train_gpt  # noqa: E402
 
-needs_triton = pytest.mark.skipif(train_gpt.triton is None, reason="there is no Triton for this platform")
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="there is no Triton for this platform")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LOGITS = [*itertools.product([(5, 65), (3, 4096), (2, 9001)], ["float32", "bfloat16"], [0.0, 4.0]),
-          ((2, 1), "float32", 0.0)]  # (N, V), dtype, cap; a block is 4096 wide at most
+LOGITS = [*itertools.product([(5, 65), (3, 4096), (2, 9001)], ["float32", "bfloat16"]),
+          ((2, 1), "float32")]  # (N, V), dtype; a block is 4096 wide at most
 MATRICES = [*itertools.product([(1, 64, 64), (3, 130, 70), (2, 257, 33)], ["bfloat16", "float16", "float32"], [False]),
             ((2, 257, 150), "bfloat16", True)]  # (K, m, n), dtype, whether m is what lies together in memory
 ERROR = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}  # relative, of the whole tensor; the interpreter cuts off
@@ -39,20 +40,21 @@ def error(found, expected):
 # ------------------------------------------------------------------------------------------------------------
 # Checks, for any device
 
-def check_cross_entropy(device, shape, dtype, cap):
+def check_cross_entropy(device, shape, dtype):
     """Errors of the nats, of the gradient in a buffer of its own and of the one that replaces the logits."""
     rng = torch.Generator().manual_seed(sum(shape))
     made = (8 * torch.randn(shape, generator=rng)).to(device, DTYPES[dtype])
-    made[0, :-1] = -torch.inf if shape[1] > 1 and not cap else made[0, :-1]  # all of a block may be impossible
+    if shape[1] > 1:
+        made[0, :-1] = -torch.inf  # all of a block may be impossible
     targets = torch.randint(shape[1], shape[:1], generator=rng).to(device)
     targets[0], targets[-1] = shape[1] - 1, 0
     weights = torch.rand(shape[0], generator=rng).to(device) + 0.5
     results = []
-    for function, leaf in ((train_gpt.cross_entropy, True), (train_gpt.fused_cross_entropy, True),
-                           (train_gpt.fused_cross_entropy, False)):
+    for function, leaf in ((kernels.cross_entropy, True), (kernels.fused_cross_entropy, True),
+                           (kernels.fused_cross_entropy, False)):
         logits = made.clone().requires_grad_()
         logits = logits if leaf else logits.clone()
-        nats = function(logits, targets, cap)
+        nats = function(logits, targets)
         gradient, = torch.autograd.grad((nats * weights).sum(), logits)
         assert (gradient.data_ptr() == logits.data_ptr()) is (not leaf) and (not leaf or torch.equal(logits, made))
         results.append((nats.detach(), gradient))
@@ -67,7 +69,7 @@ def check_symmetric(device, shape, dtype, transposed):
     made = torch.randn(K, n, m, generator=torch.Generator().manual_seed(m)).to(device, DTYPES[dtype])
     X = made.mT if transposed else made.mT.contiguous()
     assert X.is_contiguous() is not transposed
-    found = train_gpt.symmetric(X)
+    found = kernels.symmetric(X)
     below = torch.ones(m, m, device=device).tril(-128).bool()  # of no tile on the diagonal
     assert torch.equal(found.masked_fill(~below, 0), found.mT.masked_fill(~below, 0))
     return {dtype: error(found, (X.double() @ X.double().mT).to(X.dtype))}
@@ -78,22 +80,22 @@ def check_safety(device):
     targets = torch.tensor([1, 2, 0], device=device)
     leaf = torch.randn(1, 3, 7, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     before = leaf.detach().clone()
-    train_gpt.fused_cross_entropy(leaf.flatten(0, 1), targets).sum().backward()  # a view of what somebody made
+    kernels.fused_cross_entropy(leaf.flatten(0, 1), targets).sum().backward()  # a view of what somebody made
     assert torch.equal(leaf, before) and leaf.grad.data_ptr() != leaf.data_ptr()
     logits = leaf.flatten(0, 1) * 1
-    nats = train_gpt.fused_cross_entropy(logits, targets).sum()
+    nats = kernels.fused_cross_entropy(logits, targets).sum()
     nats.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         nats.backward()
     logits = leaf.flatten(0, 1) * 1
     square = logits.square().sum()  # needs the logits for its own gradient, after the kernel's is in their place
-    nats = train_gpt.fused_cross_entropy(logits, targets).sum()
+    nats = kernels.fused_cross_entropy(logits, targets).sum()
     nats.backward()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.backward()
     wide = torch.randn(3, 14, generator=torch.Generator().manual_seed(1)).to(device)
     for odd in (wide[:, ::2], wide[:, 3:10], wide.T[:7, :3].T):  # not contiguous
-        assert error(train_gpt.fused_cross_entropy(odd, targets), train_gpt.cross_entropy(odd, targets)) < 2e-6
+        assert error(kernels.fused_cross_entropy(odd, targets), kernels.cross_entropy(odd, targets)) < 2e-6
     return {}
 
 
@@ -105,11 +107,11 @@ def check_step(device):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     tokens, results = torch.randint(300, (2, 128), device=device), []
-    for function in (train_gpt.cross_entropy, train_gpt.fused_cross_entropy):
-        model.cross_entropy = function
+    for function in (kernels.cross_entropy, kernels.fused_cross_entropy):
         model.zero_grad()
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            nats = train_gpt.token_nats(model, tokens, tokens.roll(-1, 1))
+            logits = model.head(model(tokens, model.mask(tokens)))
+            nats = function(logits.flatten(0, 1), tokens.roll(-1, 1).flatten())
         nats.mean().backward()
         results.append([nats.detach(), *(p.grad for p in model.parameters())])
     expected, found = results
@@ -161,35 +163,26 @@ def test_kernels_compile(monkeypatch, tmp_path, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    pointers = {"targets": "*i64", "nats": "*fp32", "sums": "*fp32", "gradient": "*fp32"}
-    bfloat16, sizes = ("logits", "out", "X"), {"CAP": 15.0, "BLOCK": 4096, "TILE": 128, "DEPTH": 64, "column": 1}
-    for kernel in (train_gpt.nats_kernel, train_gpt.nats_gradient_kernel, train_gpt.symmetric_kernel):
+    pointers = {"targets": "*i64", "nll": "*fp32", "sums": "*fp32", "gradient": "*fp32"}
+    bfloat16, sizes = ("logits", "out", "X"), {"BLOCK": 4096, "TILE": 128, "DEPTH": 64, "column": 1}
+    for kernel in (kernels.nll_kernel, kernels.nll_gradient_kernel, kernels.symmetric_kernel):
         signature = {name: "*bf16" if name in bfloat16 else "constexpr" if name in sizes else pointers.get(name, "i32")
                      for name in kernel.arg_names}
-        for cap in (15.0, 0.0) if "CAP" in kernel.arg_names else (0.0,):
-            constants = {(i,): {**sizes, "CAP": cap}[name] for i, name in enumerate(kernel.arg_names) if name in sizes}
-            attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-                          if name not in sizes and name != "V"}
-            source = ASTSource(kernel, signature, constants, attributes)
-            made = train_gpt.triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
-            assert len(made.asm["cubin"]) > 1000 and made.metadata.shared <= 99 * 1024
-            if kernel is train_gpt.symmetric_kernel:
-                assert "mma" in made.asm["ptx"], "no tensor cores"
-
-
-def test_a_cpu_takes_the_references():
-    for depth in (0, 1):
-        config = dataclasses.replace(train_gpt.CONFIGS["cpu"], batch=2, depth=depth)
-        model = train_gpt.GPT(config, {"vocab": 50, "document_start": None})
-        chosen = train_gpt.choose_kernels(model, config, 1, torch.device("cpu"))
-        assert chosen == (train_gpt.cross_entropy, train_gpt.gram, "none")
+        constants = {(i,): sizes[name] for i, name in enumerate(kernel.arg_names) if name in sizes}
+        attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+                      if name not in sizes and name != "V"}
+        source = ASTSource(kernel, signature, constants, attributes)
+        made = kernels.triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        assert len(made.asm["cubin"]) > 1000 and made.metadata.shared <= 99 * 1024
+        if kernel is kernels.symmetric_kernel:
+            assert "mma" in made.asm["ptx"], "no tensor cores"
 
 
 @pytest.mark.parametrize("seconds, result, verdict", [(1.0, 1.0, "yes 2.00x 3 MiB for 5"), (1.0, 1.1, "wrong 2.00x"),
                                                       (1.0, float("nan"), "wrong"), (4.0, 1.0, "no 0.50x"),
                                                       (None, None, "failed (ZeroDivisionError)")])
 def test_faster(monkeypatch, seconds, result, verdict):
-    """With the clock and the GPU replaced: only a kernel that is right and faster is taken."""
+    """With the clock and the GPU replaced: only a kernel that is right and faster gets a yes."""
     class Example:
         device = torch.device("cuda")
 
@@ -204,10 +197,9 @@ def test_faster(monkeypatch, seconds, result, verdict):
             return 2.0, 5.0, [torch.ones(3), torch.ones(2)]
         return (seconds or 1 / 0), 3.0, [torch.ones(3), torch.tensor([1.0, result])]
 
-    monkeypatch.setattr(train_gpt, "measure", measure)
-    monkeypatch.setattr(train_gpt, "triton", True)
-    chosen, line = train_gpt.faster(kernel, reference, Example())
-    assert line.startswith(f"kernel {verdict}") and chosen is (kernel if verdict.startswith("yes") else reference)
+    monkeypatch.setattr(kernels, "measure", measure)
+    pays, line = kernels.faster(kernel, reference, Example())
+    assert line.startswith(f"kernel {verdict}") and pays is verdict.startswith("yes")
 
 
 def widen_bfloat16():

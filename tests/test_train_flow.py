@@ -1,9 +1,14 @@
 """train_flow.py: the velocity, evaluation, samplers, whole runs on tiny data."""
+import ctypes
 import dataclasses
 import functools
+import hashlib
 import json
 import math
+import re
 import shutil
+import signal
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +16,9 @@ import pytest
 import torch
 
 import leaderboard
+import ranks
 import runs
+import show_flow
 import train_flow
 from train_flow import Fault, sample
 
@@ -136,7 +143,7 @@ def test_evaluation_against_a_plain_loop(frozen):
 
 def test_every_parameter_has_one_optimizer():
     model = small_model()
-    muon, adam = train_flow.make_optimizers(model, train_flow.CONFIGS["cpu"], 0, 1, "fp32")
+    muon, adam = train_flow.make_optimizers(model, train_flow.CONFIGS["cpu"], runs.fake_run())
     hidden = [p for params, _ in muon.stacks for p in params]
     taken = hidden + adam.param_groups[0]["params"]
     assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
@@ -202,6 +209,10 @@ def test_sample_refuses():
     for settings in ({"solver": "rk4"}, {"steps": 0}, {"shift": 0}):
         with pytest.raises(Fault, match="solvers are euler, midpoint, heun"):
             sample(Point(), torch.zeros(1, dtype=torch.long), **settings)
+    for label in (-1, 3):
+        with pytest.raises(Fault, match="labels are from 0 to 2, which is no label"):
+            sample(Point(), torch.tensor([0, label]), guidance=2.0)
+    assert sample(Point(), torch.tensor([2]), 1, guidance=2.0).shape == (1, 3, 8, 8), "drawn without a label"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -215,7 +226,10 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     log = leaderboard.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30]
     assert log["footer"]["val_loss"] < 0.25 < 1 < log["footer"]["constant_loss"]
-    assert {p.name for p in (root / "samples").iterdir()} == {"flow.png", "flow.gif"}
+    path, = (root / "checkpoints").iterdir()
+    assert {p.name for p in (root / "samples").iterdir()} == {"flow.png", "flow.gif", path.stem}
+    for name in ("flow.png", "flow.gif"):
+        assert (root / "samples" / name).read_bytes() == (root / "samples" / path.stem / name).read_bytes()
     weights, = (root / "checkpoints").iterdir()
     again = make_root(tmp_path / "again")
     run_here(monkeypatch, again, [*SMALL, *tiny[1], "--num_steps=0", f"--load={weights}"])
@@ -223,17 +237,47 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     assert leaderboard.parse_log(log2)["footer"]["val_loss"] == pytest.approx(log["footer"]["val_loss"], abs=0.005)
 
 
-def test_quality_numbers(frozen, tmp_path):
+def show(monkeypatch, model, folder, fields=None, **options):
+    """What show_flow does with a model of the cpu track's images: (numbers, Show)."""
+    config = dataclasses.replace(train_flow.CONFIGS["cpu"], **(fields or {}))
+    run = types.SimpleNamespace(config=config, options=train_flow.Options(**options), device=torch.device("cpu"))
+    shown = show_flow.Show(train_flow, run, model.classes)
+    return shown.show(model, folder), shown
+
+
+def test_quality_numbers(frozen, tmp_path, monkeypatch):
     """The judge gets what was drawn: a sampler that returns the validation pictures themselves is near perfect."""
     pictures, labels = frozen[0], frozen[3]
     first = torch.stack([pictures[labels == c][0] for c in range(CLASSES)])
-    config = dataclasses.replace(train_flow.CONFIGS["cpu"], quality_pictures=CLASSES)
-    made = lambda model, labels, *_, return_trajectory=False, **__: (
-        (first[labels], [(1.0, first[labels]), (0.0, first[labels])]) if return_trajectory else first[labels])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_flow, "sample", made)
-        numbers = train_flow.write_samples(small_model(), config, frozen, tmp_path)
+    asked = []
+
+    def made(model, labels, steps, solver, return_trajectory=False, **settings):
+        asked.append((len(labels), steps, solver))
+        return (first[labels], [(1.0, first[labels]), (0.0, first[labels])]) if return_trajectory else first[labels]
+    monkeypatch.setattr(train_flow, "sample", made)
+    numbers, shown = show(monkeypatch, small_model(), tmp_path, quality_pictures=CLASSES)
     assert {numbers[f"accuracy_{steps}_steps"] for steps in (1, 2, 5, 10, 25, 50)} == {1.0}
+    assert {f"frechet_{steps}_steps" for steps in (1, 2, 5, 10, 25, 50)} < set(numbers)
+    assert asked[0] == (96, 25, "heun") and asked[-6:] == [(24, steps, "euler") for steps in (1, 2, 5, 10, 25, 50)]
+    assert shown.bar.n == shown.bar.total == sum(n * steps for n, steps, _ in asked), "the bar ends full"
+    assert {path.name for path in tmp_path.iterdir()} == {"flow.png", "flow.gif"}
+
+
+def test_guidance_is_shown_where_it_was_learned(tmp_path, monkeypatch):
+    """A model of one class trained without --label_drop has never seen an image without a label."""
+    asked = []
+
+    def made(model, labels, steps, solver, return_trajectory=False, guidance=1.0, **settings):
+        asked.append(guidance)
+        z = torch.zeros(len(labels), 3, SIDE, SIDE)
+        return (z, [(1.0, z), (0.0, z)]) if return_trajectory else z
+    monkeypatch.setattr(train_flow, "sample", made)
+    model = types.SimpleNamespace(classes=1)
+    for fields, load, expected in (({"label_drop": 0.0}, "", {1.0}), ({"label_drop": 0.0}, "some", {1.0, 2.0}),
+                                   ({}, "", {1.0, 2.0})):
+        asked.clear()
+        show(monkeypatch, model, tmp_path, {**fields, "frozen": "data/own.npz"}, load=load)
+        assert set(asked) == expected
 
 
 def test_pairs_of_reflow():
@@ -250,10 +294,11 @@ def test_reflow_straightens(tiny, tmp_path, monkeypatch):
     run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=60", "--save=true"])
     first, = (root / "checkpoints").iterdir()
     run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=100", "--seed=1", "--save=true", f"--load={first}",
-                                 "--reflow=200", "--label_drop=0"])
+                                 "--reflow=200", "--label_drop=0", "--data=nowhere"])
+    assert runs.footers(root)[1]["data_sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
     for path in (first, *(set((root / "checkpoints").iterdir()) - {first})):
         model = small_model()
-        train_flow.load_checkpoint(path, model, dataclasses.replace(train_flow.CONFIGS["cpu"], **DIMS))
+        train_flow.load_weights(model, train_flow.read_checkpoint(path, train_flow.CONFIGS["cpu"], {})[0], path)
         labels = torch.arange(CLASSES)
         gaps.append((sample(model, labels, 1, "euler") - sample(model, labels, 25)).square().mean().item())
     assert gaps[1] < 0.8 * gaps[0]
@@ -261,30 +306,192 @@ def test_reflow_straightens(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv,message", [
     (["--reflow=10"], "--reflow needs a model"),
-    (["--data=nowhere"], "python data/scenes.py --objects"),
-    (["--frozen=none.npz"], "is missing: it belongs to the repository"),
-    (["--batch=301"], "more than the 300 training examples there are"),
-    (["--head_dim=24"], "not a multiple of head_dim"),
-    (["--patch=5"], "do not tile pictures of 32"),
-    (["--pixels=label"], "is damaged"),
+    (["--reflow=10", "--load=data/frozen/flow.safetensors", "--dim=128", "--head_dim=64", "--depth=2"],
+     "--reflow=10 images are fewer than a batch of 16"),
+    (["--data=nowhere"], "no training data in .* our own is made with `python data/scenes.py --objects`"),
+    (["--frozen=none.npz"], "none.npz is missing: it is no part of the repository .* `python data/cifar10.py`"),
+    (["--frozen=data/frozen/none.npz"], "it belongs to the repository .`git checkout data/frozen/none.npz`"),
+    (["--frozen_draws=none.npz"], "none.npz is missing: it is no part of the repository"),
+    (["--batch=301"], "--batch=301 is more than the 300 training images there are"),
+    (["--head_dim=24"], "--dim=32 is not a multiple of --head_dim=24"),
+    (["--head_dim=0"], "--head_dim=0 is not a number from 1 to 256"),
+    (["--patch=5"], "do not tile images of 32"),
+    (["--patch=64"], "do not tile images of 32"),
+    (["--patch=0"], "--patch=0 is not a number from 2 to 128"),
+    (["--pixels=label"], "--pixels=label is not in .*objects.npz: it has pixels32"),
+    (["--pixels=pixels64"], "--pixels=pixels64 is not in .*objects.npz: it has pixels32"),
     (["--load=none.safetensors"], "is not a checkpoint of this script"),
-    (["--num_steps=-1"], "num_steps must be at least 0"),
+    (["--num_steps=-1"], "--num_steps=-1 is not a number from 0 to inf"),
+    (["--cooldown=0"], "--cooldown=0 is not a number from 0.001 to 1"),
+    (["--label_drop=1.5"], "--label_drop=1.5 is not a number from 0 to 1"),
+    (["--label_drop=nan"], "--label_drop=nan is not a number from 0 to 1"),
+    (["--eval_every=0"], "--eval_every=0 is not a number from 1 to inf"),
+    (["--eval_batch=0"], "--eval_batch=0 is not a number from 1 to"),
+    (["--momentum=1"], "--momentum=1 is not a number from 0 to 0.9999"),
+    (["--quality_pictures=1"], "a Frechet distance needs at least 2"),
+    (["--quality_pictures=-1"], "--quality_pictures=-1 is not a number from 0 to"),
+    (["--precision=fp16"], "not one of auto, fp32, bf16"),
+    (["--solver=rk4"], "there is no field --solver"),
 ])
 def test_bad_arguments(tiny, monkeypatch, tmp_path, argv, message):
     root = make_root(tmp_path / "root")
-    with pytest.raises(Fault, match=message):
+    monkeypatch.setattr(train_flow.Run, "start", lambda run: pytest.fail("the clock was started"))
+    with pytest.raises(Fault, match=message) as caught:
         run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=10", *argv])
-    assert not list(root.glob("samples/*"))
+    assert "\n" not in str(caught.value) and not (root / "logs").exists()
 
 
-def test_damaged_shards(tiny, monkeypatch, tmp_path):
+def high(labels):
+    labels[7] = 24
+    return labels
+
+
+def change(path, edit):
+    np.save(path, edit(np.load(path)))
+
+
+@pytest.mark.parametrize("name,spoil,message", [
+    ("label.npy", lambda path: change(path, high), "the labels go from 0 to 24, but there are 24 classes"),
+    ("label.npy", lambda path: change(path, lambda a: a.astype(float)), "the labels are float64"),
+    ("label.npy", lambda path: change(path, lambda a: a[:-1]), r"the labels are uint16 \(299, 1\)"),
+    ("label.npy", lambda path: path.unlink(), "label.npy"),
+    ("pixels32.npy", lambda path: path.write_bytes(path.read_bytes()[:-10]), ""),
+    ("pixels32.npy", lambda path: path.write_bytes(b""), ""),
+    ("pixels32.npy", lambda path: change(path, lambda a: a[..., :-1]), "not uint8 .N, 3, S, S"),
+    ("pixels32.npy", lambda path: change(path, lambda a: a[0, 0, 0, 0]), "not uint8 .N, 3, S, S"),
+    ("meta.json", lambda path: path.write_text("[1]"), ""),
+    ("meta.json", lambda path: path.write_text(path.read_text().replace('"num": 300', '"num": 301')), "speaks of 301"),
+])
+def test_damaged_shards(tiny, monkeypatch, tmp_path, name, spoil, message):
     folder = shutil.copytree(tiny[0] / "train", tmp_path / "train")
-    np.save(folder / "label.npy", np.full((300, 1), 24, np.uint16))
-    with pytest.raises(Fault, match="is damaged .*delete it and run"):
+    spoil(folder / name)
+    with pytest.raises(Fault, match=f"cannot be trained on .*{message}.* made again with `python data/scenes.py"):
         run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, *tiny[1], f"--data={folder}"])
-    (folder / "pixels32.npy").write_bytes((folder / "pixels32.npy").read_bytes()[:-10])
-    with pytest.raises(Fault, match="is damaged .*delete it and run"):
-        run_here(monkeypatch, tmp_path / "root", [*SMALL, *tiny[1], f"--data={folder}"])
+
+
+def test_damaged_validation_sets(tiny, monkeypatch, tmp_path):
+    """Whose file it is decides what is said: nothing of a user's own can be checked out."""
+    def refused(key, **changes):
+        name = {"frozen": "objects.npz", "frozen_draws": "draws.npz"}[key]
+        with np.load(tiny[0] / name) as arrays:
+            np.savez(tmp_path / "own.npz", **{**arrays, **changes})
+        with pytest.raises(Fault) as caught:
+            train_flow.check_frozen(dataclasses.replace(config, **{key: str(tmp_path / "own.npz")}))
+        assert f"{tmp_path}/own.npz cannot be evaluated on" in str(caught.value)
+        assert "no part of the repository" in str(caught.value) and "git checkout" not in str(caught.value)
+        return str(caught.value)
+
+    paths = {"frozen": f"{tiny[0]}/objects.npz", "frozen_draws": f"{tiny[0]}/draws.npz"}
+    config = dataclasses.replace(train_flow.CONFIGS["cpu"], **paths)
+    train_flow.check_frozen(config)
+    train_flow.check_frozen(train_flow.CONFIGS["gpu"])
+    assert "the images are int64" in refused("frozen", pixels32=np.zeros((100, 3, 32, 32), int))
+    assert "the labels go from 30 to 30" in refused("frozen", label=np.full((100, 1), 30))
+    assert "draws are not of these 100 images" in refused("frozen_draws", index=np.full(100, 100))
+    assert "draws are not of these 100 images" in refused("frozen_draws", t=np.zeros(99))
+    assert "all four quarters" in refused("frozen_draws", t=np.ones(100))
+    assert "zero-size" in refused("frozen_draws", **{key: np.zeros(0, int) for key in ("index", "t", "seed")})
+    for content in (b"", b"PK\x03\x04 not really", (tiny[0] / "draws.npz").read_bytes()[:-300]):
+        (tmp_path / "own.npz").write_bytes(content)
+        with pytest.raises(Fault, match="own.npz cannot be evaluated on .* no part of the repository"):
+            train_flow.check_frozen(dataclasses.replace(config, frozen=str(tmp_path / "own.npz")))
+
+
+def test_other_data_than_the_validation_set(tiny, monkeypatch, tmp_path):
+    folder = shutil.copytree(tiny[0] / "train", tmp_path / "train")
+    (folder / "meta.json").write_text((folder / "meta.json").read_text().replace('"vocab": 24', '"vocab": 25'))
+    with pytest.raises(Fault, match="has other classes or another size than the frozen validation set"):
+        run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, *tiny[1], f"--data={folder}"])
+
+
+def test_one_class(tiny, monkeypatch, tmp_path):
+    """Trained without dropping labels, drawn and saved."""
+    folder = shutil.copytree(tiny[0], tmp_path / "one")
+    change(folder / "train/label.npy", np.zeros_like)
+    meta = json.loads((folder / "train/meta.json").read_text())
+    meta["modalities"]["label"]["vocab"] = 1
+    (folder / "train/meta.json").write_text(json.dumps(meta))
+    with np.load(folder / "objects.npz") as arrays:
+        parts = {**arrays, "label": np.zeros((100, 1), np.uint16)}
+    parts["modalities"] = np.frombuffer(json.dumps(meta["modalities"]).encode(), np.uint8)
+    np.savez(folder / "objects.npz", **parts)
+    root = make_root(tmp_path / "root")
+    argv = [*SMALL, *(part.replace(str(tiny[0]), str(folder)) for part in tiny[1]), "--num_steps=3", "--label_drop=0"]
+    run_here(monkeypatch, root, argv, samples=True)
+    assert (root / "samples/flow.png").exists() and runs.footers(root)[0]["steps"] == 3
+
+
+def test_loading_takes_the_architecture_from_the_checkpoint(tiny, monkeypatch, tmp_path):
+    root = make_root(tmp_path / "root")
+    run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=2", "--save=true"])
+    first, = (root / "checkpoints").iterdir()
+    bare = ["--track=cpu", *tiny[1], "--quality_pictures=0", "--precision=fp32", f"--load={first}"]
+    other = make_root(tmp_path / "other")
+    run_here(monkeypatch, other, [*bare, "--num_steps=0", "--save=true"])
+    again, = (other / "checkpoints").iterdir()
+    for path in (first, again):
+        weights, config = train_flow.read_checkpoint(path, train_flow.CONFIGS["cpu"], {})
+        assert {key: getattr(config, key) for key in DIMS} == DIMS and weights["blocks.0.up.weight"].shape == (128, 32)
+    log, = (other / "logs").iterdir()
+    assert json.loads(leaderboard.parse_log(log)["config"])["config"]["dim"] == 32, "the log says what was run"
+    with pytest.raises(Fault, match="was trained with --dim=32: leave it out"):
+        run_here(monkeypatch, other, [*bare, "--num_steps=0", "--dim=64"])
+
+
+def test_a_result_outlives_its_samples(tiny, monkeypatch, tmp_path, capsys):
+    root = make_root(tmp_path / "root")
+    monkeypatch.setattr(train_flow, "sample", lambda *_, **__: 1 / 0)
+    with pytest.raises(SystemExit) as stopped:
+        run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=2", "--save=true"], samples=True)
+    assert stopped.value.code == 1 and len(list((root / "checkpoints").iterdir())) == 1
+    assert len(runs.footers(root)) == 1
+    assert "no samples (ZeroDivisionError: division by zero); the result above is filed" in capsys.readouterr().out
+
+
+def test_train_on(tiny, monkeypatch, tmp_path):
+    """A saved state goes on for more steps than planned, evaluated more often; the same steps are the same run."""
+    argv, root = [*SMALL, *tiny[1], "--batch=100"], make_root(tmp_path / "root")
+    run_here(monkeypatch, root, [*argv, "--num_steps=4", "--eval_every=4", "--save_every=2", "--save=true"])
+    state, = (root / "checkpoints").glob("*.state.pt")
+    weights, = set((root / "checkpoints").iterdir()) - {state}
+    again = make_root(tmp_path / "again")
+    run_here(monkeypatch, again, [*argv, "--num_steps=4", "--eval_every=1", f"--resume={state}"])
+    assert len(runs.losses(again)) == 3 and runs.losses(again)[-1] == runs.losses(root)[-1]
+    assert runs.footers(again)[0]["val_loss"] == runs.footers(root)[0]["val_loss"]
+    longer = make_root(tmp_path / "longer")
+    run_here(monkeypatch, longer, [*argv, "--num_steps=8", "--eval_every=3", f"--resume={state}"])
+    found, = runs.footers(longer)
+    assert found["steps"] == 8 and found["tokens"] == 8 * 100 * 64 and len(runs.losses(longer)) == 3
+    for more, message in ((["--num_steps=1"], "is at step 2, beyond --num_steps=1"),
+                          (["--reflow=200", f"--load={weights}"], "is of a run with --reflow=0: pass the same"),
+                          (["--muon_lr=0.01"], "is of a run with --muon_lr=0.025: pass the same")):
+        with pytest.raises(Fault, match=message):
+            run_here(monkeypatch, longer, [*argv, "--num_steps=4", f"--resume={state}", *more])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_state(tiny, tmp_path, number):
+    """Ctrl-C as SIGTERM: the state is saved, the exit code is 0, and what is said to continue with does."""
+    argv, root = [*SMALL, *tiny[1], "--num_steps=60", "--eval_every=60"], make_root(tmp_path / "root")
+    world = runs.start("flow", argv, root, spy=ranks.wait_for_a_signal)
+    world.wait_for_steps()
+    world.kill(number)
+    out = world.succeed().out
+    step, path = re.search(r"state of step (\d+) in (\S+)", out).groups()
+    assert f"stopped: continue with the same command and --resume={path}" in out
+    assert 0 < int(step) < 60 and not (root / "records/runs.jsonl").exists()
+    resumed = make_root(tmp_path / "resumed")
+    runs.run("flow", [*argv, f"--resume={path}"], resumed)
+    assert runs.footers(resumed)[0]["steps"] == 60
+
+
+def test_memory_is_kept_where_the_c_library_can(monkeypatch):
+    """musl has no mallopt, and not every system has a C library to open."""
+    def missing(name):
+        raise OSError
+    for library in (lambda name: types.SimpleNamespace(), missing):
+        monkeypatch.setattr(ctypes, "CDLL", library)
+        train_flow.keep_memory()
 
 
 def test_two_processes_are_the_same_run(tiny, tmp_path):

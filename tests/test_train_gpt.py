@@ -1,16 +1,26 @@
-"""train_gpt.py: streams, masks, model, evaluation, sampling with cache and draft, whole runs on tiny data."""
+"""train_gpt.py: options, streams, masks, model, evaluation, sampling with cache and draft, whole runs on tiny data."""
 import dataclasses
 import functools
+import hashlib
 import json
+import os
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import leaderboard
 import runs
+import show_gpt
+import speculate
 import streams
 import train_gpt
 from train_gpt import Fault
@@ -20,11 +30,15 @@ DIMS = {"dim": 64, "head_dim": 32, "depth": 2, "window": 16, "orders": 3, "grams
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=8", "--context=32",
          "--eval_tokens=2000", "--eval_context=64", "--eval_stride=48", "--sample_tokens=20", "--precision=fp32"]
 META = {"vocab": 256, "document_start": None, "encoding": "bytes"}
-RAW = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def small_config(**fields):
-    return dataclasses.replace(train_gpt.CONFIGS["cpu"], **{**DIMS, **RAW, **fields})
+    return dataclasses.replace(train_gpt.CONFIGS["cpu"], **{**DIMS, **fields})
+
+
+def sampling(**fields):
+    """Options that draw from the model's own distribution."""
+    return train_gpt.Options(**{"temperature": 1.0, **fields})
 
 
 def small_model(meta=META, seed=0, **fields):
@@ -61,14 +75,18 @@ make_root, run_here = functools.partial(runs.make_root, "gpt"), functools.partia
 # Data
 
 def test_loader(tiny):
-    tokens, meta, digest = train_gpt.read_streams(small_config(data=str(tiny)))
-    assert len(tokens) == 18000 and meta["vocab"] == 256 and len(digest) == 64
-    loader, again, other = (train_gpt.Loader(torch.arange(5000), small_config(batch=4, context=32, seed=seed), "cpu")
+    shards, meta, digest = train_gpt.read_streams(small_config(data=str(tiny)))
+    assert [len(shard) for shard in shards] == [18000] and meta["vocab"] == 256
+    assert digest == hashlib.sha256((tiny / "train.bin").read_bytes()[1024:]).hexdigest()
+    shards = [np.arange(3000, dtype=np.uint16), np.arange(3000, 5000, dtype=np.uint16)]
+    loader, again, other = (train_gpt.Loader(shards, small_config(batch=4, context=32, seed=seed), "cpu")
                             for seed in (3, 3, 4))
     inputs, targets = loader()
     assert inputs.shape == targets.shape == (4, 32) and torch.equal(targets, inputs + 1)
     assert torch.equal(inputs, again()[0]) and not torch.equal(inputs, other()[0])
     assert not torch.equal(inputs, loader()[0])
+    other.load_state_dict(loader.state_dict())
+    assert torch.equal(loader()[0], other()[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -100,28 +118,46 @@ def test_window_and_documents():
 def test_block_mask_is_the_dense_mask(document_start):
     """Flex attention with the BlockMask against attend with the dense mask, forward; nothing is compiled twice."""
     model = small_model({**META, "document_start": document_start})
-    rng, kept = torch.Generator().manual_seed(1), {}
+    rng, mask_cache = torch.Generator().manual_seed(1), {}
     for i in range(3):
         tokens = torch.randint(256, (2, 256), generator=rng)
         dense = model.mask(tokens)
         documents = (tokens >= 250).cumsum(1) if document_start else torch.zeros_like(tokens[:1])
         with torch._dynamo.config.patch(error_on_recompile=i > 0), torch.no_grad():
-            block = train_gpt.block_mask(model.may_see, documents, kept)
+            block = train_gpt.block_mask(model.mask_mod, documents, mask_cache)
             q, k, v = (torch.randn(2, 2, 256, 32, generator=rng) for _ in range(3))
             found = train_gpt.attend(q, k, v, block)
         assert torch.allclose(train_gpt.attend(q, k, v, dense), found, atol=1e-5)
         assert not torch.allclose(train_gpt.attend(q, k, v, torch.ones_like(dense)), found, atol=1e-2)
-    assert len(kept) == 1
+    assert len(mask_cache) == 1
     with torch.no_grad():  # as under autocast
         rough = train_gpt.attend(q, k, v.bfloat16(), block)
     assert rough.dtype == torch.bfloat16 and torch.allclose(rough.float(), found, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_sees_nothing_gets_zeros(dtype):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8, generator=rng) for _ in range(3))
+    mask = torch.rand(2, 1, 5, 5, generator=rng) < 0.5
+    mask[0, 0, 3] = False
+    out = train_gpt.attend(q, k, v.to(dtype), mask)
+    assert not out[0, :, 3].any() and not out.isnan().any() and bool(out[1].any())
+    seen = mask.any(-1, keepdim=True).expand(2, 3, 5, 8)
+    expected = ((q @ k.mT / 8 ** 0.5).masked_fill(~mask, -1e9).softmax(-1) @ v)[seen]
+    assert torch.allclose(out.float()[seen], expected, atol=1e-5 if dtype == torch.float32 else 0.03)
+
+
 def test_rotary_scores_depend_on_distance_alone():
     model, rng = small_model(), torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, 1, 32, generator=rng) for _ in range(2))
-    turned = lambda x, place: train_gpt.rotate(x, model.turn(place, place + 1, "cpu"))
-    score = lambda i, j: (turned(q, i) * turned(k, j)).sum().item()
+
+    def turned(x, place):
+        return train_gpt.apply_rotary(x, *model.rotary(place, place + 1, "cpu"))
+
+    def score(i, j):
+        return (turned(q, i) * turned(k, j)).sum().item()
+
     assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-3) != pytest.approx(score(7, 4), abs=1e-3)
     assert turned(q, 50).norm().item() == pytest.approx(q.norm().item(), rel=1e-5)
 
@@ -147,7 +183,7 @@ def test_gpu_model_on_the_meta_device():
 
 
 def test_every_parameter_has_one_optimizer(model):
-    muon, adam = train_gpt.make_optimizers(model, small_config(), 0, 1, "fp32")
+    muon, adam = train_gpt.make_optimizers(model, small_config(), runs.fake_run())
     taken = [p for params, _ in muon.stacks for p in params] + adam.param_groups[0]["params"]
     assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
     assert all(p.dim() == 2 for params, _ in muon.stacks for p in params)
@@ -191,65 +227,97 @@ def test_evaluation_against_a_plain_loop(model):
 
 def test_probabilities():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    p = train_gpt.probabilities(logits, small_config())
-    assert torch.allclose(p, logits.softmax(-1))
-    assert torch.allclose(train_gpt.probabilities(logits, small_config(temperature=0.5)), (2 * logits).softmax(-1))
-    assert train_gpt.probabilities(logits, small_config(temperature=0.0)).tolist() == [[1, 0, 0, 0]]
+
+    def probabilities(**fields):
+        return train_gpt.probabilities(logits, sampling(**fields))
+
+    assert torch.allclose(probabilities(), logits.softmax(-1))
+    assert torch.allclose(probabilities(temperature=0.5), (2 * logits).softmax(-1))
+    assert probabilities(temperature=0.0).tolist() == [[1, 0, 0, 0]]
     two = torch.tensor([[2.0, 1.0]]).softmax(-1)
-    assert torch.allclose(train_gpt.probabilities(logits, small_config(top_k=2))[:, :2], two)
-    assert train_gpt.probabilities(logits, small_config(top_k=2))[0, 2:].tolist() == [0, 0]
+    assert torch.allclose(probabilities(top_k=2)[:, :2], two)
+    assert probabilities(top_k=2)[0, 2:].tolist() == [0, 0]
+    assert torch.equal(probabilities(top_k=99), probabilities()), "more than there are: all"
     # 0.644 and 0.237 are the two likeliest: 0.7 needs both, 0.6 the first alone
-    assert (train_gpt.probabilities(logits, small_config(top_p=0.7)) > 0).tolist() == [[True, True, False, False]]
-    assert (train_gpt.probabilities(logits, small_config(top_p=0.6)) > 0).tolist() == [[True, False, False, False]]
+    assert (probabilities(top_p=0.7) > 0).tolist() == [[True, True, False, False]]
+    assert (probabilities(top_p=0.6) > 0).tolist() == [[True, False, False, False]]
+    assert (probabilities(top_p=1e-6) > 0).tolist() == [[True, False, False, False]], "the likeliest always stays"
+
+
+def next_logits(model, tokens):
+    """Logits (B, V) of the token after tokens (B, T), without a cache."""
+    with torch.no_grad():
+        return model.logits(model(tokens, model.mask(tokens)))[:, -1]
 
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_cache_gives_the_same_tokens(documents):
     model = small_model({**META, "document_start": 200 if documents else None})
     start = torch.randint(256, (3, 5), generator=torch.Generator().manual_seed(0))
-    config = small_config(temperature=0.0, sample_tokens=40)  # beyond the window of 16
-    cached, plain = (torch.cat(list(train_gpt.generate(model, start, config, cached=c)), 1) for c in (True, False))
-    assert torch.equal(cached, plain) and cached.shape == (3, 40)
+    options = sampling(temperature=0.0, sample_tokens=40)  # beyond the window of 16
+    cached, tokens = torch.cat(list(train_gpt.generate(model, start, options)), 1), start
+    for _ in range(40):
+        tokens = torch.cat([tokens, next_logits(model, tokens).argmax(-1, keepdim=True)], 1)
+    assert torch.equal(cached, tokens[:, 5:]) and cached.shape == (3, 40)
     assert len(set(cached.flatten().tolist())) > 5, "a model that repeats itself proves nothing"
 
 
 def test_cache_reads_every_token_once(model, monkeypatch):
-    places = []
-    plain = train_gpt.GPT.forward
-    monkeypatch.setattr(train_gpt.GPT, "forward", lambda self, tokens, mask, start=0, memories=None:
-                        places.append(tokens.shape[1] - start) or plain(self, tokens, mask, start, memories))
-    list(train_gpt.generate(model, torch.zeros(1, 7, dtype=torch.long), small_config(sample_tokens=5)))
+    places, plain = [], train_gpt.GPT.forward
+
+    def forward(self, tokens, mask, start=0, append=train_gpt.no_cache):
+        places.append(tokens.shape[1] - start)
+        return plain(self, tokens, mask, start, append)
+
+    monkeypatch.setattr(train_gpt.GPT, "forward", forward)
+    list(train_gpt.generate(model, torch.zeros(1, 7, dtype=torch.long), sampling(sample_tokens=5)))
     assert places == [7, 1, 1, 1, 1]
+
+
+def test_cache_without_its_last_tokens(model):
+    tokens = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
+    cache = train_gpt.KVCache()
+    with torch.no_grad():
+        whole = train_gpt.read_tokens(model, tokens, cache)
+        cache.truncate(12)
+        assert cache.length == 12
+        assert torch.allclose(train_gpt.read_tokens(model, tokens, cache), whole[:, 12:], atol=1e-5)
+    cache.truncate(99)
+    assert cache.length == 20
 
 
 @pytest.mark.parametrize("ahead", [1, 4])
 def test_speculation_is_exact_when_greedy(model, ahead):
-    config = small_config(temperature=0.0, sample_tokens=50, ahead=ahead)
+    options = sampling(temperature=0.0, sample_tokens=50, ahead=ahead)
     start, draft = torch.tensor([[10, 65, 66]]), small_model(seed=1, dim=32, depth=1)
-    plain = torch.cat(list(train_gpt.generate(model, start, config)), 1)
+    plain = torch.cat(list(train_gpt.generate(model, start, options)), 1)
     for guesser, most in ((draft, 50), (model, -(-50 // (ahead + 1)))):  # its own draft is always right
-        runs = list(train_gpt.speculate(model, guesser, start, config))
-        assert torch.equal(torch.cat(runs, 1), plain) and len(runs) <= most
+        chunks = list(speculate.speculate(train_gpt, model, guesser, start, options))
+        assert torch.equal(torch.cat(chunks, 1), plain) and len(chunks) <= most
 
 
 def test_speculation_follows_the_distribution(model):
     """The second and third token of many speculative draws against the model's own probabilities, a chi-square each."""
     draft = small_model(seed=1, dim=32, depth=1)
-    config = small_config(sample_tokens=2, ahead=2, top_k=4, temperature=0.7)
-    start = torch.tensor([[10, 65, 66]])
-    logits = lambda tokens: model.logits(model(tokens, model.mask(tokens)))[0, -1]
-    exact = {}
-    with torch.no_grad():
-        for a, p in enumerate(train_gpt.probabilities(logits(start)[None], config)[0].tolist()):
-            if p > 0:
-                after = train_gpt.probabilities(logits(torch.cat([start, torch.tensor([[a]])], 1))[None], config)[0]
-                exact.update({(a, b): p * q for b, q in enumerate(after.tolist()) if q > 0})
+    options = sampling(sample_tokens=2, ahead=2, top_k=4, temperature=0.7)
+    start, exact = torch.tensor([[10, 65, 66]]), {}
+    for a, p in enumerate(train_gpt.probabilities(next_logits(model, start), options)[0].tolist()):
+        if p > 0:
+            logits = next_logits(model, torch.cat([start, torch.tensor([[a]])], 1))
+            after = train_gpt.probabilities(logits, options)[0].tolist()
+            exact.update({(a, b): p * q for b, q in enumerate(after) if q > 0})
     n, counts = 600, dict.fromkeys(exact, 0)
     for seed in range(n):
-        a, b = torch.cat(list(train_gpt.speculate(model, draft, start, config, seed)), 1)[0].tolist()
+        a, b = torch.cat(list(speculate.speculate(train_gpt, model, draft, start, options, seed)), 1)[0].tolist()
         counts[a, b] += 1
     chi = sum((counts[pair] - n * p) ** 2 / (n * p) for pair, p in exact.items())
     assert chi < len(exact) - 1 + 4 * (2 * (len(exact) - 1)) ** 0.5, (chi, len(exact))
+
+
+def test_text_is_printed_as_it_comes(capsys):
+    """A character whose bytes come in two chunks is printed once it is whole."""
+    ids, count, speed = speculate.speak([torch.tensor([[72, 195]]), torch.tensor([[164, 33]])], bytes)
+    assert capsys.readouterr().out == "H\u00e4!\n" and (ids, count) == ([72, 195, 164, 33], 2) and speed > 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -272,41 +340,126 @@ def test_run(finished):
     assert log["footer"]["tokens"] == 40 * 8 * 32 and log["footer"]["task"] == "gpt"
     assert set(leaderboard.FOOTER_KEYS) <= set(log["footer"])
     assert len((root / "samples/gpt.txt").read_bytes()) == 21, "the prompt and 20 bytes"
+    folder, = (path for path in (root / "samples").iterdir() if path.is_dir())
+    assert (folder / "gpt.txt").read_bytes() == (root / "samples/gpt.txt").read_bytes()
+    text, = (root / "logs").iterdir()
+    shown = text.read_text().split(leaderboard.RULE + "\n")[-1]
+    assert shown.index("\noverrides: ") < shown.index("\nsamples: ") < shown.index("\nsampled_per_second: ")
     line, = (root / "records/runs.jsonl").read_text().splitlines()
     assert json.loads(line)["val_loss"] == log["footer"]["val_loss"]
 
 
 def test_load_and_draft(finished, tiny, monkeypatch, tmp_path, capsys):
+    """The architecture is the checkpoint's, whatever the track's is; what says otherwise is refused."""
     weights, = (finished[0] / "checkpoints").iterdir()
     root = make_root(tmp_path / "again")
-    argv = [*SMALL, f"--data={tiny}", "--num_steps=0", f"--load={weights}", f"--draft={weights}", "--temperature=0"]
-    run_here(monkeypatch, root, argv, samples=True)
-    log, = (root / "logs").iterdir()
-    footer = leaderboard.parse_log(log)["footer"]
+    rest = [word for word in SMALL if word.partition("=")[0][2:] not in DIMS]
+    argv = [*rest, f"--data={tiny}", "--num_steps=0", f"--load={weights}", f"--draft={weights}", "--temperature=0"]
+    run_here(monkeypatch, root, [*argv, "--save=true"], samples=True)
+    footer, = runs.footers(root)
     assert footer["val_loss"] == pytest.approx(finished[1]["footer"]["val_loss"], abs=0.02), "half precision"
-    assert footer["tokens_per_check"] == pytest.approx(5.0), "a model that drafts for itself is never refused"
-    assert footer["sampled_per_second"] > 0 and footer["speculated_per_second"] > 0
+    numbers = dict(re.findall(r"(?m)^(\w+_per_\w+): (\S+)$", capsys.readouterr().out))
+    assert float(numbers["tokens_per_check"]) == 5.0, "a model that drafts for itself is never refused"
+    assert float(numbers["sampled_per_second"]) > 0 and float(numbers["speculated_per_second"]) > 0
+    again, = (root / "checkpoints").iterdir()
+    with safe_open(again, "pt") as file:
+        saved = json.loads(file.metadata()["config"])
+    assert {key: saved[key] for key in DIMS} == DIMS, "what is saved says its own architecture"
+    with pytest.raises(Fault, match="was trained with --depth=2: leave it out"):
+        run_here(monkeypatch, root, [*argv, "--depth=1"])
 
 
 @pytest.mark.parametrize("argv,message", [
     (["--data=nowhere"], "make it with `python data/nowhere.py`"),
     (["--data=scenes"], "python data/scenes.py --objects"),
-    (["--num_steps=-1"], "num_steps must be at least 0"),
-    (["--head_dim=24"], "not a multiple of head_dim"),
-    (["--eval_stride=65"], "eval_stride must be"),
+    (["--data=mine"], "no data in .*mine: it should hold train"),
+    (["--num_steps=-1"], "--num_steps=-1 is not a number from 0"),
+    (["--window=0"], "--window=0 is not a number from 1"),
+    (["--head_dim=0"], "--head_dim=0 is not a number from 2"),
+    (["--head_dim=24"], "not a multiple of --head_dim"),
+    (["--dim=33", "--head_dim=33"], "or that is odd"),
+    (["--eval_stride=65"], "--eval_stride=65 is more than --eval_context=64"),
     (["--eval_tokens=999999"], "is more than the"),
-    (["--draft=none.safetensors", "--num_steps=0"], "is not a checkpoint of this script"),
-    (["--windows=3"], "unknown override"),
+    (["--eval_tokens=-5"], "--eval_tokens=-5 is not a number from 1"),
+    (["--eval_every=0"], "--eval_every=0 is not a number from 1"),
+    (["--cooldown=0"], "--cooldown=0 is not a number from 0.001 to 1"),
+    (["--top_p=0"], "--top_p=0 is not a number from 1e-06 to 1"),
+    (["--top_k=-1"], "--top_k=-1 is not a number from 0"),
+    (["--temperature=inf"], "--temperature=inf is not a number from 0"),
+    (["--sample_tokens=0"], "--sample_tokens=0 is not a number from 1"),
+    (["--ahead=0"], "--ahead=0 is not a number from 1"),
+    (["--precision=fp8"], "--precision=fp8 is not one of auto, fp32, bf16"),
+    (["--muon_lr=nan"], "--muon_lr=nan is not a number from 0"),
+    (["--micro_batch=3"], "--micro_batch=3 does not divide a process's 8 rows"),
+    (["--context=18000"], "18000 training tokens are too few for --context=18000"),
+    (["--windows=3"], "there is no field --windows"),
+    (["--cap=3"], "there is no field --cap"),
 ])
 def test_bad_arguments(tiny, monkeypatch, tmp_path, argv, message):
     root = tmp_path / "root"
     (root / "data").mkdir(parents=True)
-    (root / "data/streams.py").write_text("")
-    with pytest.raises(Fault, match="(?s).*" + message):
-        run_here(monkeypatch, root, [*SMALL, f"--data={tiny}", *argv], samples=True)  # a draft is read for those
+    for name in ("nowhere", "scenes"):
+        (root / f"data/{name}.py").touch()
+    with pytest.raises(Fault, match="(?s).*" + message) as caught:
+        run_here(monkeypatch, root, [*SMALL, f"--data={tiny}", *argv])
+    assert "\n" not in str(caught.value) and [path.name for path in root.iterdir()] == ["data"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "foreign", "vocabulary"])
+@pytest.mark.parametrize("argv,message", [
+    (["--draft=none.safetensors"], "none.safetensors is not a checkpoint of this script"),
+    (["--prompt=\u00e9"], "has characters that .* does not"),
+    (["--prompt=\udce9"], "is not text"),
+])
+def test_samples_are_prepared_before_the_clock(tiny, monkeypatch, tmp_path, argv, message):
+    """What they will need is missing: said at once, and nothing is written."""
+    folder = shutil.copytree(tiny, tmp_path / "ascii")
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "vocab": 128}))
+    root = make_root(tmp_path / "root")
+    with pytest.raises(Fault, match=message):
+        run_here(monkeypatch, root, [*SMALL, f"--data={folder}", *argv], samples=True)
+    assert not (root / "logs").exists()
+
+
+def test_an_encoding_that_cannot_be_fetched(tiny, monkeypatch, tmp_path):
+    def no_network(meta):
+        raise ConnectionError("Name or service not known\nand more lines")
+
+    monkeypatch.setattr(streams, "codec", no_network)
+    with pytest.raises(Fault, match=r"encoding 'bytes' of samples cannot be opened \(Name or service not known\)$"):
+        run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, f"--data={tiny}"], samples=True)
+
+
+SAMPLING = {"temperature": st.floats(), "top_k": st.integers(-2, 300), "top_p": st.floats(-0.5, 1.5),
+            "sample_tokens": st.integers(-1, 9), "ahead": st.integers(-1, 9), "prompt": st.text(max_size=3),
+            "window": st.integers(-1, 9), "orders": st.integers(-1, 4), "depth": st.integers(-1, 2)}
+
+
+@settings(max_examples=30, deadline=None, database=None)
+@given(st.lists(st.sampled_from(sorted(SAMPLING)), min_size=1, max_size=4, unique=True), st.data())
+def test_any_sampling_draws_or_is_refused(tiny, tmp_path_factory, names, data):
+    root = make_root(tmp_path_factory.mktemp("any") / "root")
+    argv = [*SMALL, f"--data={tiny}", "--num_steps=1", "--eval_tokens=100"]
+    argv += [f"--{name}={data.draw(SAMPLING[name], name)}" for name in names]
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            run_here(patch, root, argv, samples=True)
+        except Fault as fault:
+            assert "\n" not in str(fault) and not (root / "logs").exists()
+        else:
+            assert (root / "samples/gpt.txt").exists()
+
+
+def test_help_shows_every_field(capsys):
+    with pytest.raises(SystemExit):
+        train_gpt.main(["--help"])
+    out = capsys.readouterr().out
+    for key in {**vars(train_gpt.Config()), **vars(train_gpt.Options())}:
+        assert f"    {key}: " in out, key
+    assert "python train_gpt.py" in out and "top_p in (1e-06, 1)" in out
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "vocabulary", "meta", "fields", "types", "none"])
 def test_damaged_streams(tiny, monkeypatch, tmp_path, damage):
     folder = shutil.copytree(tiny, tmp_path / "data")
     path = folder / "train.bin"
@@ -314,9 +467,14 @@ def test_damaged_streams(tiny, monkeypatch, tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "foreign":
         path.write_bytes(b"\x93NUMPY" + path.read_bytes())
-    else:
+    elif damage == "vocabulary":
         streams.write_bin(path, np.full(1000, 300))
-    with pytest.raises(Fault, match="is damaged .*delete it and run"):
+    elif damage == "none":
+        path.unlink()
+    else:
+        wrong = {"meta": "[1", "fields": '{"vocab": 256}', "types": json.dumps({**META, "vocab": "many"})}
+        (folder / "meta.json").write_text(wrong[damage])
+    with pytest.raises(Fault, match="cannot be trained on"):
         run_here(monkeypatch, tmp_path / "root", [*SMALL, f"--data={folder}"])
     assert not (tmp_path / "root").exists()
 
@@ -325,13 +483,106 @@ def test_a_batch_in_parts_is_the_same_run(tiny, tmp_path, monkeypatch):
     losses = []
     for rows in (8, 2):
         root = make_root(tmp_path / str(rows))
-        run_here(monkeypatch, root, [*SMALL, f"--data={tiny}", "--num_steps=4", f"--rows={rows}"])
+        run_here(monkeypatch, root, [*SMALL, f"--data={tiny}", "--num_steps=4", f"--micro_batch={rows}"])
         losses.append(json.loads((root / "records/runs.jsonl").read_text())["val_loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0] < np.log(256) - 0.5
-    with pytest.raises(Fault, match="3 rows at a time do not divide a process's 8 rows"):
-        run_here(monkeypatch, tmp_path / "2", [*SMALL, f"--data={tiny}", "--rows=3"])
 
 
 def test_two_processes_are_the_same_run(tiny, tmp_path):
     argv = [*SMALL, f"--data={tiny}", "--num_steps=20", "--eval_every=10"]
     runs.assert_same_on_two_processes("gpt", argv, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run that is cut off, goes on longer, or cannot show samples
+
+@pytest.fixture
+def keep_signals():
+    """Puts the handlers of this process back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def at_step(monkeypatch, step, action):
+    """Have train_gpt.py call action once, in this training step after the warm-up's three."""
+    calls, plain = [], train_gpt.train_step
+
+    def train_step(number, *rest):
+        calls.append(number)
+        if len(calls) == step + 4:
+            action()
+        return plain(number, *rest)
+
+    monkeypatch.setattr(train_gpt, "train_step", train_step)
+
+
+def result(root):
+    """A run's line in runs.jsonl and its weights."""
+    run, = runs.footers(root)
+    return run, load_file(root / "checkpoints" / f"{run['run_id']}.safetensors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_resumed_run_is_the_same_run(tiny, tmp_path, monkeypatch, capsys, keep_signals, number):
+    argv = [*SMALL, f"--data={tiny}", "--num_steps=12", "--save=true"]
+    whole, cut, again = (make_root(tmp_path / name) for name in ("whole", "cut", "again"))
+    run_here(monkeypatch, whole, argv)
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as caught:
+            run_here(patch, cut, argv)
+    state, = (cut / "checkpoints").iterdir()
+    assert caught.value.code == 0 and not (cut / "records/runs.jsonl").exists()
+    assert f"stopped: continue with the same command and --resume={state}" in capsys.readouterr().out
+    run_here(monkeypatch, again, [*argv, f"--resume={state}", "--eval_every=4", "--top_k=3"])
+    (expected, weights), (found, same) = result(whole), result(again)
+    for key in ("val_loss", "steps", "tokens"):
+        assert found[key] == expected[key], key
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+    assert found["train_seconds"] > 0
+
+
+def test_training_on(tiny, tmp_path, monkeypatch, capsys):
+    """A state of step 4 of 6 goes on to step 12, with the learning rates of 12 steps from there on."""
+    argv = [*SMALL, f"--data={tiny}", "--save_every=4"]
+    first, longer = make_root(tmp_path / "first"), make_root(tmp_path / "longer")
+    run_here(monkeypatch, first, [*argv, "--num_steps=6"])
+    state, = (first / "checkpoints").iterdir()
+    state = state.rename(tmp_path / "state.pt")
+    run_here(monkeypatch, longer, [*argv, "--num_steps=12", f"--resume={state}"])
+    run, = runs.footers(longer)
+    assert run["steps"] == 12 and run["tokens"] == 12 * 8 * 32
+    assert run["val_loss"] < runs.footers(first)[0]["val_loss"]
+    for more, message in ((["--num_steps=3"], "beyond --num_steps=3"),
+                          (["--num_steps=6", "--micro_batch=4"], "is of a run with --micro_batch=512: pass the same")):
+        with pytest.raises(Fault, match=message):
+            run_here(monkeypatch, longer, [*argv, *more, f"--resume={state}"])
+
+
+def test_samples_that_fail_leave_the_result(tiny, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(show_gpt.Show, "text", fails)
+    root = make_root(tmp_path / "root")
+    with pytest.raises(SystemExit) as caught:
+        run_here(monkeypatch, root, [*SMALL, f"--data={tiny}", "--num_steps=2", "--save=true"], samples=True)
+    assert caught.value.code == 1 and result(root)[0]["steps"] == 2
+    assert "no samples (OSError: no space left); the result above is filed" in capsys.readouterr().out
+
+
+def test_pictures_of_labels(tmp_path, monkeypatch):
+    """A stream of picture tokens: the samples are a sheet of four pictures per label."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = np.random.default_rng(0).integers(4096, size=(40, 65))
+    rows[:, 0] = 4096 + np.arange(40) % 2
+    for name in ("train", "val"):
+        streams.write_bin(folder / f"{name}.bin", rows.flatten())
+    streams.finish(folder, {"name": "pictures"}, 4098, document_start=4096, encoding="scenes")
+    root = make_root(tmp_path / "root")
+    run_here(monkeypatch, root, [*SMALL, f"--data={folder}", "--num_steps=1"], samples=True)
+    assert (root / "samples/gpt.png").read_bytes().startswith(b"\x89PNG")
+    assert not (root / "samples/gpt.txt").exists()

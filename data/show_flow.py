@@ -1,0 +1,83 @@
+"""What a flow draws: every class, the way from noise to image, few steps against many; and quality numbers."""
+import torch
+from tqdm import tqdm
+
+import classifier
+import draw
+import world
+
+STEPS = (1, 2, 5, 10, 25, 50)  # of Euler's that quality is reported at
+SHEET_STEPS = 25  # of Heun's that the sheet's classes are drawn in
+PART = 250  # images drawn at a time
+
+
+def to_unit(images):
+    """Images in [-1, 1] as floats in [0, 1] on the CPU."""
+    return (images.float().cpu() + 1) / 2
+
+
+class Show:
+    """Opened before the clock starts: the judge and the names of the classes, if the images are of our objects."""
+
+    def __init__(self, script, run, classes):
+        ours = run.config.frozen in [config.frozen for config in script.CONFIGS.values()]
+        self.script = script
+        self.judge = classifier.load(run.device) if ours else None
+        self.names = world.CLASSES if ours else [str(i) for i in range(classes)]
+        self.classes = torch.arange(classes, device=run.device)
+        self.few = self.classes[::max(1, classes // 3)][:3]
+        n = run.options.quality_pictures if ours else 0
+        self.wanted = self.classes.repeat(-(-n // classes))[:n]
+        # without --label_drop a model never learns what images without a label look like
+        self.guidances = (1.0, 2.0) if run.config.label_drop or run.options.load else (1.0,)
+
+    def show(self, model, folder):
+        image_steps = 4 * len(self.classes) * SHEET_STEPS
+        image_steps += sum(STEPS) * (len(self.few) * len(self.guidances) + len(self.wanted))
+        with tqdm(total=image_steps, desc="samples", unit=" image steps", dynamic_ncols=True) as bar:
+            self.bar = bar
+            self.sheet(model, folder)
+            return self.quality(model)
+
+    def sample(self, model, labels, steps, solver="euler", **settings):
+        """What the script's sample returns; counted by the bar."""
+        self.bar.set_postfix_str(f"{len(labels)} images in {steps} steps")
+        made = self.script.sample(model, labels, steps, solver, **settings)
+        self.bar.update(len(labels) * steps)
+        return made
+
+    def sheet(self, model, folder):
+        """Write flow.png, the labelled grid, and flow.gif, every class on its way from noise."""
+        labels = self.classes.repeat_interleave(4)
+        made, trajectory = self.sample(model, labels, SHEET_STEPS, "heun", return_trajectory=True)
+        made = to_unit(made)
+        cells = [(image, self.names[label]) for image, label in zip(made, labels.tolist())]
+        rows = ["four draws of every class", *(cells[i:i + 8] for i in range(0, len(cells), 8))]
+        rows.append("from noise to picture")
+        rows += [[(to_unit(z[i]), f"t = {t:.2f}") for t, z in trajectory[::3]] for i in (0, len(labels) // 2)]
+        rows += self.few_steps(model)
+        draw.sheet(rows, folder / "flow.png")
+        draw.animation([*(to_unit(z[::4]) for _, z in trajectory[::2]), made[::4]], folder / "flow.gif")
+
+    def few_steps(self, model):
+        """Rows of the sheet: the same noise in ever more steps, without and with guidance."""
+        heading = "the same noise in 1, 2, 5, 10, 25 and 50 steps of Euler's"
+        if len(self.guidances) > 1:
+            heading += ", every second row with guidance 2"
+        draws = {}
+        for steps in STEPS:
+            for guidance in self.guidances:
+                draws[steps, guidance] = to_unit(self.sample(model, self.few, steps, guidance=guidance))
+        rows = [[(draws[steps, guidance][i], f"{steps}") for steps in STEPS]
+                for i in range(len(self.few)) for guidance in self.guidances]
+        return [heading, *rows]
+
+    def quality(self, model):
+        """How often the judge sees the class that was asked for, and Frechet distances, by number of steps."""
+        numbers = {}
+        for steps in STEPS if len(self.wanted) else ():
+            parts = enumerate(self.wanted.split(PART))
+            made = to_unit(torch.cat([self.sample(model, part, steps, seed=i) for i, part in parts]))
+            numbers[f"accuracy_{steps}_steps"] = round(self.judge.accuracy(made, self.wanted), 4)
+            numbers[f"frechet_{steps}_steps"] = round(self.judge.frechet_distance(made, "exact"), 3)
+        return numbers
