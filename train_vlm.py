@@ -549,7 +549,8 @@ def compiler_works(run):
     """Whether torch.compile can build code here, tried on one line: on a CPU it takes a working C++ compiler."""
     if run.device.type == "cpu":
         try:
-            torch.compile(lambda x: x + 1)(torch.zeros(1))
+            new = time.time_ns()  # in no cache: what is cached needs no compiler
+            torch.compile(lambda x: x + new)(torch.zeros(1))
         except Exception as error:  # torch.compile has many kinds
             run.say(f"torch.compile does not work here ({str(error).splitlines()[0]}): steps take longer without it")
             return False
