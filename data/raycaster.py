@@ -5,6 +5,7 @@ of tensors that sample_scenes returns. World frame: x right, y away from the cam
 frame: x right, y up, z towards the viewer. Vectors are tuples of three (B, P) tensors, P rays a scene: separate
 components fuse better than a last dimension of three.
 """
+import functools
 import math
 import shutil
 
@@ -68,12 +69,18 @@ def primary_rays(scenes, pixels):
     return tuple(origin[:, c, None] for c in range(3)), tuple(c * norm for c in d)
 
 
-def intersect(scenes, k, o, d):
-    """Ray parameter t (inf: no hit) and world normal (three (B, P)) of the rays' first hit with object k."""
-    column = lambda name: scenes[name][:, k, None]
-    cos, sin, shape = column("theta").cos(), column("theta").sin(), column("shape")
-    half = column("radius") * torch.where(shape == 0, HALF[0], torch.where(shape == 1, HALF[1], HALF[2]))
-    p = [o[c] - scenes["center"][:, k, c, None] for c in range(3)]
+def object_at(scenes, k):
+    """What a ray needs to know of the objects in slot k: dict of (B, 1) tensors; center is three of them."""
+    columns = {name: scenes[name][:, k, None] for name in ("shape", "theta", "radius")}
+    center = tuple(scenes["center"][:, k, c, None] for c in range(3))
+    return {**columns, "center": center, "slot": torch.full_like(columns["theta"], k)}
+
+
+def intersect(solid, o, d):
+    """Ray parameter t (inf: no hit) and world normal (three (B, P)) of the rays' first hit with objects of one slot."""
+    cos, sin, shape = solid["theta"].cos(), solid["theta"].sin(), solid["shape"]
+    half = solid["radius"] * torch.where(shape == 0, HALF[0], torch.where(shape == 1, HALF[1], HALF[2]))
+    p = [o[c] - solid["center"][c] for c in range(3)]
     px, py, pz = cos * p[0] + sin * p[1], cos * p[1] - sin * p[0], p[2]  # into the object's frame
     dx, dy, dz = cos * d[0] + sin * d[1], cos * d[1] - sin * d[0], d[2]
     # slabs |x|, |y|, |z| < half: entry and exit per axis
@@ -106,34 +113,48 @@ def intersect(scenes, k, o, d):
     return t, (cos * nx - sin * ny, sin * nx + cos * ny, nz)
 
 
+def hit_ground(o, d):
+    """The rays' hits with the ground, t (1e4: none) and object index -1, both (B, P), and world normals."""
+    t = torch.where(d[2] < -1e-4, -o[2] / d[2].clamp(max=-1e-4), 1e4)
+    return t, torch.full_like(t, -1), (torch.zeros_like(t), torch.zeros_like(t), torch.ones_like(t))
+
+
+def hit_slot(solid, o, d, t, ids, n):
+    """The nearer one of the hits so far and of those with the objects of one slot."""
+    new_t, new_n = intersect(solid, o, d)
+    closer = new_t < t
+    t = torch.where(closer, new_t, t)
+    ids = torch.where(closer, solid["slot"], ids)
+    return t, ids, tuple(torch.where(closer, new, old) for new, old in zip(new_n, n))
+
+
+def shade_slot(solid, p, lamp, lit):
+    """What is left of the light (B, P), 0 or 1, at points p once the objects of one slot stand in its way."""
+    return torch.where(intersect(solid, p, lamp)[0] < math.inf, 0.0, lit)
+
+
+def occupied(scenes):
+    """The slots in which any scene of the batch has an object, as object_at gives them."""
+    used = (scenes["shape"] >= 0).any(0).tolist()
+    return [object_at(scenes, k) for k in range(MAX_OBJECTS) if used[k]]
+
+
 def trace(scenes, o, d):
     """Nearest hit of the rays o + t d: t, object index (-1: ground), both (B, P), and world normals."""
-    t = torch.where(d[2] < -1e-4, -o[2] / d[2].clamp(max=-1e-4), 1e4)
-    ids = torch.full_like(t, -1)
-    n = [torch.zeros_like(t), torch.zeros_like(t), torch.ones_like(t)]
-    for k in range(MAX_OBJECTS):
-        tk, nk = intersect(scenes, k, o, d)
-        closer = tk < t
-        t, ids = torch.where(closer, tk, t), torch.where(closer, float(k), ids)
-        n = [torch.where(closer, new, old) for new, old in zip(nk, n)]
-    return t, ids, n
+    hit = hit_ground(o, d)
+    for solid in occupied(scenes):
+        hit = hit_slot(solid, o, d, *hit)
+    return hit
 
 
-def shade(scenes, d, p, ids, n):
+def shade(scenes, d, p, ids, n, lamp, lit):
     """rgb in [0, 1] (three (B, P)) at points p seen along d: Lambert, Blinn-Phong, a hard shadow, a sky in metal."""
-    lamp = [scenes["lamp"][:, c, None].expand_as(ids) for c in range(3)]
-    lifted = [p[c] + 1e-3 * n[c] for c in range(3)]
-    lit = torch.ones_like(ids)
-    for k in range(MAX_OBJECTS):
-        lit = torch.where(intersect(scenes, k, lifted, lamp)[0] < math.inf, 0.0, lit)
-    palette = torch.tensor(list(COLORS.values()), device=ids.device).float() / 255
     ground = ids < 0
-    color, metal = [torch.full_like(ids, 0.52) for _ in range(3)], torch.zeros_like(ids)
-    for k in range(MAX_OBJECTS):
-        mine = ids == k
-        albedo = palette[scenes["color"][:, k].clamp(min=0)]  # (B, 3)
-        color = [torch.where(mine, albedo[:, c, None], color[c]) for c in range(3)]
-        metal = torch.where(mine, (scenes["material"][:, k, None] == 1).float(), metal)
+    slot = ids.long().clamp(min=0)
+    palette = torch.tensor(list(COLORS.values()), device=ids.device).float() / 255
+    albedo = palette[scenes["color"].clamp(min=0)]  # (B, 4, 3)
+    color = [torch.where(ground, 0.52, albedo[:, :, c].gather(1, slot)) for c in range(3)]
+    metal = torch.where(ground, 0.0, (scenes["material"] == 1).float().gather(1, slot))
     facing = dot(n, lamp)
     half = [lamp[c] - d[c] for c in range(3)]
     gloss = (dot(n, half) * torch.rsqrt(dot(half, half))).clamp(min=0)
@@ -146,80 +167,167 @@ def shade(scenes, d, p, ids, n):
     return [(color[c] * light * fade + shine).clamp(0, 1) for c in range(3)]
 
 
-def render_samples(scenes, pixels):
-    """One sample a pixel: rgb (B, 3, P), z-depth (B, P), camera-space normals (B, 3, P), object index (B, P)."""
+def as_it_is(function):
+    return function
+
+
+def start_rays(scenes, pixels):
+    """Camera rays and their hits with the ground: o, d and what hit_ground returns."""
     o, d = primary_rays(scenes, pixels)
-    t, ids, n = trace(scenes, o, d)
-    p = [o[c] + t * d[c] for c in range(3)]
-    rgb = torch.stack(shade(scenes, d, p, ids, n), 1)
+    return o, d, hit_ground(o, d)
+
+
+def leave_surface(scenes, o, d, t, n):
+    """Where rays hit, the same just above the surface, where shadow rays start, and the lamp's direction (B, 1)."""
+    p = tuple(o[c] + t * d[c] for c in range(3))
+    lifted = tuple(p[c] + 1e-3 * n[c] for c in range(3))
+    lamp = tuple(scenes["lamp"][:, c, None] for c in range(3))
+    return p, lifted, lamp, torch.ones_like(t)
+
+
+def finish_rays(scenes, d, p, t, ids, n, lamp, lit):
+    """Colours (B, 3, P), z-depth (B, P) and camera-space normals (B, 3, P) of the rays' hits."""
     _, right, up, forward = camera_frame(scenes)
-    along = lambda axis, v: sum(axis[:, c, None] * v[c] for c in range(3))
-    return rgb, t * along(forward, d), torch.stack([along(right, n), along(up, n), -along(forward, n)], 1), ids
+
+    def along(axis, v):
+        return sum(axis[:, c, None] * v[c] for c in range(3))
+
+    rgb = torch.stack(shade(scenes, d, p, ids, n, lamp, lit), 1)
+    return rgb, t * along(forward, d), torch.stack([along(right, n), along(up, n), -along(forward, n)], 1)
 
 
-def shifts(x, reach):
-    """Views of x (B, H, W) moved by (i, j), its border repeated: a function of i and j in -reach..reach."""
-    H, W = x.shape[1:]
-    padded = F.pad(x[:, None], (reach,) * 4, mode="replicate")[:, 0]
-    return lambda i, j: padded[:, reach + i:reach + i + H, reach + j:reach + j + W]
+def render_samples(scenes, pixels, part=as_it_is):
+    """One sample per pixel: rgb (B, 3, P), z-depth (B, P), camera-space normals (B, 3, P), object index (B, P).
+
+    part: how to run its parts, `compiled` or `as_it_is`. Each slot of objects is a part: compiling the whole function at
+    once takes 53 s of a core in place of 20, and computes slots that no scene of the batch has an object in.
+    """
+    o, d, hit = part(start_rays)(scenes, pixels)
+    solids = occupied(scenes)
+    for solid in solids:
+        hit = part(hit_slot)(solid, o, d, *hit)
+    t, ids, n = hit
+    p, lifted, lamp, lit = part(leave_surface)(scenes, o, d, t, n)
+    for solid in solids:
+        lit = part(shade_slot)(solid, lifted, lamp, lit)
+    return *part(finish_rays)(scenes, d, p, t, ids, n, lamp, lit), ids
 
 
-def canny(rgb):
-    """Canny edges, 0 or 1, (B, H, W), of (B, 3, H, W): blur, Sobel, non-maximum suppression, hysteresis."""
-    at = shifts(0.299 * rgb[:, 0] + 0.587 * rgb[:, 1] + 0.114 * rgb[:, 2], 2)
-    at = shifts((at(0, -2) + 4 * at(0, -1) + 6 * at(0, 0) + 4 * at(0, 1) + at(0, 2)) / 16, 2)
-    at = shifts((at(-2, 0) + 4 * at(-1, 0) + 6 * at(0, 0) + 4 * at(1, 0) + at(2, 0)) / 16, 1)
+def pad(x, reach):
+    """x (B, ..., H, W) with its border repeated. Never inside a compiled part: it would be computed at every use."""
+    return F.pad(x, (reach,) * 4, mode="replicate")
+
+
+def shifts(padded, reach):
+    """Views of a padded x moved by (i, j): a function of i and j in -reach..reach."""
+    H, W = padded.shape[-2] - 2 * reach, padded.shape[-1] - 2 * reach
+
+    def at(i, j):
+        return padded[..., reach + i:reach + i + H, reach + j:reach + j + W]
+    return at
+
+
+def blur_across(padded):
+    """Luma (B, H, W), blurred from left to right, of padded rgb (B, 3, H + 4, W + 4)."""
+    at = shifts(0.299 * padded[:, 0] + 0.587 * padded[:, 1] + 0.114 * padded[:, 2], 2)
+    return (at(0, -2) + 4 * at(0, -1) + 6 * at(0, 0) + 4 * at(0, 1) + at(0, 2)) / 16
+
+
+def blur_down(padded):
+    at = shifts(padded, 2)
+    return (at(-2, 0) + 4 * at(-1, 0) + 6 * at(0, 0) + 4 * at(1, 0) + at(2, 0)) / 16
+
+
+def sobel(padded):
+    """Magnitude of the gradient and its two components."""
+    at = shifts(padded, 1)
     gx = at(-1, 1) + 2 * at(0, 1) + at(1, 1) - at(-1, -1) - 2 * at(0, -1) - at(1, -1)
     gy = at(1, -1) + 2 * at(1, 0) + at(1, 1) - at(-1, -1) - 2 * at(-1, 0) - at(-1, 1)
-    magnitude = (gx * gx + gy * gy).sqrt()
-    at = shifts(magnitude, 1)
+    return (gx * gx + gy * gy).sqrt(), gx, gy
+
+
+def thin(padded, gx, gy):
+    """Weak and strong edges, bool: where the padded magnitude is a maximum along the gradient."""
+    at = shifts(padded, 1)
+    magnitude = at(0, 0)
     steep, diagonal = gy.abs() / (gx.abs() + 1e-9), gx * gy > 0
-    thin = torch.zeros_like(magnitude, dtype=torch.bool)
+    peak = torch.zeros_like(diagonal)
     for sector, (i, j) in ((steep < 0.4142, (0, 1)), (steep > 2.4142, (1, 0)),
                            ((steep >= 0.4142) & (steep <= 2.4142) & diagonal, (1, 1)),
                            ((steep >= 0.4142) & (steep <= 2.4142) & ~diagonal, (1, -1))):
-        thin |= sector & (magnitude >= at(i, j)) & (magnitude > at(-i, -j))
-    weak, strong = (thin & (magnitude > 0.10)).float(), (thin & (magnitude > 0.30)).float()
+        peak |= sector & (magnitude >= at(i, j)) & (magnitude > at(-i, -j))
+    return peak & (magnitude > 0.10), peak & (magnitude > 0.30)
+
+
+def neighbourhood(mask):
+    """Where a mask (B, H, W) or one of a pixel's eight neighbours is set."""
+    across = mask.clone()
+    across[:, :, 1:] |= mask[:, :, :-1]
+    across[:, :, :-1] |= mask[:, :, 1:]
+    around = across.clone()
+    around[:, 1:] |= across[:, :-1]
+    around[:, :-1] |= across[:, 1:]
+    return around
+
+
+def canny(rgb, part=as_it_is):
+    """Canny edges, 0 or 1, (B, H, W), of (B, 3, H, W): blur, Sobel, non-maximum suppression, hysteresis."""
+    blurred = part(blur_across)(pad(rgb, 2))
+    blurred = part(blur_down)(pad(blurred[:, None], 2)[:, 0])
+    magnitude, gx, gy = part(sobel)(pad(blurred[:, None], 1)[:, 0])
+    weak, strong = part(thin)(pad(magnitude[:, None], 1)[:, 0], gx, gy)
     for _ in range(6):  # strong edges grow along weak ones
-        strong = weak * F.max_pool2d(strong[:, None], 3, 1, 1)[:, 0]
-    return strong
+        strong = weak & neighbourhood(strong)
+    return strong.float()
 
 
-def render_batch(scenes, size):
-    """Pictures in [0, 1] from 2x2 samples a pixel, each (B, 3, size, size), and the object index (B, size, size)."""
-    rgb, z, normals, ids = render_samples(scenes, 2 * size)
+def average_samples(scenes, size, rgb, z, normals, ids, edge):
+    """Pictures in [0, 1] of 2 x 2 samples per pixel, as render_batch returns them."""
     B = rgb.shape[0]
-    grid = lambda x: x.view(B, -1, 2 * size, 2 * size)
-    pool = lambda x: F.avg_pool2d(grid(x), 2)
+
+    def pool(x):
+        return F.avg_pool2d(x.view(B, -1, 2 * size, 2 * size), 2)
+
     depth = (1 / pool(z) - 1 / FAR) / (1 / NEAR - 1 / FAR)
     votes = torch.stack([pool((ids == k).float())[:, 0] for k in range(-1, MAX_OBJECTS)])
     index = votes.argmax(0) - 1  # what most samples hit
     kind = torch.cat([torch.zeros_like(scenes["shape"][:, :1]), scenes["shape"] + 1], 1)  # of index + 1: ground, SHAPES
     kind = kind.gather(1, index.flatten(1) + 1).view_as(index)
     palette = torch.tensor(SEG_PALETTE, device=z.device).float() / 255
-    edge = (F.avg_pool2d(canny(grid(rgb))[:, None], 2) * 2).clamp(max=1)
+    edge = (F.avg_pool2d(edge[:, None], 2) * 2).clamp(max=1)
     return {"rgb": pool(rgb), "depth": depth.clamp(0, 1).expand(B, 3, size, size),
             "normal": (F.normalize(pool(normals), dim=1) + 1) / 2,
             "seg": palette[kind].permute(0, 3, 1, 2), "edge": edge.expand(B, 3, size, size), "index": index}
 
 
-_compiled = {}
+def render_batch(scenes, size, part=as_it_is):
+    """Pictures in [0, 1] from 2x2 samples a pixel, each (B, 3, size, size), and the object index (B, size, size)."""
+    rgb, z, normals, ids = render_samples(scenes, 2 * size, part)
+    edge = canny(rgb.unflatten(2, (2 * size, 2 * size)), part)
+    return part(average_samples)(scenes, size, rgb, z, normals, ids, edge)
 
 
-def render(scenes, size=64, compiled=True):
+@functools.cache
+def compiled(function):
+    return torch.compile(function, dynamic=False)
+
+
+def render(scenes, size=64, compile=True):
     """Pictures of every scene: dict of (B, 3, size, size) floats in [0, 1] by modality, and index (B, size, size).
 
     rgb, depth (linear in 1 / z, nearer is brighter), normal (camera space, (n + 1) / 2), seg (SEG_PALETTE) and edge.
     """
     device = scenes["lamp"].device
-    once = render_batch
-    if compiled and (device.type == "cuda" or shutil.which("g++") or shutil.which("clang++")):
-        once = _compiled.setdefault(device.type, torch.compile(render_batch, dynamic=False))
-    n, parts = scenes["lamp"].shape[0], []
+    can_compile = device.type == "cuda" or shutil.which("g++") or shutil.which("clang++")
+    part = compiled if compile and can_compile else as_it_is
+    n = len(scenes["lamp"])
+    order = (scenes["shape"] >= 0).sum(1).argsort(stable=True)  # scenes with few objects together: fewer slots to trace
+    images = {}
     for i in range(0, n, RENDER_BATCH):
-        rows = torch.arange(i, i + RENDER_BATCH, device=device).clamp(max=n - 1)  # one shape: nothing recompiles
+        rows = order[torch.arange(i, i + RENDER_BATCH, device=device).clamp(max=n - 1)]  # one shape: nothing recompiles
         batch = {name: value[rows] for name, value in scenes.items()}
-        images = once(batch, size)
-        parts.append({name: image[:n - i] for name, image in images.items()})
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return joined, joined.pop("index")
+        for name, values in render_batch(batch, size, part).items():
+            if name not in images:
+                images[name] = values.new_empty(n, *values.shape[1:])
+            images[name][rows] = values
+    return images, images.pop("index")
