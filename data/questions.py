@@ -15,8 +15,10 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
+import shards
 import tokenizer
 from raycaster import COLORS, MATERIALS, SHAPES, SIZES
+from reports import write_sections
 
 VERSION = 1  # of what is asked about a scene; raise it and every frozen number of the qa set is void
 VALUES = {"size": SIZES, "color": tuple(COLORS), "material": MATERIALS, "shape": SHAPES}  # in the order they are said
@@ -53,7 +55,7 @@ FAMILIES = tuple(PHRASES)  # numbered from 1 on in the shards
 # Asking
 
 class Scene:
-    """What can be said of one scene. A description is a frozenset of words; objects as scenes.facts gives them."""
+    """What can be said of one scene. A description is a frozenset of words; objects as texts.facts gives them."""
 
     def __init__(self, objects, rng):
         self.objects, self.rng = objects, rng
@@ -235,14 +237,15 @@ frequent one to the question's template (every value replaced by its attribute's
 
 def report():
     """Replace the questions' section of data/frozen/README.md."""
-    folder = tokenizer.FROZEN.parent / "qa64" / "train"
-    if not (folder / "meta.json").exists():
-        sys.exit(f"questions.py: no training questions in {folder}: make them with `python data/scenes.py --qa`")
-    known = decode(*(np.load(folder / f"{name}.npy") for name in ("qa", "family")))
-    with np.load(tokenizer.FROZEN / "qa64.npz") as arrays:
+    try:
+        known, _ = shards.read(shards.ROOT / "qa64" / "train", ["qa", "family"])
+    except shards.Fault as fault:
+        sys.exit(f"questions.py: {fault}")
+    known = decode(known["qa"], known["family"])
+    with np.load(shards.FROZEN / "qa64.npz") as arrays:
         turns = decode(arrays["qa"], arrays["family"])
     section = REPORT.format(known=len(known), table=table(known, turns))
-    tokenizer.write_sections(section)
+    write_sections(section)
     print(section)
 
 

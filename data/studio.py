@@ -4,8 +4,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-import scenes
 import tokenizer
+from raycaster import render
+from texts import parse_desc
+from world import load_frozen_scenes
 
 
 class Studio:
@@ -25,7 +27,7 @@ class Studio:
 
     def truth(self, size, n):
         """True pictures of the first n frozen validation scenes: dict of (n, 3, size, size) by modality, on the CPU."""
-        return scenes.render(scenes.load_frozen_scenes(size, n), size, compiled=False)[0]
+        return render(load_frozen_scenes(size, n), size, compile=False)[0]
 
 
 def standardised_l1(depth, truth):
@@ -47,7 +49,7 @@ def attribute_f1(predicted, truth, reach=12):
     either list counts three wrong attributes.
     """
     right = said = real = 0
-    for mine, theirs in zip(map(scenes.parse_desc, predicted), map(scenes.parse_desc, truth)):
+    for mine, theirs in zip(map(parse_desc, predicted), map(parse_desc, truth)):
         said, real = said + 3 * len(mine), real + 3 * len(theirs)
         pairs = sorted((math.dist((a["x"], a["y"]), (b["x"], b["y"])), i, j)
                        for i, a in enumerate(mine) for j, b in enumerate(theirs))

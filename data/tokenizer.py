@@ -2,27 +2,19 @@
 
 Image tokens: a small convolutional autoencoder with finite scalar quantisation (arXiv:2309.15505): 8x downsampling,
 four digits of eight levels each, so a vocabulary of 4096. A 64 px picture is 8x8 tokens, a 128 px picture 16x16.
-
-    python data/tokenizer.py train                   # 30 minutes on 2 CPU cores -> data/frozen/tokenizer.safetensors
-    python data/tokenizer.py text                    # the encodings (rustbpe) -> data/frozen/{text,qa}.tiktoken
-    python data/tokenizer.py report                  # PSNR per modality -> data/frozen/README.md, samples/tokenizer.png
+fit_tokenizer.py trains both.
 """
-import argparse
 import base64
-import math
-import random
-import re
-import time
-from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 
-FROZEN = Path(__file__).resolve().parent / "frozen"
+from shards import FROZEN
+
 WEIGHTS, TEXT, QA = FROZEN / "tokenizer.safetensors", FROZEN / "text.tiktoken", FROZEN / "qa.tiktoken"
 LEVELS, DIGITS = 8, 4
 VOCAB = LEVELS ** DIGITS
@@ -92,6 +84,22 @@ class Tokenizer(nn.Module):
         power = LEVELS ** torch.arange(DIGITS, device=images.device).view(1, -1, 1, 1)
         return (self.quantise(images).round().long() * power).sum(1)
 
+    def encode_flat(self, images, batch=100):
+        """Token ids as a uint16 array (n, H/8 * W/8) of pictures (n, 3, H, W).
+
+        On a CPU every patch is encoded once: three quarters of the patches of 250 scenes repeat, floor for the most part.
+        """
+        n, _, H, W = images.shape
+        if images.device.type != "cpu":
+            parts = [self.encode(part.contiguous(memory_format=torch.channels_last)) for part in images.split(batch)]
+            return torch.cat(parts).flatten(1).cpu().numpy().astype(np.uint16)
+        patches = F.pixel_unshuffle(images, 8).permute(0, 2, 3, 1).reshape(-1, 192).numpy()
+        rows = patches.view(np.dtype((np.void, patches[0].nbytes)))[:, 0]  # compared byte by byte
+        _, first, which = np.unique(rows, return_index=True, return_inverse=True)
+        different = F.pixel_shuffle(torch.from_numpy(patches[first])[:, :, None, None], 8)  # (U, 3, 8, 8)
+        parts = [self.encode(part.contiguous(memory_format=torch.channels_last)) for part in different.split(64 * batch)]
+        return torch.cat(parts).flatten().numpy().astype(np.uint16)[which].reshape(n, -1)
+
     @torch.no_grad()
     def decode(self, ids):
         """Pictures (B, 3, 8h, 8w) in [0, 1] of token ids (B, h, w)."""
@@ -134,177 +142,3 @@ def decode_text(encoding, row):
     row = row[:row.index(TEXT_VOCAB - 2)] if TEXT_VOCAB - 2 in row else row
     known = len(encoding.token_byte_values())  # merges may have ended below TEXT_VOCAB - 2
     return encoding.decode([v for v in row if v < known], errors="ignore")
-
-
-def train_text():
-    """Learn the merges of both encodings on the texts of 20,000 scenes and on questions about them."""
-    import questions
-    import scenes as world
-    scenes, rng = world.sample_scenes(20000, seed=1), random.Random(0)
-    objects = world.facts(scenes, torch.zeros(20000, 1, 1, dtype=torch.long))
-    learn_text(TEXT, [text for o in objects for text in (world.describe(o), world.caption(o, rng))])
-    learn_text(QA, [questions.text(turns) for turns in questions.ask(objects, rng)])
-
-
-def learn_text(path, texts):
-    """Learn an encoding's merges with rustbpe and write them in tiktoken's format."""
-    import rustbpe
-    bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(iter(texts), TEXT_VOCAB - 2, pattern=TEXT_PATTERN)
-    ranks = sorted((rank, bytes(token)) for token, rank in bpe.get_mergeable_ranks())
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks))
-    encoding = load_text(path)
-    lengths = [len(encoding.encode_ordinary(text)) + 1 for text in texts]
-    print(f"{path.name}: {len(ranks)} tokens; a text is {sum(lengths) / len(texts):.1f} long, {max(lengths)} at most")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Training and report
-
-def train(minutes, resume=False, num=8000, batch=80, peak=2e-3, seed=0):
-    """Train for a number of minutes on fresh scenes, a fifth of the batches as crops of 128 px renderings.
-
-    resume: start from the committed weights, at half the learning rate.
-    """
-    import scenes as world
-    torch.manual_seed(seed)
-    small = world.render(world.sample_scenes(num, seed=5 if resume else 2), 64)[0]
-    large = world.render(world.sample_scenes(num // 4, seed=3), 128)[0]
-    pool = {size: {m: (images[m] * 255).round().byte() for m in world.IMAGES}
-            for size, images in ((64, small), (128, large))}
-    test = world.render(world.sample_scenes(500, seed=4), 64)[0]
-    del small, large
-    model = load_tokenizer().train().requires_grad_() if resume else Tokenizer().to(memory_format=torch.channels_last)
-    peak = peak / 2 if resume else peak
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    edges = (model.encoder[1].weight, model.encoder[-1].weight, model.decoder[0].weight, model.decoder[-2].weight)
-    inner = [p for p in model.parameters() if p.ndim == 2 and all(p is not e for e in edges)]
-    others = [p for p in model.parameters() if p.ndim < 2 or any(p is e for e in edges)]
-    optimizers = [torch.optim.Muon(inner, lr=peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0)]
-    # what a modality's squared error counts: less where pictures are flat colours or thin lines that cost many bits
-    weight = torch.tensor([6.0, 0.5, 0.6, 0.2, 0.1]).repeat_interleave(batch // 5).view(-1, 1, 1, 1)
-    start, step, bar = time.time(), 0, tqdm(total=round(minutes * 60), unit="s")
-    while (progress := (time.time() - start) / (60 * minutes)) < 1:
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = peak * min(1, step / 200, 1.02 - progress)
-        source, parts = pool[128 if step % 5 == 0 else 64], []
-        for m in world.IMAGES:
-            images = source[m][torch.randint(len(source[m]), (batch // 5,))]
-            if step % 5 == 0:
-                i, j = (8 * torch.randint(9, (2,))).tolist()
-                images = images[:, :, i:i + 64, j:j + 64]
-            parts.append(images)
-        images = torch.cat(parts).float().div(255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model.reconstruct(model.quantise(images))
-        error = output.float() - images
-        loss = (weight * (error.square() + 0.02 * error.abs())).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        if step % 100 == 0:
-            bar.n = int(time.time() - start)
-            bar.set_postfix(step=step, loss=f"{loss.item():.5f}")
-        if step % 500 == 0 or progress > 0.999:
-            print(f"\nstep {step} {time.time() - start:.0f} s:", quality(model, test)[0], flush=True)
-            save(model)
-    save(model)
-    print("final:", *quality(load_tokenizer(), test), flush=True)
-
-
-def save(model):
-    """Write the weights, in half precision, under a temporary name first."""
-    part = WEIGHTS.with_suffix(".part")
-    save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, part)
-    part.replace(WEIGHTS)
-
-
-def quality(model, images):
-    """PSNR in dB (of the mean squared error) per modality and the share of the 4096 codes that each uses."""
-    psnr, used = {}, {}
-    for m, pictures in images.items():
-        ids = torch.cat([model.encode(part) for part in pictures.split(100)])
-        output = torch.cat([model.decode(part) for part in ids.split(100)])
-        psnr[m] = round(-10 * math.log10((output - pictures).square().mean().item()), 2)
-        used[m] = round(ids.unique().numel() / VOCAB, 3)
-    return psnr, used
-
-
-REPORT = """# Frozen files
-
-What makes losses comparable everywhere; never edited, hash-checked by every run.
-
-| file | what it is |
-|---|---|
-| `scenes64.npz`, `scenes128.npz` | 2,000 validation scenes: tokens of every modality, texts, and the scenes themselves (`python data/scenes.py --frozen`) |
-| `eval_4m_64.npz`, `eval_4m_128.npz` | which of their tokens are inputs and which are targets (`python data/eval_masks.py`) |
-| `objects64.npz`, `objects128.npz` | 2,000 validation scenes with one object: label and rgb tokens, pixels at half the size, and the scenes (`python data/scenes.py --objects --frozen`, with `--size=128`) |
-| `qa64.npz` | 2,000 validation scenes with questions: pixels, tokens, where the answers are, families, and the scenes, those of `scenes64.npz` (`python data/scenes.py --qa --frozen`) |
-| `eval_maskgit_64.npz`, `eval_maskgit_128.npz` | which of their rgb tokens are masked (`python data/eval_masks.py`) |
-| `eval_flow.npz` | picture, time and noise seed of every draw that the flow is evaluated on (`python data/eval_masks.py`) |
-| `classifier.safetensors` | judge of generated pictures of one object (`python data/classifier.py train`) |
-| `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/tokenizer.py train --minutes=14`, then `--minutes=5 --resume`, on earlier forms of this world) |
-| `text.tiktoken`, `qa.tiktoken` | encodings of the scenes' texts and of questions in tiktoken's format (`python data/tokenizer.py text`) |
-| `4m.safetensors` | nano4M trained longer than a record (`python train_4m.py --load=data/frozen/4m.safetensors --num_steps=0`) |
-| `gpt.safetensors`, `gpt_draft.safetensors` | GPTs trained longer than a record: four blocks of dim 192, and the record's shape (`python train_gpt.py --depth=4 --dim=192 --orders=3 --window=128 --load=data/frozen/gpt.safetensors --draft=data/frozen/gpt_draft.safetensors --num_steps=0`) |
-| `flow.safetensors`, `vlm.safetensors` | the records' models trained longer: 3,000 and 800 steps (`python train_flow.py --load=data/frozen/flow.safetensors --num_steps=0`, the same for `vlm`) |
-
-## Image tokenizer
-
-Reconstruction of the validation scenes (PSNR of the mean squared error in dB) and the share of the {vocab} codes that they
-use; written by `python data/tokenizer.py report`.
-
-| | {names} |
-|---|{rule}|
-{rows}
-"""
-
-
-def report():
-    """Write data/frozen/README.md, and a sheet of reconstructions in samples/tokenizer.png."""
-    import draw
-    import scenes as world
-    model, rows = load_tokenizer(), []
-    for size in (64, 128):
-        scenes = world.load_frozen_scenes(size, 2000 if size == 64 else 500)
-        images, _ = world.render(scenes, size)
-        psnr, used = quality(model, images)
-        rows += [f"| {size} px, PSNR | " + " | ".join(f"{psnr[m]:.1f}" for m in world.IMAGES) + " |",
-                 f"| {size} px, codes used | " + " | ".join(f"{100 * used[m]:.0f} %" for m in world.IMAGES) + " |"]
-        if size == 64:
-            sheet = ["True pictures, and below each what its 64 tokens keep"]
-            for m in world.IMAGES:
-                true = images[m][:8]
-                sheet += [[(p, m) for p in true], [(p, "") for p in model.decode(model.encode(true))]]
-            draw.sheet(sheet, FROZEN.parents[1] / "samples" / "tokenizer.png")
-    text = REPORT.format(parameters=sum(p.numel() for p in model.parameters()), vocab=VOCAB, rows="\n".join(rows),
-                         names=" | ".join(world.IMAGES), rule="---|" * (len(world.IMAGES) - 1) + "---")
-    write_sections(text)
-    print(text)
-
-
-def write_sections(text):
-    """Put the sections of a Markdown text into data/frozen/README.md, in place of those with the same headings."""
-    def sections(text):
-        parts = filter(None, re.split(r"^(?=#+ )", text, flags=re.M))
-        return {part.partition("\n")[0]: part.strip() + "\n" for part in parts}
-    readme = FROZEN / "README.md"
-    readme.write_text("\n".join((sections(readme.read_text()) | sections(text)).values()))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("train", "text", "report"))
-    parser.add_argument("--minutes", type=float, default=30, help="training time of `train`")
-    parser.add_argument("--resume", action="store_true", help="`train` starts from the committed weights")
-    arguments = parser.parse_args()
-    if arguments.job == "train":
-        train(arguments.minutes, arguments.resume)
-    elif arguments.job == "text":
-        train_text()
-    else:
-        report()

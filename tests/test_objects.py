@@ -3,7 +3,6 @@ import functools
 import hashlib
 import json
 import math
-import runpy
 import sys
 
 import numpy as np
@@ -14,8 +13,10 @@ from safetensors.torch import load_file
 import classifier
 import eval_masks
 import raycaster
-import scenes as world
+import scenes as maker
 import tokenizer
+import world
+from shards import Fault
 
 SEED = (1 << 52) + (1 << 31)  # of the validation scenes
 
@@ -40,7 +41,7 @@ def validation():
 @pytest.fixture(scope="module")
 def rendered():
     """The rgb pictures of the first 50 validation scenes."""
-    return raycaster.render(world.load_frozen_scenes(64, 50, "objects"), compiled=False)[0]["rgb"]
+    return raycaster.render(world.load_frozen_scenes(64, 50, "objects"), compile=False)[0]["rgb"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def test_one_object_of_every_kind_everywhere(frozen):
 
 
 def test_frozen_arrays(frozen, rendered):
-    kinds = world.modalities(64, "objects")
+    kinds = maker.modalities(64, "objects")
     assert json.loads(frozen["modalities"].tobytes()) == kinds and list(kinds) == ["label", "rgb"]
     scenes = {key for key in frozen if key.startswith("scene_")}
     assert set(frozen) - scenes == {"label", "rgb", "look", "pixels32", "modalities"}
@@ -117,26 +118,26 @@ def test_validation_pictures_are_kept_out_of_training(frozen):
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
     """Makes 12 objects, 5 a chunk, in a folder of its own."""
-    monkeypatch.setattr(world, "CHUNK", 5)
+    monkeypatch.setattr(maker, "CHUNK", 5)
     monkeypatch.setattr(raycaster, "RENDER_BATCH", 5)
-    monkeypatch.setattr(world, "render", functools.partial(raycaster.render, compiled=False))
+    monkeypatch.setattr(maker, "render", functools.partial(raycaster.render, compile=False))
 
     def make(name):
-        monkeypatch.setattr(world, "ROOT", tmp_path / name)
-        world.make_shards(64, 12, 1, "cpu", "objects")
+        monkeypatch.setattr(maker, "ROOT", tmp_path / name)
+        maker.make_shards(64, 12, 1, "cpu", "objects")
         return tmp_path / name / "objects64" / "train"
     return make
 
 
 def test_interrupted_shards_continue(shards, monkeypatch, frozen):
-    whole, make_objects, calls = shards("whole"), world.make_objects, []
+    whole, make_objects, calls = shards("whole"), maker.make_objects, []
 
     def interrupted(*arguments, **keywords):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return make_objects(*arguments, **keywords)
-    monkeypatch.setattr(world, "make_objects", interrupted)
+    monkeypatch.setattr(maker, "make_objects", interrupted)
     with pytest.raises(KeyboardInterrupt):
         shards("same")
     files = {p.name: p.read_bytes() for p in shards("same").iterdir()}
@@ -153,7 +154,7 @@ def test_interrupted_shards_continue(shards, monkeypatch, frozen):
     decoded = classifier.decode(torch.from_numpy(arrays["rgb"].astype(np.int64)))
     assert (decoded - torch.from_numpy(arrays["pixels32"]) / 255).abs().mean() < 0.02
     meta = json.loads((whole / "meta.json").read_text())
-    assert meta["modalities"] == world.modalities(64, "objects") and meta["name"] == "objects64"
+    assert meta["modalities"] == maker.modalities(64, "objects") and meta["name"] == "objects64"
 
 
 def test_finished_shards_are_verified(shards, capsys):
@@ -164,14 +165,14 @@ def test_finished_shards_are_verified(shards, capsys):
     data = bytearray((folder / "pixels32.npy").read_bytes())
     data[-7] ^= 4
     (folder / "pixels32.npy").write_bytes(data)
-    with pytest.raises(SystemExit, match="pixels32.npy is not what was written"):
+    with pytest.raises(Fault, match="pixels32.npy is not what was written"):
         shards("a")
 
 
 def test_command_line_refuses_other_sizes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scenes.py", "--objects", "--size=96"])
     with pytest.raises(SystemExit, match="--objects: 64"):
-        runpy.run_path(world.__file__, run_name="__main__")
+        maker.main()
 
 
 # ------------------------------------------------------------------------------------------------------------

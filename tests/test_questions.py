@@ -17,13 +17,17 @@ import torch
 
 import questions
 import raycaster
-import scenes as world
+import reports
+import scenes as maker
+import texts
 import tokenizer
+import world
+from shards import Fault
 
 TABLE = {"size": "small large", "color": "gray red blue green brown purple cyan yellow", "material": "rubber metal",
          "shape": "cube sphere cylinder"}
 TABLE = {name: words.split() for name, words in TABLE.items()}
-LENGTH = world.LENGTHS["qa"]
+LENGTH = texts.LENGTHS["qa"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def asked():
     for seed in range(4):
         scenes = world.sample_scenes(1000, seed)
         objects += plain(scenes)
-        dialogues += questions.ask(world.facts(scenes, torch.zeros(1000, 1, 1, dtype=torch.long)), random.Random(seed))
+        dialogues += questions.ask(texts.facts(scenes, torch.zeros(1000, 1, 1, dtype=torch.long)), random.Random(seed))
     return objects, dialogues
 
 
@@ -253,10 +257,10 @@ def test_a_scene_of_equal_objects():
 
 
 def test_same_on_every_run(asked):
-    code = ("import hashlib, random, sys; sys.path.insert(0, 'data'); import questions, scenes, torch; "
-            "f = scenes.facts(scenes.sample_scenes(100, 5), torch.zeros(100, 1, 1, dtype=torch.long)); "
+    code = ("import hashlib, random, sys; sys.path.insert(0, 'data'); import questions, texts, torch, world; "
+            "f = texts.facts(world.sample_scenes(100, 5), torch.zeros(100, 1, 1, dtype=torch.long)); "
             "print(hashlib.sha256(repr(questions.ask(f, random.Random(5))).encode()).hexdigest())")
-    runs = [subprocess.run([sys.executable, "-c", code], cwd=Path(world.__file__).parents[1], capture_output=True,
+    runs = [subprocess.run([sys.executable, "-c", code], cwd=Path(maker.__file__).parents[1], capture_output=True,
                            text=True, check=True, env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in "12"]
     assert runs[0] == runs[1]
 
@@ -309,27 +313,28 @@ def test_the_longest_questions_fit(encoding):
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
     """Makes 12 scenes with questions, 5 a chunk, in a folder of its own."""
-    monkeypatch.setattr(world, "CHUNK", 5)
+    monkeypatch.setattr(maker, "CHUNK", 5)
     monkeypatch.setattr(raycaster, "RENDER_BATCH", 5)
-    monkeypatch.setattr(world, "render", functools.partial(raycaster.render, compiled=False))
+    monkeypatch.setattr(maker, "render", functools.partial(raycaster.render, compile=False))
 
     def make(name, num=12):
-        monkeypatch.setattr(world, "ROOT", tmp_path / name)
-        world.make_shards(64, num, 1, "cpu", "qa")
+        monkeypatch.setattr(maker, "ROOT", tmp_path / name)
+        maker.make_shards(64, num, 1, "cpu", "qa")
         return tmp_path / name / "qa64" / "train"
     return make
 
 
 def test_interrupted_shards_continue(shards, monkeypatch, capsys):
-    whole, make_qa, calls = shards("whole"), world.make_qa, []
+    whole, make_qa, calls = shards("whole"), maker.make_qa, []
+    maker.report_questions(whole)
     assert "| spatial |" in capsys.readouterr().out
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **keywords):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return make_qa(*arguments)
-    monkeypatch.setattr(world, "make_qa", interrupted)
+        return make_qa(*arguments, **keywords)
+    monkeypatch.setattr(maker, "make_qa", interrupted)
     with pytest.raises(KeyboardInterrupt):
         shards("same")
     files = {p.name: p.read_bytes() for p in shards("same").iterdir()}
@@ -341,13 +346,13 @@ def test_interrupted_shards_continue(shards, monkeypatch, capsys):
         "pixels": ((12, 3, 64, 64), "uint8"), "qa": ((12, LENGTH), "uint16"), "answer": ((12, LENGTH), "uint8"),
         "family": ((12, 4), "uint8")}
     meta = json.loads((whole / "meta.json").read_text())
-    assert meta["modalities"] == world.modalities(64, "qa") == {"qa": {"length": LENGTH, "vocab": 512, "pad": 511}}
+    assert meta["modalities"] == maker.modalities(64, "qa") == {"qa": {"length": LENGTH, "vocab": 512, "pad": 511}}
     assert meta["sha256"] == {name: hashlib.sha256(files[f"{name}.npy"]).hexdigest() for name in arrays}
     assert (meta["name"], meta["text"]) == ("qa64", hashlib.sha256(tokenizer.QA.read_bytes()).hexdigest())
     scenes = [world.sample_scenes(n, (1 << 32) + chunk) for chunk, n in enumerate((5, 5, 2))]  # those of the scenes set
     objects = sum(map(plain, scenes), [])
     check(objects, [questions.decode([row], [families]) for row, families in zip(arrays["qa"], arrays["family"])])
-    rgb = torch.cat([raycaster.render(s, compiled=False)[0]["rgb"] for s in scenes])
+    rgb = torch.cat([raycaster.render(s, compile=False)[0]["rgb"] for s in scenes])
     assert np.abs(arrays["pixels"] - rgb.numpy() * 255).max() < 0.51
 
 
@@ -356,21 +361,21 @@ def test_finished_shards_are_verified(shards, capsys, monkeypatch):
     times = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     shards("a")
     assert "verified" in capsys.readouterr().out and times == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    with pytest.raises(SystemExit, match="another num"):
+    with pytest.raises(Fault, match="another num"):
         shards("a", 13)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="another questions"):
+    with monkeypatch.context() as patch, pytest.raises(Fault, match="another questions"):
         patch.setattr(questions, "VERSION", questions.VERSION + 1)
         shards("a")
     data = bytearray((folder / "answer.npy").read_bytes())
     data[-7] ^= 4
     (folder / "answer.npy").write_bytes(data)
-    with pytest.raises(SystemExit, match="answer.npy is not what was written"):
+    with pytest.raises(Fault, match="answer.npy is not what was written"):
         shards("a")
 
 
 def test_frozen_set(frozen, encoding):
     scenes = world.load_frozen_scenes(64, 2000, "qa")
-    assert json.loads(frozen["modalities"].tobytes()) == world.modalities(64, "qa")
+    assert json.loads(frozen["modalities"].tobytes()) == maker.modalities(64, "qa")
     assert set(frozen) == {"pixels", "qa", "answer", "family", "modalities", *(f"scene_{name}" for name in scenes)}
     assert {name: (frozen[name].shape, frozen[name].dtype.name) for name in ("pixels", "qa", "answer", "family")} == {
         "pixels": ((2000, 3, 64, 64), "uint8"), "qa": ((2000, LENGTH), "uint16"),
@@ -379,27 +384,29 @@ def test_frozen_set(frozen, encoding):
         assert torch.equal(scenes[name], value), "not the scenes of scenes64.npz"
     dialogues = [questions.decode([row], [family]) for row, family in zip(frozen["qa"], frozen["family"])]
     check(plain(scenes), dialogues)
-    facts = world.facts(scenes, torch.zeros(2000, 1, 1, dtype=torch.long))
+    facts = texts.facts(scenes, torch.zeros(2000, 1, 1, dtype=torch.long))
     assert questions.ask(facts, random.Random(1 << 52)) == dialogues
     rows, marks = zip(*(questions.encode(encoding, turns, LENGTH) for turns in dialogues))
     assert np.array_equal(rows, frozen["qa"]) and np.array_equal(marks, frozen["answer"])
     assert (frozen["family"] > 0).sum(1).tolist() == frozen["answer"].max(1).tolist()
-    rgb = raycaster.render({name: value[:50] for name, value in scenes.items()}, compiled=False)[0]["rgb"] * 255
+    rgb = raycaster.render({name: value[:50] for name, value in scenes.items()}, compile=False)[0]["rgb"] * 255
     assert ((torch.from_numpy(frozen["pixels"][:50]) - rgb).abs() > 0.6).float().mean() < 1e-3
     assert (tokenizer.FROZEN / "qa64.npz").stat().st_size < 6e6
 
 
 def test_sections_of_the_readme(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "FROZEN", tmp_path)
+    monkeypatch.setattr(reports, "FROZEN", tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text("# Top\n\nold\n\n## One\n\n1\n\n## Two\n\n2\n")
-    tokenizer.write_sections("## Two\n\nnew\n")
+    reports.write_sections("## Two\n\nnew\n")
     assert readme.read_text() == "# Top\n\nold\n\n## One\n\n1\n\n## Two\n\nnew\n"
-    tokenizer.write_sections("# Top\n\nnew\n\n## One\n\n3\n")
-    tokenizer.write_sections("## Three\n\n4\n")
+    reports.write_sections("# Top\n\nnew\n\n## One\n\n3\n")
+    reports.write_sections("## Three\n\n4\n")
     assert readme.read_text() == "# Top\n\nnew\n\n## One\n\n3\n\n## Two\n\nnew\n\n## Three\n\n4\n"
 
 
-def test_command_line_refuses_two_kinds():
-    done = subprocess.run([sys.executable, world.__file__, "--qa", "--objects"], capture_output=True, text=True)
-    assert done.returncode != 0 and "not allowed with" in done.stderr
+def test_command_line_refuses_two_kinds(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scenes.py", "--qa", "--objects"])
+    with pytest.raises(SystemExit):
+        maker.main()
+    assert "not allowed with" in capsys.readouterr().err

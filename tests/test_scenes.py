@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import raycaster
-import scenes as world
+import scenes as maker
+import texts
 import tokenizer
+import world
 
-FLAT = functools.partial(raycaster.render, compiled=False)
+FLAT = functools.partial(raycaster.render, compile=False)
 UP = np.array([0.0, 0.0, 1.0])
 
 
@@ -22,7 +24,7 @@ def rendered():
     """100 scenes with their pictures, object index and facts."""
     scenes = world.sample_scenes(100, seed=11)
     images, index = FLAT(scenes)
-    return scenes, images, index, world.facts(scenes, index)
+    return scenes, images, index, texts.facts(scenes, index)
 
 
 def one_object(shape, center, radius=1.0, theta=0.0, camera=(0.1, 0.6, 60.0), lamp=(-0.6, -0.16, 0.784)):
@@ -95,7 +97,7 @@ def test_hits_match_a_slow_implementation(shape):
               for name, v in one_object(shape, center.tolist(), radius, theta).items()}
     scenes["center"][0, 2] = torch.from_numpy(center)
     scenes["radius"][0, 2], scenes["theta"][0, 2] = radius, theta
-    t, n = raycaster.intersect(scenes, 2, *(tuple(torch.from_numpy(v.T.copy())[:, None]) for v in (o, d)))
+    t, n = raycaster.intersect(raycaster.object_at(scenes, 2), *(tuple(torch.from_numpy(v.T.copy())[:, None]) for v in (o, d)))
     turn = np.array([[math.cos(theta), -math.sin(theta), 0], [math.sin(theta), math.cos(theta), 0], UP])
     half = np.float32(raycaster.HALF[shape]) * radius
     outside = [i for i in range(600) if np.linalg.norm(o[i] - center) > 2]
@@ -105,12 +107,12 @@ def test_hits_match_a_slow_implementation(shape):
     assert 0.3 < hit.mean() < 0.99
     np.testing.assert_allclose(t[0].numpy()[outside], times, atol=1e-6)
     np.testing.assert_allclose(torch.cat(n).numpy().T[outside][hit], normals[hit], atol=1e-5)
-    assert (raycaster.intersect(scenes, 1, *((v,) * 3 for v in (t, t)))[0] == math.inf).all()  # an empty slot
+    assert (raycaster.intersect(raycaster.object_at(scenes, 1), *((v,) * 3 for v in (t, t)))[0] == math.inf).all()  # an empty slot
 
 
 def test_pictures_are_well_formed(rendered):
     scenes, images, index, _ = rendered
-    assert set(images) == set(world.IMAGES) and all(v.shape == (100, 3, 64, 64) for v in images.values())
+    assert set(images) == set(maker.IMAGES) and all(v.shape == (100, 3, 64, 64) for v in images.values())
     assert all(0 <= v.min() and v.max() <= 1 and v.std() > 0.05 for v in images.values())
     assert (((images["normal"] * 2 - 1).norm(dim=1) - 1).abs() < 1e-3).all()
     assert images["depth"].min() > 0 and images["depth"].max() < 1, "a depth was clamped: NEAR and FAR are too close"
@@ -201,8 +203,8 @@ def test_facts_match_the_picture(rendered):
             scale = 2 * math.tan(math.radians(2.92)) * (offset[k] @ forward)
             assert abs(o["x"] + 0.5 - 100 * (0.5 + offset[k] @ right / scale)) < 0.51
             assert abs(o["y"] + 0.5 - 100 * (0.5 - offset[k] @ up / scale)) < 0.51
-            words = [("shape", raycaster.SHAPES), ("color", list(raycaster.COLORS)), ("material", world.MATERIALS),
-                     ("size", world.SIZES)]
+            words = [("shape", raycaster.SHAPES), ("color", list(raycaster.COLORS)), ("material", raycaster.MATERIALS),
+                     ("size", raycaster.SIZES)]
             assert all(o[name] == names[scenes[name][b, k]] for name, names in words)
             rows, columns = np.nonzero(index[b].numpy() == k)
             assert len(rows) >= world.MIN_VISIBLE * 0.5 * 64 * 64, "hardly visible"
@@ -211,24 +213,24 @@ def test_facts_match_the_picture(rendered):
 
 def test_texts_name_every_object_and_fit():
     index, encoding = torch.zeros(500, 1, 1, dtype=torch.long), tokenizer.load_text()
-    for b, objects in enumerate(world.facts(world.sample_scenes(500, seed=6), index)):
-        desc, caption = world.describe(objects), world.caption(objects, random.Random(b))
+    for b, objects in enumerate(texts.facts(world.sample_scenes(500, seed=6), index)):
+        desc, caption = texts.describe(objects), texts.caption(objects, random.Random(b))
         for m, text in (("desc", desc), ("caption", caption)):
-            assert len(tokenizer.text_tokens(encoding, text, world.LENGTHS[m])) == world.LENGTHS[m]
+            assert len(tokenizer.text_tokens(encoding, text, texts.LENGTHS[m])) == texts.LENGTHS[m]
         kept = ("x", "y", "shape", "color", "material")
-        assert world.parse_desc(desc) == [{name: o[name] for name in kept} for o in objects]
+        assert texts.parse_desc(desc) == [{name: o[name] for name in kept} for o in objects]
         nouns = [f"{o['size']} {o['color']} {o['material']} {o['shape']}" for o in objects]
         assert all(caption.lower().count(noun) == nouns.count(noun) for noun in nouns), caption
-    assert world.parse_desc("Object 1 - Position: x=1 y=2 Shape: cube Color: Object 2 - Position: x=3") == []
+    assert texts.parse_desc("Object 1 - Position: x=1 y=2 Shape: cube Color: Object 2 - Position: x=3") == []
 
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_boxes_round_trip(rendered, size):
     for objects in rendered[3]:
         objects = [o | {"box": [v * size // 64 for v in o["box"]]} for o in objects]
-        row = world.box_tokens(objects, size)
-        assert len(row) == world.LENGTHS["bbox"] and 0 <= min(row) and max(row) < world.BBOX_VOCAB
-        assert world.parse_boxes(row) == [(*(v * 64 // size for v in o["box"]), o["shape"]) for o in objects]
+        row = texts.box_tokens(objects, size)
+        assert len(row) == texts.LENGTHS["bbox"] and 0 <= min(row) and max(row) < texts.BBOX_VOCAB
+        assert texts.parse_boxes(row) == [(*(v * 64 // size for v in o["box"]), o["shape"]) for o in objects]
     good = [2, 66, 130, 194, 258]
-    assert world.parse_boxes(good + [2, 2, 2, 2, 2] + good) == 2 * [(0, 0, 0, 0, "cube")]
-    assert world.parse_boxes(good[:4] + [300, 1]) == [], "a class that does not exist"
+    assert texts.parse_boxes(good + [2, 2, 2, 2, 2] + good) == 2 * [(0, 0, 0, 0, "cube")]
+    assert texts.parse_boxes(good[:4] + [300, 1]) == [], "a class that does not exist"

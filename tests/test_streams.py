@@ -350,11 +350,11 @@ def pin(root, monkeypatch):
 
 def test_pycode_holds_every_handwritten_text_once(root, wheels, monkeypatch, capsys, pip):
     learnt, learn = [], pycode.learn_encoding
-    monkeypatch.setattr(pycode, "learn_encoding", lambda texts, path: learnt.append(texts) or learn(texts, path))
+    monkeypatch.setattr(pycode, "learn_encoding", lambda texts, *more: learnt.append(texts) or learn(texts, *more))
     pin(root, monkeypatch)
     assert set(pycode.WHEEL) <= set(pip.calls[0])
     pycode.main()
-    folder, encoding = root / "pycode", pycode.load_encoding()
+    folder, encoding = root / "pycode", streams.load_encoding("pycode", 8192)
     assert names(folder) == {"train.bin", "val.bin", "pycode.tiktoken", "meta.json"}
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["vocab"] == encoding.n_vocab == 8192 and meta["document_start"] == encoding.eot_token == 8191

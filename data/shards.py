@@ -1,0 +1,144 @@
+"""Sets of aligned arrays on disk, and the one place that decides whether such a folder is what it should be.
+
+A set is a folder with meta.json and <array>.npy: row i of every array is about example i. meta.json says how it was
+made, how many rows there are (num), each token array's length and vocabulary (modalities) and every file's sha256.
+A Fault says in one sentence what is true of the folder at hand, be it one that our scripts made or the user's own.
+"""
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent
+FROZEN = ROOT / "frozen"
+OURS = {  # folders below data/ that our scripts make without the user's files: how
+    r"scenes64": "scenes.py", r"scenes(\d+)": r"scenes.py --size=\1",
+    r"objects64": "scenes.py --objects", r"objects(\d+)": r"scenes.py --objects --size=\1",
+    r"qa64": "scenes.py --qa", r"qa(\d+)": r"scenes.py --qa --size=\1",
+    r"cifar10": "cifar10.py", r"mnist": "cifar10.py --mnist",
+}
+
+
+class Fault(Exception):
+    """What went wrong, in one sentence."""
+
+
+def first_line(error):
+    """The first line of an error's message, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        if sys.version_info >= (3, 11):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def command_for(folder):
+    """The command that makes a folder data/<name>/train, None if it is none of ours."""
+    folder = Path(folder).resolve()
+    if folder.parents[1] != ROOT or folder.name != "train":
+        return None
+    for pattern, command in OURS.items():
+        if match := re.fullmatch(pattern, folder.parent.name):
+            return f"python data/{match.expand(command)}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+def read_meta(folder):
+    """What meta.json says, a dict with at least num and modalities. Fault if the folder has none that can be read."""
+    path = Path(folder) / "meta.json"
+    command = command_for(folder)
+    if not path.exists():
+        what = f"{folder} has no meta.json" if Path(folder).exists() else f"there is no {folder}"
+        raise Fault(f"{what}: make it with `{command}`" if command else what)
+    try:
+        meta = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Fault(f"{path} is damaged ({first_line(error)})") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("num"), int):
+        raise Fault(f"{path} does not say how many rows there are (num)")
+    kinds = meta.get("modalities")
+    if not isinstance(kinds, dict) or not all(map(is_modality, kinds.values())):
+        raise Fault(f"{path} does not say the length and the vocabulary of every modality (modalities)")
+    return meta
+
+
+def is_modality(about):
+    return isinstance(about, dict) and all(isinstance(about.get(key), int) for key in ("length", "vocab"))
+
+
+def read(folder, names, modalities=None):
+    """The named arrays as read-only memory maps, {name: (num, ...)}, and meta.json. Fault if any is not as that says.
+
+    modalities: the part of meta.json that the caller asks for; Fault if the folder was made with another one.
+    """
+    meta = read_meta(folder)
+    for name, kind in (modalities or {}).items():
+        if name in names and meta["modalities"].get(name) != kind:
+            raise Fault(f"{folder} was made with another vocabulary or length of {name}: "
+                        f"{meta['modalities'].get(name)} and not {kind}")
+    return {name: read_array(folder, name, meta) for name in names}, meta
+
+
+def read_array(folder, name, meta):
+    """One array of a set. Fault if it is missing, damaged, or not of the dtype, shape and range of meta.json."""
+    path = Path(folder) / f"{name}.npy"
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise Fault(f"{path} is missing") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise Fault(f"{path} is damaged ({first_line(error)})") from None
+    found = f"{array.dtype} of shape {array.shape}"
+    kind = meta["modalities"].get(name)
+    if kind is None:
+        if array.ndim < 1 or len(array) != meta["num"]:
+            raise Fault(f"{path} holds {found} and meta.json speaks of {meta['num']} rows")
+        return array
+    shape = (meta["num"], kind["length"])
+    if array.dtype != np.uint16 or array.shape != shape:
+        raise Fault(f"{path} holds {found} and meta.json speaks of uint16 of shape {shape}")
+    if array.size and int(array.max()) >= kind["vocab"]:
+        raise Fault(f"{path} holds token {array.max()} of a vocabulary of {kind['vocab']}")
+    return array
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Verifying
+
+def changed_file(folder, hashes):
+    """The first file, path relative to the folder, that is missing or not what was written; None if all are."""
+    for name, digest in hashes.items():
+        path = Path(folder) / (name if "." in name else f"{name}.npy")
+        if not path.exists() or sha256(path) != digest:
+            return path.name
+    return None
+
+
+def verify(folder, identity):
+    """Whether a set is there. Fault if it is, and damaged or made with something else in meta.json than identity has.
+
+    For the script that makes the set: the Fault tells its user what to do for it to be made.
+    """
+    if not folder.exists():
+        return False
+    try:
+        meta = read_meta(folder)
+    except Fault as fault:
+        raise Fault(f"{fault}; move {folder} away and run this again") from None
+    if meta.get("name") != identity["name"] or not isinstance(meta.get("sha256"), dict):
+        raise Fault(f"{folder} was not made by this script; move it away and run this again")
+    if different := [key for key in identity if meta.get(key) != identity[key]]:
+        raise Fault(f"{folder} was made with another {', '.join(different)}; delete it to make this one")
+    if name := changed_file(folder, meta["sha256"]):
+        raise Fault(f"{folder} is damaged ({name} is not what was written); delete it and run this again")
+    return True
