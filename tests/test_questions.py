@@ -314,7 +314,7 @@ def test_the_longest_questions_fit(encoding):
 def shards(tmp_path, monkeypatch):
     """Makes 12 scenes with questions, 5 a chunk, in a folder of its own."""
     monkeypatch.setattr(maker, "CHUNK", 5)
-    monkeypatch.setattr(raycaster, "RENDER_BATCH", 5)
+    monkeypatch.setattr(raycaster, "RENDER_BATCH", {"cpu": 5})
     monkeypatch.setattr(maker, "render", functools.partial(raycaster.render, compile=False))
 
     def make(name, num=12):
