@@ -510,9 +510,9 @@ class Run:
         if prepared and self.rank == 0:
             try:
                 with self.autocast(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                    numbers = prepared.show(model)
-                for key, value in numbers.items():
-                    self.say(f"{key}: {value}")
+                    for key, value in prepared.show(model).items():
+                        self.say(f"{key}: {value}")
+                    prepared.chat(model)
             except (Exception, KeyboardInterrupt) as error:
                 self.say(f"no samples ({type(error).__name__}: {error}); the result above is filed")
                 self.failed = True

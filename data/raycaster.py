@@ -22,7 +22,7 @@ HALF = (0.74, 0.92, 0.80)  # of an object's radius: cube half side, sphere radiu
 MAX_OBJECTS = 4
 FOV = math.radians(5.84)  # a long lens: next to no perspective
 NEAR, FAR = 52.0, 67.0  # z-depths drawn as 1 and 0: pictures of depth are linear in 1 / z, as a ground plane is
-RENDER_BATCH = 50  # scenes rendered at once
+RENDER_BATCH = {"cpu": 20, "cuda": 50}  # scenes at once: the rays of 20 fit the cache of a core, 20 % faster than 50
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -84,8 +84,7 @@ def intersect(solid, o, d):
     px, py, pz = cos * p[0] + sin * p[1], cos * p[1] - sin * p[0], p[2]  # into the object's frame
     dx, dy, dz = cos * d[0] + sin * d[1], cos * d[1] - sin * d[0], d[2]
     # slabs |x|, |y|, |z| < half: entry and exit per axis
-    safe = lambda v: torch.where(v.abs() < 1e-9, 1e-9, v)
-    ix, iy, iz = 1 / safe(dx), 1 / safe(dy), 1 / safe(dz)
+    ix, iy, iz = (1 / torch.where(v.abs() < 1e-9, 1e-9, v) for v in (dx, dy, dz))
     x0, y0, z0 = (-half * i.abs() - q * i for q, i in ((px, ix), (py, iy), (pz, iz)))
     x1, y1, z1 = (half * i.abs() - q * i for q, i in ((px, ix), (py, iy), (pz, iz)))
     # quadratics |p + t d| = half, in three dimensions for the sphere, in x and y for the cylinder's side
@@ -200,7 +199,7 @@ def render_samples(scenes, pixels, part=as_it_is):
     """One sample per pixel: rgb (B, 3, P), z-depth (B, P), camera-space normals (B, 3, P), object index (B, P).
 
     part: how to run its parts, `compiled` or `as_it_is`. Each slot of objects is a part: compiling the whole function at
-    once takes 53 s of a core in place of 20, and computes slots that no scene of the batch has an object in.
+    once takes 53 s of a core in place of 28, and computes slots that no scene of the batch has an object in.
     """
     o, d, hit = part(start_rays)(scenes, pixels)
     solids = occupied(scenes)
@@ -307,6 +306,11 @@ def render_batch(scenes, size, part=as_it_is):
     return part(average_samples)(scenes, size, rgb, z, normals, ids, edge)
 
 
+def can_compile(device):
+    """Whether torch.compile has what it needs here."""
+    return torch.device(device).type == "cuda" or bool(shutil.which("g++") or shutil.which("clang++"))
+
+
 @functools.cache
 def compiled(function):
     return torch.compile(function, dynamic=False)
@@ -318,13 +322,13 @@ def render(scenes, size=64, compile=True):
     rgb, depth (linear in 1 / z, nearer is brighter), normal (camera space, (n + 1) / 2), seg (SEG_PALETTE) and edge.
     """
     device = scenes["lamp"].device
-    can_compile = device.type == "cuda" or shutil.which("g++") or shutil.which("clang++")
-    part = compiled if compile and can_compile else as_it_is
+    part = compiled if compile and can_compile(device) else as_it_is
     n = len(scenes["lamp"])
+    batch_size = RENDER_BATCH[device.type]
     order = (scenes["shape"] >= 0).sum(1).argsort(stable=True)  # scenes with few objects together: fewer slots to trace
     images = {}
-    for i in range(0, n, RENDER_BATCH):
-        rows = order[torch.arange(i, i + RENDER_BATCH, device=device).clamp(max=n - 1)]  # one shape: nothing recompiles
+    for i in range(0, n, batch_size):
+        rows = order[torch.arange(i, i + batch_size, device=device).clamp(max=n - 1)]  # one shape: nothing recompiles
         batch = {name: value[rows] for name, value in scenes.items()}
         for name, values in render_batch(batch, size, part).items():
             if name not in images:

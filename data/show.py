@@ -31,6 +31,11 @@ class Prepared:
             self.run.say(f"samples: {path}")
         return numbers
 
+    def chat(self, model):
+        """What needs somebody at the terminal comes last."""
+        if hasattr(self.task_show, "chat"):
+            self.task_show.chat(model)
+
 
 def prepare(script, run, **data):
     """Open what showing a model of this script (a module) will need. Raises script.Fault for what is not there."""

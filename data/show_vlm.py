@@ -56,8 +56,6 @@ class Show:
                 self.sheet(model, folder / "vlm.png", bar)
                 numbers = {"sampled_per_second": self.speed(model, True, bar),
                            "sampled_per_second_uncached": self.speed(model, False, bar)}
-        if self.picture is not None:
-            self.chat(model)
         return numbers
 
     def ask(self, model, picture, tokens):
@@ -95,7 +93,9 @@ class Show:
         return round(len(made) / (time.perf_counter() - start), 1)
 
     def chat(self, model):
-        """Answer questions about the picture, typed in the terminal, until an empty line or Ctrl-C."""
+        """Answer questions about the picture, typed in the terminal, until an empty line or Ctrl-C. None: no chat."""
+        if self.picture is None:
+            return
         print("Ask about the picture; an empty line ends it.")
         while True:
             try:

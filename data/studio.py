@@ -26,7 +26,10 @@ class Studio:
         return [tokenizer.decode_text(self.encoding, row) for row in ids.tolist()]
 
     def truth(self, size, n):
-        """True pictures of the first n frozen validation scenes: dict of (n, 3, size, size) by modality, on the CPU."""
+        """True pictures of the first n frozen validation scenes: dict of (n, 3, size, size) by modality, on the CPU.
+
+        Not compiled: of one core 2.4 s for 200 scenes and 8 s for 1,000; compiled 33 and 35 s, from the cache 6.5 s.
+        """
         return render(load_frozen_scenes(size, n), size, compile=False)[0]
 
 

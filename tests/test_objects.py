@@ -119,7 +119,7 @@ def test_validation_pictures_are_kept_out_of_training(frozen):
 def shards(tmp_path, monkeypatch):
     """Makes 12 objects, 5 a chunk, in a folder of its own."""
     monkeypatch.setattr(maker, "CHUNK", 5)
-    monkeypatch.setattr(raycaster, "RENDER_BATCH", 5)
+    monkeypatch.setattr(raycaster, "RENDER_BATCH", {"cpu": 5})
     monkeypatch.setattr(maker, "render", functools.partial(raycaster.render, compile=False))
 
     def make(name):

@@ -134,7 +134,7 @@ def test_text_edges(encoding):
 def shards(tmp_path, monkeypatch):
     """Makes 12 scenes, 5 a chunk, in a folder of its own."""
     monkeypatch.setattr(maker, "CHUNK", 5)
-    monkeypatch.setattr(raycaster, "RENDER_BATCH", 5)
+    monkeypatch.setattr(raycaster, "RENDER_BATCH", {"cpu": 5})
     monkeypatch.setattr(maker, "render", functools.partial(raycaster.render, compile=False))
 
     def make(name="a", num=12, seed=1):
