@@ -312,6 +312,7 @@ def test_chat(model, frozen, tmp_path, monkeypatch, capsys):
             raise line
         monkeypatch.setattr("builtins.input", typed)
         assert show.show(model, tmp_path) == {}
+        show.chat(model)
         assert len(capsys.readouterr().out.splitlines()) == 2
 
 
