@@ -47,6 +47,20 @@ def test_shapes_and_ranges(coder, height, width):
     assert output.shape == images.shape and 0 <= output.min() and output.max() <= 1 and output.std() > 0
 
 
+def test_patches_that_repeat_are_encoded_once(coder, validation, monkeypatch):
+    images = validation["edge"][:30]
+    seen, encode = [], coder.encode
+    expected = encode(images).flatten(1).numpy()
+    monkeypatch.setattr(coder, "encode", lambda part: seen.append(len(part)) or encode(part))
+    ids = coder.encode_flat(images)
+    assert (ids.dtype, ids.shape) == (np.uint16, (30, 64)) and (ids == expected).mean() > 0.999  # rounding may differ
+    patches = {images[b, :, i:i + 8, j:j + 8].numpy().tobytes()
+               for b in range(30) for i in range(0, 64, 8) for j in range(0, 64, 8)}
+    assert sum(seen) == len(patches) < 30 * 64 / 2
+    wide = torch.rand(2, 3, 16, 40, generator=torch.Generator().manual_seed(0))
+    assert (coder.encode_flat(wide) == encode(wide).flatten(1).numpy()).mean() > 0.99
+
+
 def test_wrong_input_raises(coder):
     for shape in ((3, 64, 64), (1, 1, 64, 64), (1, 3, 60, 64), (1, 3, 64, 60)):
         with pytest.raises(ValueError, match="encode takes"):
