@@ -93,6 +93,7 @@ train() {  # train TASK [--field=value ...]
         "vlm cpu 0") set -- --num_steps=800 --eval_every=200;;
     esac
     prepare "$task" "$track" "$@"
+    echo "training: train_$task.py $*"
     if [[ $track = gpu* ]] && [ "$gpus" -gt 0 ]; then
         $PY -m torch.distributed.run --standalone --nproc_per_node="$gpus" "train_$task.py" "$@"
     else

@@ -353,6 +353,8 @@ class Run:
     @contextlib.contextmanager
     def warm_up(self, model):
         """For untimed steps on dummy data: afterwards the weights are what they were before."""
+        if self.rank == 0:
+            tqdm.write(f"warming up in {self.precision} on {hardware(self.device)}")
         start, weights = time.perf_counter(), copy.deepcopy(model.state_dict())
         yield
         model.load_state_dict(weights)
@@ -389,6 +391,15 @@ class Run:
             self.check(loss.item())
             self.bar.set_postfix(loss=f"{loss.item() * self.world:.3f}")
         self.bar.update(self.step - self.bar.n)
+
+    def pause(self):
+        """Pause the clock for an evaluation."""
+        self.clock.pause()
+        self.bar.set_description("evaluating")
+
+    def go(self):
+        self.bar.set_description("")
+        self.clock.go()
 
     def evaluation(self, val_loss):
         self.val_loss, milliseconds = val_loss, 1000 * self.clock.seconds
@@ -1238,13 +1249,13 @@ def main(argv):
     while True:
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):
-            run.clock.pause()
+            run.pause()
             with run.autocast():
                 val_loss, by_modality = evaluate(model, layout, val_tokens, val_roles, config, run.rank, run.world)
             run.evaluation(val_loss)
             if last:
                 break
-            run.clock.go()
+            run.go()
         batch, = run.fetch(loader)
         loss, count = train_step(run.step, batch.long(), loader.rng, loss_of, model, muon, adam, layout, config, run)
         run.tokens = run.tokens + count
