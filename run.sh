@@ -168,7 +168,7 @@ command=4m
 case ${1:-} in -h|--help) command=help;; ""|--*) ;; *) command=$1; shift;; esac
 case $command in
     help) usage;;
-    test) setup; exec $PY -m pytest -q tests "$@";;
+    test) setup; exec $PY -m pytest -q tests -n auto --maxprocesses=4 --dist=loadfile "$@";;  # torch has one thread there
     nodes|slurm) "$command" "$@";;
     all) [ -n "$here" ] || die "no training script is here yet"
         setup; for t in $here; do train "$t" "$@"; done;;
