@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -558,13 +559,17 @@ def keep_memory():
 # --- copied: compiler ---
 def compiler_works(run):
     """Whether torch.compile can build code here, tried on one line: on a CPU it takes a working C++ compiler."""
-    if run.device.type == "cpu":
-        try:
-            new = time.time_ns()  # in no cache: what is cached needs no compiler
-            torch.compile(lambda x: x + new)(torch.zeros(1))
-        except Exception as error:  # torch.compile has many kinds
-            run.say(f"torch.compile does not work here ({str(error).splitlines()[0]}): steps take longer without it")
-            return False
+    if run.device.type == "cuda":
+        return True
+    # torch would take up what it compiled for another CPU with this cache, and compute NaN with it
+    name = f"torchinductor_{os.environ.get('USER', '')}_{torch.backends.cpu.get_cpu_capability()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), name)))
+    try:
+        new = time.time_ns()  # in no cache: what is cached needs no compiler
+        torch.compile(lambda x: x + new)(torch.zeros(1))
+    except Exception as error:  # torch.compile has many kinds
+        run.say(f"torch.compile does not work here ({str(error).splitlines()[0]}): steps take longer without it")
+        return False
     return True
 # --- end: compiler ---
 

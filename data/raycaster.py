@@ -7,7 +7,9 @@ components fuse better than a last dimension of three.
 """
 import functools
 import math
-import shutil
+import os
+import tempfile
+import time
 
 import torch
 import torch.nn.functional as F
@@ -306,9 +308,20 @@ def render_batch(scenes, size, part=as_it_is):
     return part(average_samples)(scenes, size, rgb, z, normals, ids, edge)
 
 
-def can_compile(device):
-    """Whether torch.compile has what it needs here."""
-    return torch.device(device).type == "cuda" or bool(shutil.which("g++") or shutil.which("clang++"))
+@functools.cache
+def can_compile(kind):
+    """Whether torch.compile works on this kind of device, "cpu" or "cuda", tried on one line where it may not."""
+    if kind == "cuda":
+        return True
+    # torch would take up what it compiled for another CPU with this cache, and compute NaN with it
+    name = f"torchinductor_{os.environ.get('USER', '')}_{torch.backends.cpu.get_cpu_capability()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), name))
+    try:
+        new = time.time_ns()  # in no cache: what is cached needs no compiler
+        torch.compile(lambda x: x + new)(torch.zeros(1))
+    except Exception:  # torch.compile has many kinds
+        return False
+    return True
 
 
 @functools.cache
@@ -322,7 +335,7 @@ def render(scenes, size=64, compile=True):
     rgb, depth (linear in 1 / z, nearer is brighter), normal (camera space, (n + 1) / 2), seg (SEG_PALETTE) and edge.
     """
     device = scenes["lamp"].device
-    part = compiled if compile and can_compile(device) else as_it_is
+    part = compiled if compile and can_compile(device.type) else as_it_is
     n = len(scenes["lamp"])
     batch_size = RENDER_BATCH[device.type]
     order = (scenes["shape"] >= 0).sum(1).argsort(stable=True)  # scenes with few objects together: fewer slots to trace

@@ -30,7 +30,7 @@ import questions
 import shards
 import streams
 import tokenizer
-from raycaster import COLORS, can_compile, render
+from raycaster import COLORS, render
 from shards import ROOT, Fault, sha256
 from texts import BBOX_PAD, BBOX_VOCAB, LENGTHS, box_tokens, caption, describe, facts
 from world import CLASSES, load_frozen_scenes, look, sample_scenes
@@ -204,8 +204,8 @@ def make_shards(size, num, seed, device, kind="scenes", workers=1):
     arrays, done = open_arrays(part, identity, kind)
     jobs = [(min(CHUNK, num - start), (seed << 32) + start // CHUNK) for start in range(done, num, CHUNK)]
     with contextlib.ExitStack() as stack:
-        first = " (compiling)" if can_compile(device) else ""  # half a minute, once: then it is in torch's cache
-        bar = stack.enter_context(tqdm(total=num, initial=done, unit=" scenes", desc=f"{identity['name']}{first}"))
+        first = f"{identity['name']} (compiling)"  # half a minute, once: then it is in torch's cache
+        bar = stack.enter_context(tqdm(total=num, initial=done, unit=" scenes", desc=first))
         stack.enter_context(pool.heartbeat(bar))
 
         def progress(count):
