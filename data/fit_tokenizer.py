@@ -141,7 +141,7 @@ What makes losses comparable everywhere; never edited, hash-checked by every run
 | `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/fit_tokenizer.py train --minutes=14`, then `--minutes=5 --resume`, on earlier forms of this world) |
 | `text.tiktoken`, `qa.tiktoken` | encodings of the scenes' texts and of questions in tiktoken's format (`python data/fit_tokenizer.py text`) |
 | `4m.safetensors` | nano4M trained longer than a record (`python train_4m.py --load=data/frozen/4m.safetensors --num_steps=0`) |
-| `gpt.safetensors`, `gpt_draft.safetensors` | GPTs trained longer than a record: four blocks of dim 192, and the record's shape (`python train_gpt.py --depth=4 --dim=192 --orders=3 --window=128 --load=data/frozen/gpt.safetensors --draft=data/frozen/gpt_draft.safetensors --num_steps=0`) |
+| `gpt.safetensors`, `gpt_draft.safetensors` | GPTs trained longer than a record: four blocks of dim 192, and the record's shape (`python train_gpt.py --load=data/frozen/gpt.safetensors --draft=data/frozen/gpt_draft.safetensors --num_steps=0`) |
 | `flow.safetensors`, `vlm.safetensors` | the records' models trained longer: 3,000 and 800 steps (`python train_flow.py --load=data/frozen/flow.safetensors --num_steps=0`, the same for `vlm`) |
 
 ## Image tokenizer

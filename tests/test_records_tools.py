@@ -188,6 +188,8 @@ DOCTORED = {
     "override in the settings": (edit(r'"--seed=1"\n', '"--seed=1", "--pace=0.1"\n'), "no override but seed"),
     "override unsaid": (edit(r'"pace": 0.25', '"pace": 0.1'), "it ran with pace 0.1, and its source says 0.25"),
     "hardware": (edit(r"^hardware: .*", "hardware: a GPU"), "one kind of hardware"),
+    "precision": (edit(r"^seed: ", "precision: fp32\nseed: "), "its trials must be of one precision"),
+    "from a checkpoint": (edit(r'^ "argv"', ' "options": {"load": "a.safetensors"},\n "argv"'), "starts from a checkpoint"),
     "no number": (edit(r"^val_loss: .*", "val_loss: low"), "its val_loss is no number: low"),
     "script elsewhere": (edit(r"^script: .*", "script: ../train_toy.py"), "its script is no file name"),
     "settings": (edit(r'"argv"', '"arguments"'), "its settings are not JSON with config, argv"),
