@@ -20,7 +20,7 @@ PY=.venv/bin/python
 usage() {
     cat <<'EOF'
 ./run.sh [4m] [--field=value ...]            set up, make the data, train nano4M: the main job; on a CPU without
-                                             arguments every family trains longer than its record
+                                             arguments a few minutes, not a record run
 ./run.sh gpt|maskgit|4m|flow|vlm [--...]     the same for one model family
 ./run.sh all [--...]                         every family whose script is here
 ./run.sh nodes HOST:PORT COUNT TASK [--...]  one run on COUNT machines: the same command on each, HOST is one of them

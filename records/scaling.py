@@ -151,7 +151,7 @@ def work(out, argv):
             counter.clear()
         start_clock(*arguments)
     train_4m.Loader.__init__ = begin
-    train_4m.evaluate = lambda *_: (0.0, {})  # the clock stands still there, and nothing here is about the loss
+    train_4m.evaluate = lambda *_: (0.0, {})  # the clock is paused there, and nothing here is about the loss
     train_4m.Run.prepare_show = lambda *_, **__: None
     train_4m.main(argv)
     if int(os.environ["RANK"]) == 0:
