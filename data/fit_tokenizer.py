@@ -23,7 +23,7 @@ from scenes import IMAGES
 from shards import FROZEN
 from texts import caption, describe, facts
 from tokenizer import QA, TEXT, TEXT_PATTERN, TEXT_VOCAB, VOCAB, WEIGHTS, Tokenizer, load_text, load_tokenizer
-from world import load_frozen_scenes, sample_scenes
+from world import build, load_frozen_scenes, sample_scenes
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ from world import load_frozen_scenes, sample_scenes
 
 def train_text():
     """Learn the merges of both encodings on the texts of 20,000 scenes and on questions about them."""
-    scenes = sample_scenes(20000, seed=1)
+    scenes = build(sample_scenes(20000, seed=1))
     rng = random.Random(0)
     objects = facts(scenes, torch.zeros(20000, 1, 1, dtype=torch.long))
     learn_text(TEXT, [text for o in objects for text in (describe(o), caption(o, rng))])

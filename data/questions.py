@@ -1,8 +1,9 @@
 """Questions about scenes and their answers, in CLEVR's manner (arXiv:1612.06890), and how far a blind guesser gets.
 
-Five families: count, exist, attribute, compare, spatial. Answers are one word and exactly true. Whatever "the" speaks
-of is the only object of that description. Left, right, behind and in front are those of the picture, of the objects'
-centres, and only asked about where they differ by more than half a place.
+Five families with answers of one word: count, exist, attribute, compare, spatial. Whatever "the" speaks of is the only
+object of that description. Left, right, behind and in front are those of the picture, of the objects' centres, and only
+asked about where they differ by more than half a place. The sixth, describe, asks for everything, because a word teaches
+a model too little about a picture: every conversation has it, as its last turn, so that it gives no answer away.
 
     python data/scenes.py --qa                       # scenes with questions -> data/qa64
     python data/questions.py                         # from these, the blind guesser's table in data/frozen/README.md
@@ -19,13 +20,15 @@ import shards
 import tokenizer
 from raycaster import COLORS, MATERIALS, SHAPES, SIZES
 from reports import write_sections
+from texts import noun
 
-VERSION = 1  # of what is asked about a scene; raise it and every frozen number of the qa set is void
+VERSION = 2  # of what is asked about a scene; raise it and every frozen number of the qa set is void
 VALUES = {"size": SIZES, "color": tuple(COLORS), "material": MATERIALS, "shape": SHAPES}  # in the order they are said
 KIND = {word: name for name, words in VALUES.items() for word in words}
 RELATIONS = {"left of": ("x", -1), "right of": ("x", 1), "behind": ("y", -1), "in front of": ("y", 1)}
 MARGIN = 100 / 8 / 2  # percent of the frame, half a place
-FEWEST, MOST = 2, 4  # turns a scene, each of another family
+FEWEST, MOST = 2, 4  # turns per scene with answers of one word, each of another family
+DESCRIBE_FIRST = 4  # in one training conversation of so many describe is the first turn, as users ask it
 TRIES = 12  # questions drawn from a template for each one asked, the one with the rarest answer
 # {a}, {b}: descriptions; {q}: one of VALUES; {r}: one of RELATIONS; {t}: object or thing
 PHRASES = {
@@ -47,6 +50,7 @@ PHRASES = {
                 "exist beside": ("Is there any {t} {r} the {a}?", "Are there any {t}s {r} the {a}?"),
                 "count beside": ("How many {t}s are {r} the {a}?", "How many {t}s can you see {r} the {a}?"),
                 "attribute beside": ("What {q} is the {t} {r} the {a}?", "The {t} {r} the {a} has what {q}?")},
+    "describe": {"describe": ("What is there?", "What do you see?", "What is in the picture?")},
 }
 FAMILIES = tuple(PHRASES)  # numbered from 1 on in the shards
 
@@ -155,21 +159,38 @@ def choose(family, scene, said, asked):
             return FAMILIES.index(family) + 1, phrase(family, template, slots, scene.rng), answer
 
 
-def ask(facts, rng):
-    """Questions about scenes, each a list of objects: per scene a list of 2 to 4 turns (family, question, answer).
+def ask(facts, rng, describe_first=DESCRIBE_FIRST):
+    """Questions about scenes, each a list of objects: per scene a list of 3 to 5 turns (family, question, answer).
 
-    Over all of them the families are even, and the answers of each template as even as the world lets them be. What a
+    describe_first: in one scene of so many describe is the first turn, 0: in none. Over all of them the families are even, and the answers of each template as even as the world lets them be. What a
     turn describes is no part of what another turn of the scene does, so that none simply gives away another's answer.
     """
     asked, dialogues = Counter(), []
     for objects in facts:
         scene, turns, said, wanted = Scene(objects, rng), [], [], rng.randint(FEWEST, MOST)
-        for family in sorted(FAMILIES, key=lambda family: (asked[family], rng.random())):
+        for family in sorted(FAMILIES[:-1], key=lambda family: (asked[family], rng.random())):
             if len(turns) < wanted and (turn := choose(family, scene, said, asked)):
                 turns.append(turn)
         rng.shuffle(turns)
+        first = describe_first and rng.random() * describe_first < 1
+        turns.insert(0 if first else len(turns), describe(objects, rng))
         dialogues.append(turns)
     return dialogues
+
+
+def describe(objects, rng):
+    """The turn that asks for every object; the answer tells them back to front, eight tokens each."""
+    told = [f"{noun(o)} at x={o['x']} y={o['y']}" for o in reversed(objects)]
+    return len(FAMILIES), rng.choice(PHRASES["describe"]["describe"]), ", ".join(told)
+
+
+TOLD = re.compile(rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(MATERIALS)}) ({'|'.join(SHAPES)}) at x=(\d+) y=(\d+)")
+
+
+def parse_description(answer):
+    """The objects of such an answer, those that are well formed: dicts x, y, size, color, material, shape."""
+    return [{"x": int(x), "y": int(y), "size": size, "color": color, "material": material, "shape": shape}
+            for size, color, material, shape, x, y in TOLD.findall(answer)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -182,7 +203,7 @@ def text(turns):
 
 def encode(encoding, turns, length):
     """Two lists of `length`: tokens with the end token, padded; and at those of an answer and of the line end after it
-    the turn's number (1 to 4), elsewhere 0. ValueError if they do not fit."""
+    the turn's number (1 to 5), elsewhere 0. ValueError if they do not fit."""
     marks = []
     for number, (_, question, answer) in enumerate(turns, 1):
         marks += [0] * len(encoding.encode_ordinary(f"Question: {question} Answer:"))
@@ -191,7 +212,7 @@ def encode(encoding, turns, length):
 
 
 def decode(rows, families):
-    """All turns (family, question, answer) of token rows (N, L) with the families (N, 4) of their turns, one list."""
+    """All turns (family, question, answer) of token rows (N, L) with the families (N, 5) of their turns, one list."""
     turns, encoding = [], tokenizer.load_text(tokenizer.QA)
     for row, numbers in zip(rows, families):
         pairs = re.findall(r"Question: (.*) Answer: (.*)\n", tokenizer.decode_text(encoding, row))

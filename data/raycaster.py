@@ -20,8 +20,9 @@ COLORS = {"gray": (87, 87, 87), "red": (173, 35, 35), "blue": (42, 75, 215), "gr
 MATERIALS = ("rubber", "metal")
 SIZES = ("small", "large")
 SEG_PALETTE = ((24, 26, 32), (235, 94, 85), (76, 161, 242), (250, 200, 80))  # ground, then SHAPES
-HALF = (0.74, 0.92, 0.80)  # of an object's radius: cube half side, sphere radius, cylinder radius and half height
-MAX_OBJECTS = 4
+HALF = (0.78, 0.95, 0.86)  # of an object's radius: cube half side, sphere radius, cylinder radius and half height
+MAX_OBJECTS = 3
+FADE = 0.004
 FOV = math.radians(5.84)  # a long lens: next to no perspective
 NEAR, FAR = 52.0, 67.0  # z-depths drawn as 1 and 0: pictures of depth are linear in 1 / z, as a ground plane is
 RENDER_BATCH = {"cpu": 20, "cuda": 50}  # scenes at once: the rays of 20 fit the cache of a core, 20 % faster than 50
@@ -41,9 +42,9 @@ def camera_frame(scenes):
 
 
 def project(scenes):
-    """Image position (x right, y down, both in [0, 1]) and z-depth of every object's centre: three (B, 4) tensors."""
+    """Image position (x right, y down, both in [0, 1]) and z-depth of every object's centre: three (B, K) tensors."""
     origin, right, up, forward = camera_frame(scenes)
-    offset = scenes["center"] - origin[:, None]  # (B, 4, 3)
+    offset = scenes["center"] - origin[:, None]  # (B, K, 3)
     x, y, z = (torch.einsum("bkc,bc->bk", offset, axis) for axis in (right, up, forward))
     scale = 2 * math.tan(FOV / 2) * z
     return 0.5 + x / scale, 0.5 - y / scale, z
@@ -137,7 +138,7 @@ def shade_slot(solid, p, lamp, lit):
 def occupied(scenes):
     """The slots in which any scene of the batch has an object, as object_at gives them."""
     used = (scenes["shape"] >= 0).any(0).tolist()
-    return [object_at(scenes, k) for k in range(MAX_OBJECTS) if used[k]]
+    return [object_at(scenes, k) for k, there in enumerate(used) if there]
 
 
 def trace(scenes, o, d):
@@ -153,7 +154,7 @@ def shade(scenes, d, p, ids, n, lamp, lit):
     ground = ids < 0
     slot = ids.long().clamp(min=0)
     palette = torch.tensor(list(COLORS.values()), device=ids.device).float() / 255
-    albedo = palette[scenes["color"].clamp(min=0)]  # (B, 4, 3)
+    albedo = palette[scenes["color"].clamp(min=0)]  # (B, K, 3)
     color = [torch.where(ground, 0.52, albedo[:, :, c].gather(1, slot)) for c in range(3)]
     metal = torch.where(ground, 0.0, (scenes["material"] == 1).float().gather(1, slot))
     facing = dot(n, lamp)
@@ -161,10 +162,10 @@ def shade(scenes, d, p, ids, n, lamp, lit):
     gloss = (dot(n, half) * torch.rsqrt(dot(half, half))).clamp(min=0)
     shine = torch.where(ground, 0.0, torch.where(metal > 0, 0.9 * gloss ** 48, 0.25 * gloss ** 16)) * lit * (facing > 0)
     mirrored = d[2] - 2 * dot(d, n) * n[2]  # height of the reflected ray: sky above, floor below
-    sky = torch.where(mirrored > 0, 0.55 + 0.9 * mirrored, 0.30 + 0.25 * mirrored)
+    sky = torch.where(mirrored > 0, 0.55 + 0.9 * mirrored, 0.50 + 0.25 * mirrored)
     light = 0.58 + 0.12 * n[2] + 0.46 * facing.clamp(min=0) * lit
     light = torch.where(metal > 0, 0.5 * light + 0.75 * sky, light)
-    fade = torch.where(ground, 1 / (1 + 0.004 * (p[0] * p[0] + p[1] * p[1])), 1.0)
+    fade = torch.where(ground, 1 / (1 + FADE * (p[0] * p[0] + p[1] * p[1])), 1.0)
     return [(color[c] * light * fade + shine).clamp(0, 1) for c in range(3)]
 
 
@@ -290,7 +291,7 @@ def average_samples(scenes, size, rgb, z, normals, ids, edge):
         return F.avg_pool2d(x.view(B, -1, 2 * size, 2 * size), 2)
 
     depth = (1 / pool(z) - 1 / FAR) / (1 / NEAR - 1 / FAR)
-    votes = torch.stack([pool((ids == k).float())[:, 0] for k in range(-1, MAX_OBJECTS)])
+    votes = torch.stack([pool((ids == k).float())[:, 0] for k in range(-1, scenes["shape"].shape[1])])
     index = votes.argmax(0) - 1  # what most samples hit
     kind = torch.cat([torch.zeros_like(scenes["shape"][:, :1]), scenes["shape"] + 1], 1)  # of index + 1: ground, SHAPES
     kind = kind.gather(1, index.flatten(1) + 1).view_as(index)

@@ -30,16 +30,16 @@ import questions
 import shards
 import streams
 import tokenizer
-from raycaster import COLORS, render
+from raycaster import COLORS, MAX_OBJECTS, render
 from shards import ROOT, Fault, sha256
 from texts import BBOX_PAD, BBOX_VOCAB, LENGTHS, box_tokens, caption, describe, facts
-from world import CLASSES, load_frozen_scenes, look, sample_scenes
+from world import CLASSES, FIELDS, build, look, sample_close_ups, sample_scenes
 
-VERSION = 1  # of everything that decides the content of a scene; raise it and every frozen number is void
+VERSION = 2  # of everything that decides the content of a scene; raise it and every frozen number is void
 IMAGES = ("rgb", "depth", "normal", "seg", "edge")
 CHUNK = 1000  # scenes made between two points of resumption, from a seed of their own
 PART = 250  # scenes whose pictures are in memory at once
-VALIDATION = 2000  # scenes
+VALIDATION, VALIDATION_SEED = 2000, 1 << 52  # scenes, and a seed beyond all that training sets have
 
 
 def stop(message):
@@ -57,7 +57,8 @@ def modalities(size, kind="scenes"):
         return {"label": {"length": 1, "vocab": len(CLASSES), "pad": -1}, "rgb": image}
     if kind == "qa":
         return {"qa": {"length": LENGTHS["qa"], **text}}
-    return {**{m: image for m in IMAGES}, "desc": {"length": LENGTHS["desc"], **text},
+    places = tokenizer.place_tokens(tokenizer.load_text())
+    return {**{m: image for m in IMAGES}, "desc": {"length": LENGTHS["desc"], **text, "places": places},
             "caption": {"length": LENGTHS["caption"], **text},
             "bbox": {"length": LENGTHS["bbox"], "vocab": BBOX_VOCAB, "pad": BBOX_PAD}}
 
@@ -65,21 +66,25 @@ def modalities(size, kind="scenes"):
 def array_forms(size, kind):
     """{array: (shape per scene, dtype)} of a set: its modalities, and what else is about every scene."""
     forms = {m: ((about["length"],), np.uint16) for m, about in modalities(size, kind).items()}
+    forms["scene"] = (1 + len(FIELDS) * (1 if kind == "objects" else MAX_OBJECTS),), np.int32
     if kind == "objects":
-        forms |= {"look": ((), np.int32), f"pixels{size // 2}": ((3, size // 2, size // 2), np.uint8)}
+        forms[f"pixels{size // 2}"] = (3, size // 2, size // 2), np.uint8
     if kind == "qa":
         forms |= {"pixels": ((3, size, size), np.uint8), "answer": ((LENGTHS["qa"],), np.uint8),
-                  "family": ((questions.MOST,), np.uint8)}
+                  "family": ((questions.MOST + 1,), np.uint8)}
     return forms
 
 
-def rendered(scenes, size, report):
-    """Pictures and object index as `render` gives them, for PART scenes after another; report(n) after each part."""
-    n = len(scenes["lamp"])
-    for i in range(0, n, PART):
-        images, index = render({name: value[i:i + PART] for name, value in scenes.items()}, size)
-        yield {name: value[i:i + PART] for name, value in scenes.items()}, images, index
-        report(len(index))
+def rendered(codes, size, device, report):
+    """Scenes, pictures and object index as `render` gives them, of PART codes after another; report(n) after each."""
+    for part in codes.split(PART):
+        scenes = {name: value.to(device) for name, value in build(part).items()}
+        yield scenes, *render(scenes, size)
+        report(len(part))
+
+
+def ignore(count):
+    """For who does not want to hear of progress."""
 
 
 def as_bytes(pictures):
@@ -91,47 +96,51 @@ def joined(parts):
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def make_tokens(n, size, seed, device, coder, encoding, report=lambda count: None):
-    """n scenes and their tokens: (scenes, {modality: uint16 array (n, length)}, {desc, caption: list of str})."""
-    scenes = sample_scenes(n, seed, device)
+def make_tokens(n, size, seed, device, coder, encoding, report=ignore, avoid=()):
+    """n scenes: ({modality or scene: array (n, length)}, {desc, caption: list of str}). avoid: looks to leave out.
+
+    Modalities are made from the scenes alone, each with randomness of its own: a new one changes none that exists.
+    """
+    codes = sample_scenes(n, seed, avoid)
     parts, objects = [], []
-    for part, images, index in rendered(scenes, size, report):
+    for scenes, images, index in rendered(codes, size, device, report):
         parts.append({m: coder.encode_flat(images[m]) for m in IMAGES})
-        objects += facts(part, index)
+        objects += facts(scenes, index)
     rng = random.Random(seed)
     texts = {"desc": [describe(o) for o in objects], "caption": [caption(o, rng) for o in objects]}
-    tokens = joined(parts)
+    arrays = joined(parts)
     for m, lines in texts.items():
-        tokens[m] = np.array([tokenizer.text_tokens(encoding, text, LENGTHS[m]) for text in lines], np.uint16)
-    tokens["bbox"] = np.array([box_tokens(o, size) for o in objects], np.uint16)
-    return scenes, tokens, texts
+        arrays[m] = np.array([tokenizer.text_tokens(encoding, text, LENGTHS[m]) for text in lines], np.uint16)
+    arrays["bbox"] = np.array([box_tokens(o, size) for o in objects], np.uint16)
+    return {**arrays, "scene": codes.numpy().astype(np.int32)}, texts
 
 
-def make_objects(n, size, seed, device, coder, encoding=None, report=lambda count: None, avoid=()):
-    """n one-object scenes in the form of make_tokens: label and rgb tokens, look (n,), bytes of pixels at half size."""
-    scenes = sample_scenes(n, seed + (1 << 31), device, 1, avoid)  # other seeds than those of the scenes set
+def make_objects(n, size, seed, device, coder, encoding, report=ignore, avoid=()):
+    """n one-object scenes in the form of make_tokens: label and rgb tokens, bytes of pixels at half size."""
+    codes = sample_close_ups(n, seed)
     parts = [{"rgb": coder.encode_flat(images["rgb"]), f"pixels{size // 2}": as_bytes(F.avg_pool2d(images["rgb"], 2))}
-             for _, images, _ in rendered(scenes, size, report)]
-    label = scenes["shape"][:, :1] * len(COLORS) + scenes["color"][:, :1]
-    return scenes, {"label": label.cpu().numpy().astype(np.uint16), **joined(parts), "look": look(scenes)}, {}
+             for _, images, _ in rendered(codes, size, device, report)]
+    fields = dict(zip(FIELDS, codes[:, 1:].unbind(1)))
+    label = (fields["shape"] * len(COLORS) + fields["color"])[:, None]
+    return {"label": label.numpy().astype(np.uint16), **joined(parts), "scene": codes.numpy().astype(np.int32)}, {}
 
 
-def make_qa(n, size, seed, device, coder, encoding, report=lambda count: None):
+def make_qa(n, size, seed, device, coder, encoding, report=ignore, avoid=(), describe_first=questions.DESCRIBE_FIRST):
     """n scenes in the form of make_tokens, those it makes with the same seed, and questions about them.
 
-    pixels (n, 3, size, size) uint8; qa tokens; answer (n, length) uint8, 1 to 4 where that turn's answer is; family
-    (n, 4) uint8, of questions.FAMILIES counted from 1 on, 0: no such turn.
+    pixels (n, 3, size, size) uint8; qa tokens; answer (n, length) uint8, 1 to 5 where that turn's answer is; family
+    (n, 5) uint8, of questions.FAMILIES counted from 1 on, 0: no such turn.
     """
-    scenes = sample_scenes(n, seed, device)
+    codes = sample_scenes(n, seed, avoid)
     parts, objects = [], []
-    for part, images, index in rendered(scenes, size, report):
+    for scenes, images, index in rendered(codes, size, device, report):
         parts.append({"pixels": as_bytes(images["rgb"])})
-        objects += facts(part, index)
-    dialogues = questions.ask(objects, random.Random(seed))
+        objects += facts(scenes, index)
+    dialogues = questions.ask(objects, random.Random(seed), describe_first)
     tokens, marks = zip(*(questions.encode(encoding, turns, LENGTHS["qa"]) for turns in dialogues))
-    families = [[family for family, _, _ in turns] + [0] * (questions.MOST - len(turns)) for turns in dialogues]
-    return scenes, {**joined(parts), "qa": np.array(tokens, np.uint16), "answer": np.array(marks, np.uint8),
-                    "family": np.array(families, np.uint8)}, {}
+    families = [[family for family, _, _ in turns] + [0] * (questions.MOST + 1 - len(turns)) for turns in dialogues]
+    return {**joined(parts), "qa": np.array(tokens, np.uint16), "answer": np.array(marks, np.uint8),
+            "family": np.array(families, np.uint8), "scene": codes.numpy().astype(np.int32)}, {}
 
 
 @functools.cache  # a worker process loads them once
@@ -176,18 +185,18 @@ def make_chunk(job, report, kind, size, device, more):
     n, seed = job
     if device == "cpu":
         torch.set_num_threads(1)
-    return make(kind, n, size, seed, device, report=report, **more)[1]
+    return make(kind, n, size, seed, device, report=report, **more)[0]
 
 
 def make_chunks(kind, size, device, jobs, workers, progress):
     """Yield the arrays of every chunk in order; with one worker they are made by this process."""
-    more = {"avoid": look(load_frozen_scenes(size, VALIDATION, "objects"))} if kind == "objects" else {}
+    more = {"avoid": look(sample_scenes(VALIDATION, VALIDATION_SEED))}
     if workers > 1 and len(jobs) > 1:
         work = functools.partial(make_chunk, kind=kind, size=size, device=device, more=more)
         yield from pool.results(work, jobs, workers, progress)
         return
     for n, seed in jobs:
-        yield make(kind, n, size, seed, device, report=progress, **more)[1]
+        yield make(kind, n, size, seed, device, report=progress, **more)[0]
 
 
 def make_shards(size, num, seed, device, kind="scenes", workers=1):
@@ -259,12 +268,12 @@ def write_stream():
     print(f"{folder}: the same as a stream of tokens")
 
 
-def make_frozen(size, device, num=VALIDATION, seed=1 << 20, kind="scenes"):
+def make_frozen(size, device, num=VALIDATION, kind="scenes"):
     """Write data/frozen/<kind><size>.npz: the validation set's tokens, texts, pixels and scenes."""
-    scenes, tokens, texts = make(kind, num, size, seed << 32, device)
-    texts = {f"{m}_text": np.frombuffer("\n".join(lines).encode(), np.uint8) for m, lines in texts.items()}
-    arrays = {**tokens, **texts, **{f"scene_{name}": value.cpu().numpy() for name, value in scenes.items()},
-              "modalities": np.frombuffer(json.dumps(modalities(size, kind)).encode(), np.uint8)}
+    more = {"describe_first": 0} if kind == "qa" else {}
+    arrays, texts = make(kind, num, size, VALIDATION_SEED, device, **more)
+    arrays |= {f"{m}_text": np.frombuffer("\n".join(lines).encode(), np.uint8) for m, lines in texts.items()}
+    arrays["modalities"] = np.frombuffer(json.dumps(modalities(size, kind)).encode(), np.uint8)
     path = shards.FROZEN / f"{kind}{size}.npz"
     np.savez_compressed(path, **arrays)
     print(f"{path}: {num:,} scenes, {path.stat().st_size / 1e6:.1f} MB")
@@ -273,12 +282,11 @@ def make_frozen(size, device, num=VALIDATION, seed=1 << 20, kind="scenes"):
 def preview(kind, path, device):
     """Draw a contact sheet of some scenes of a kind of set."""
     if kind == "scenes":
-        previews.draw_scenes(sample_scenes(8, seed=7, device=device), IMAGES, path)
+        previews.draw_scenes(build(sample_scenes(24, seed=7)), IMAGES, path)
     elif kind == "objects":
-        scenes, arrays, _ = make("objects", 600, 64, 7, device)
-        previews.draw_objects(scenes, arrays, load_coders("objects", device)[0], path)
+        previews.draw_objects(make("objects", 600, 64, 7, device)[0], load_coders("objects", device)[0], path)
     else:
-        previews.draw_questions(make("qa", 24, 64, 7, device)[1], path)
+        previews.draw_questions(make("qa", 24, 64, 7, device)[0], path)
     print(path)
 
 

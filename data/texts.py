@@ -7,23 +7,22 @@ from raycaster import COLORS, MATERIALS, MAX_OBJECTS, SHAPES, SIZES, project
 
 BBOX_BINS = 64  # coordinate tokens per side, one set for each of xmin, ymin, xmax, ymax, as in 4M
 BBOX_PAD, BBOX_EOS, BBOX_VOCAB = 0, 1, 2 + 4 * BBOX_BINS + len(SHAPES)
-LENGTHS = {"desc": 24, "caption": 48, "bbox": 5 * MAX_OBJECTS + 1,  # tokens with the end token; images: (size / 8)^2
-           "qa": 88}  # four of the longest questions fit
+LENGTHS = {"desc": 5 * MAX_OBJECTS + 1, "caption": 40, "bbox": 5 * MAX_OBJECTS + 1,  # tokens with the end token
+           "qa": 112}  # four of the longest questions and a description fit
 WORDS = {"shape": SHAPES, "color": tuple(COLORS), "material": MATERIALS, "size": SIZES}
-NUMBERS = ("one object", "two objects", "three objects", "four objects")
+NUMBERS = ("one object", "two objects", "three objects")
 
 
 def facts(scenes, index):
-    """Per scene a list of objects, nearest first: dicts of words, x, y in percent of the frame, and box in pixels."""
-    x, y, z = project(scenes)
-    order = z.argsort(1).tolist()
+    """Per scene a list of objects, as sample_scenes orders them: dicts of words, x, y in percent, and box in pixels."""
+    x, y, _ = project(scenes)
     percent_x, percent_y = (x * 100).long().tolist(), (y * 100).long().tolist()
     boxes = pixel_boxes(index)
     values = {name: scenes[name].tolist() for name in WORDS}
     lists = []
-    for b in range(len(order)):
+    for b in range(len(boxes)):
         objects = []
-        for k in order[b]:
+        for k in range(len(boxes[b])):
             if values["shape"][b][k] < 0:
                 continue
             words = {name: WORDS[name][values[name][b][k]] for name in WORDS}
@@ -33,7 +32,7 @@ def facts(scenes, index):
 
 
 def pixel_boxes(index):
-    """The objects' boxes as lists (B, 4, 4) of xmin, ymin, xmax, ymax, from the object index (B, S, S)."""
+    """The objects' boxes as lists (B, 3, 4) of xmin, ymin, xmax, ymax, from the object index (B, S, S)."""
     S = index.shape[-1]
 
     def first(line):

@@ -18,9 +18,9 @@ from shards import FROZEN
 WEIGHTS, TEXT, QA = FROZEN / "tokenizer.safetensors", FROZEN / "text.tiktoken", FROZEN / "qa.tiktoken"
 LEVELS, DIGITS = 8, 4
 VOCAB = LEVELS ** DIGITS
-TEXT_VOCAB = 512  # of each encoding
+TEXT_VOCAB = 576  # of each encoding
 # pieces of text that merges never cross: a turn's headings, every fact of a description, words, digits, single marks
-TEXT_PATTERN = (r"Question:| Answer:| ?Object \d - Position: x=\d+| y=\d+| Shape: \w+| Color: \w+| Material: \w+\.|"
+TEXT_PATTERN = (r"Question:| Answer:| ?Object \d - Position:| x=\d+ y=\d+| Shape: \w+| Color: \w+| Material: \w+\.|"
                 r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\s")
 
 
@@ -126,6 +126,18 @@ def load_text(path=TEXT):
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
     return tiktoken.Encoding(path.stem, pat_str=TEXT_PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|end|>": TEXT_VOCAB - 2, "<|pad|>": TEXT_VOCAB - 1})
+
+
+def place_tokens(encoding, cells=8):
+    """[[id, row, column], ..] of the tokens that name a cell of the token grid, e.g. ` x=31 y=43`."""
+    told = []
+    for row in range(cells):
+        for column in range(cells):
+            x, y = (int((cell + 0.5) * 100 / cells) for cell in (column, row))
+            ids = encoding.encode_ordinary(f" x={x} y={y}")
+            if len(ids) == 1:  # objects stand on no others
+                told.append([ids[0], row, column])
+    return told
 
 
 def text_tokens(encoding, text, length):

@@ -1,8 +1,11 @@
-"""The scenes world: a procedural, CLEVR-style world of 1-4 objects on a ground plane, a camera and a lamp.
+"""The scenes world: a procedural, CLEVR-style world of one to three large objects on a floor, a camera and a lamp.
 
-Jitter, turns and places come in steps and the camera looks from afar, so that an object looks alike wherever it stands
-on the token grid, and a small model learns the world in minutes. Camera and objects turn by the same step: a cube then
-shows four different sides. raycaster.py renders a scene, texts.py and questions.py write about it.
+A scene is a row of whole numbers, its codes: of these, pictures, texts and questions follow, and two scenes of the same
+codes look the same. In the scenes and qa sets everything moves in steps: objects stand in the middle of a cell of the
+token grid, so that an object looks alike wherever it stands, and an empty patch has few tokens. The objects set shows
+one object in close-up, which moves, turns and grows as good as continuously.
+
+raycaster.py renders a scene, texts.py and questions.py write about it.
 """
 import hashlib
 import math
@@ -10,19 +13,23 @@ import math
 import numpy as np
 import torch
 
-from raycaster import (COLORS, HALF, MATERIALS, MAX_OBJECTS, SHAPES, SIZES, primary_rays, project, trace, unproject)
+from raycaster import (COLORS, FOV, HALF, MATERIALS, MAX_OBJECTS, SHAPES, SIZES, intersect, object_at, primary_rays, trace,
+                       unproject)
 from shards import FROZEN
 
-RADIUS = (0.72, 1.05)  # world units, of a small / large object's footprint
-TURN = math.pi / 8  # radians
-CAMERA_AZIMUTH, CAMERA_ELEVATION, CAMERA_DISTANCE = (-TURN, 0.0, TURN), (0.62,), (60.0,)
-LAMP_AZIMUTH, LAMP_ELEVATION = 2.4, (0.85, 1.0)
-PLACES = 8  # across the frame and down it: objects stand in the middle of one, not in those at the border
-GAP = 0.5  # world units between the footprints of two objects, at least
-MIN_VISIBLE = 0.012  # of the frame's pixels every described object shows at least
+FIELDS = ("shape", "color", "material", "size", "turn", "row", "column")  # codes of an object, -1 where there is none
+LAMPS = ((2.4, 0.9), (0.75, 0.9))  # azimuth and elevation in radians: from the right and from the left
+CAMERA = (0.0, 0.62, 60.0)  # azimuth, elevation, distance
+RADIUS = (1.1, 1.4)  # world units, of a small / large object
+PLACES, TURNS = 8, 4  # cells across the frame and down it; turns of a cube, which then shows different sides
+GAP = 0.1  # world units between two objects at least
+LEAST_VISIBLE = 0.5  # of an object: as much as that is not behind others
+BORDER = 0.015  # of the frame: as far may an object's corner lie beyond it
+FINE = 1 << 16  # steps of what moves continuously
+CLOSE_WIDTH = (0.45, 0.65)  # of the frame, of an object in close-up
 ATTEMPTS = 4  # layouts drawn at once for each scene that has none yet
+FRAME = 2 * math.tan(FOV / 2) * CAMERA[2]  # world units across the frame
 CLASSES = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)  # of the objects set: shape * 8 + color
-LOOK = (len(SHAPES), len(COLORS), 2, 2, 4, 3, 2, PLACES, PLACES)  # values of what `look` counts, in its order
 
 
 def generator(seed):
@@ -31,105 +38,146 @@ def generator(seed):
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def sample_scenes(n, seed, device="cpu", most=MAX_OBJECTS, avoid=()):
-    """n valid scenes of 1 to `most` objects as a dict of tensors, the same for the same seed.
+# ------------------------------------------------------------------------------------------------------------
+# From codes to scenes
 
-    shape, color, material, size: (n, 4) indices, -1 where there is no object; center (n, 4, 3) and radius (n, 4) in
-    world units; theta (n, 4) rotation about z in radians; camera (n, 3) azimuth, elevation and distance; lamp (n, 3),
-    the direction towards it.
-    Objects never interpenetrate, lie in the frame and show at least MIN_VISIBLE of it. avoid: looks to leave out.
+def extent(shape, theta, radius):
+    """Half width and half height in the picture, as shares of the frame: the bounds of objects' outlines."""
+    half = radius * torch.tensor(HALF, dtype=radius.dtype)[shape.clamp(min=0)]
+    across = torch.where(shape == 0, half * (theta.cos().abs() + theta.sin().abs()), half)
+    box = half * math.cos(CAMERA[1]) + across * math.sin(CAMERA[1])  # from the top's far edge to the bottom's near one
+    return across / FRAME, torch.where(shape == 1, half, box) / FRAME
+
+
+def build(codes, dtype=torch.float32):
+    """The scenes of codes (n, 1 + 7 K) int64, K = 3 in the scenes and qa sets, 1 in the objects set: a dict of tensors.
+
+    shape, color, material, size: (n, K) indices, -1 where there is no object; center (n, K, 3) and radius (n, K) in
+    world units; theta (n, K) rotation about z in radians; camera (n, 3) azimuth, elevation and distance; lamp (n, 3), the
+    direction towards it. Computed in float64: rounding is nothing that a set may depend on.
+    """
+    code = dict(zip(FIELDS, codes[:, 1:].view(len(codes), -1, len(FIELDS)).unbind(2)))
+    step = {name: code[name].clamp(min=0).double() for name in FIELDS}
+    scenes = {name: code[name] for name in ("shape", "color", "material", "size")}
+    if close_up(codes):
+        scenes["theta"] = step["turn"] / FINE * math.pi / 2
+        width = CLOSE_WIDTH[0] + (CLOSE_WIDTH[1] - CLOSE_WIDTH[0]) * step["size"] / FINE
+        scenes["radius"] = width / 2 / extent(code["shape"], scenes["theta"], torch.ones_like(width))[0]
+        scenes["size"] = code["size"] * len(SIZES) // FINE
+        margin_x, margin_y = extent(code["shape"], scenes["theta"], scenes["radius"])
+        x = margin_x + (1 - 2 * margin_x) * step["column"] / FINE
+        y = margin_y + (1 - 2 * margin_y) * step["row"] / FINE
+    else:
+        scenes["theta"] = step["turn"] / TURNS * math.pi / 2
+        scenes["radius"] = torch.tensor(RADIUS, dtype=torch.double)[code["size"].clamp(min=0)]
+        x, y = (step["column"] + 0.5) / PLACES, (step["row"] + 0.5) / PLACES
+    scenes["camera"] = torch.tensor(CAMERA, dtype=torch.double).expand(len(codes), 3)
+    azimuth, elevation = torch.tensor(LAMPS, dtype=torch.double)[codes[:, 0]].unbind(1)
+    scenes["lamp"] = torch.stack([azimuth.cos() * elevation.cos(), azimuth.sin() * elevation.cos(), elevation.sin()], 1)
+    height = scenes["radius"] * torch.tensor(HALF, dtype=torch.double)[code["shape"].clamp(min=0)]
+    columns = [unproject(scenes, *(value[:, k, None] for value in (x, y, height))) for k in range(x.size(1))]
+    scenes["center"] = torch.cat(columns, 1)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in scenes.items()}
+
+
+def close_up(codes):
+    return codes.shape[1] == 1 + len(FIELDS)
+
+
+def look(codes):
+    """A number per scene of the scenes or qa sets, (n,) int64 array, from its codes (n, 22): one for each look."""
+    radix = (len(SHAPES), len(COLORS), len(MATERIALS), len(SIZES), TURNS, PLACES, PLACES)
+    slots = np.asarray(codes)[:, 1:].reshape(len(codes), MAX_OBJECTS, len(FIELDS)) + 1
+    number = np.asarray(codes)[:, 0].astype(np.int64)
+    for k in range(MAX_OBJECTS):
+        for field, values in enumerate(radix):
+            number = number * (values + 1) + slots[:, k, field]
+    return number
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Random codes
+
+def sample_close_ups(n, seed):
+    """Codes (n, 8) int64 of n scenes of the objects set, the same for the same seed on any machine."""
+    rng = generator(seed)
+    most = (len(LAMPS), len(SHAPES), len(COLORS), len(MATERIALS), FINE, FINE, FINE, FINE)
+    return torch.stack([torch.randint(count, (n,), generator=rng) for count in most], 1)
+
+
+def sample_scenes(n, seed, avoid=()):
+    """Codes (n, 22) int64 of n scenes of the scenes and qa sets, the same for the same seed on any machine.
+
+    Objects stand nearest first, on the lowest row of the picture, and from left to right in a row. None touches another
+    or leaves the frame, and each shows LEAST_VISIBLE of itself. avoid: looks to leave out.
     """
     rng = generator(seed)
-    counts = torch.randint(1, most + 1, (n,), generator=rng)  # fixed first, so that hard layouts do not become rare
-    pending = torch.arange(n)
-    result = None
+    counts = torch.randint(1, MAX_OBJECTS + 1, (n,), generator=rng)  # fixed first: hard layouts do not become rare
+    result, pending = torch.zeros(n, 1 + MAX_OBJECTS * len(FIELDS), dtype=torch.long), torch.arange(n)
     while len(pending):
         layouts, fits = draw_layouts(counts[pending].repeat(ATTEMPTS), rng)
         first = fits.view(ATTEMPTS, -1).float().argmax(0)  # attempt that fits, for every pending scene
         rows = first * len(pending) + torch.arange(len(pending))
-        scenes = {name: value[rows] for name, value in layouts.items()}
-        done = fits[rows] & all_visible(scenes, device)
-        if len(avoid):
-            done &= torch.from_numpy(~np.isin(look(scenes), avoid))
-        if result is None:
-            result = {name: value.new_zeros(n, *value.shape[1:]) for name, value in scenes.items()}
-        for name, value in scenes.items():
-            result[name][pending[done]] = value[done]
+        codes = layouts[rows]
+        done = fits[rows] & all_visible(codes) & torch.from_numpy(~np.isin(look(codes), avoid))
+        result[pending[done]] = codes[done]
         pending = pending[~done]
-    return {name: value.to(device) for name, value in result.items()}
+    return result
 
 
 def draw_layouts(counts, rng):
-    """Random scenes with counts (B,) objects, and whether all their objects found a place (B,)."""
-    B = len(counts)
-    exists = torch.arange(MAX_OBJECTS) < counts[:, None]  # (B, 4)
-
-    def index(count):
-        return torch.randint(count, (B, MAX_OBJECTS), generator=rng).where(exists, torch.tensor(-1))
-
-    def pick(values):
-        return torch.tensor(values)[torch.randint(len(values), (B,), generator=rng)]
-
-    scenes = {"shape": index(len(SHAPES)), "color": index(len(COLORS)), "material": index(len(MATERIALS)),
-              "size": index(len(SIZES)), "theta": index(4).clamp(min=0) * TURN}
-    scenes["radius"] = torch.tensor(RADIUS)[scenes["size"].clamp(min=0)]
-    height = scenes["radius"] * torch.tensor(HALF)[scenes["shape"].clamp(min=0)]
-    scenes["camera"] = torch.stack([pick(CAMERA_AZIMUTH), pick(CAMERA_ELEVATION), pick(CAMERA_DISTANCE)], 1)
-    scenes["center"], fits = place_objects(scenes, exists, height, rng)
-    elevation = pick(LAMP_ELEVATION)
-    across = [math.cos(LAMP_AZIMUTH) * elevation.cos(), math.sin(LAMP_AZIMUTH) * elevation.cos()]
-    scenes["lamp"] = torch.stack([*across, elevation.sin()], 1)
-    return scenes, fits
+    """Codes (B, 22) of random scenes with counts (B,) objects, and whether all of these found a place (B,)."""
+    B, exists = len(counts), torch.arange(MAX_OBJECTS) < counts[:, None]  # (B, 3)
+    most = {"shape": len(SHAPES), "color": len(COLORS), "material": len(MATERIALS), "size": len(SIZES), "turn": TURNS}
+    code = {name: torch.randint(count, (B, MAX_OBJECTS), generator=rng) for name, count in most.items()}
+    code["turn"] *= code["shape"] == 0  # round shapes have no sides
+    lamp = torch.randint(len(LAMPS), (B, 1), generator=rng)
+    code["row"], code["column"], found = place_objects(code, exists, rng)
+    order = (code["row"] * PLACES - code["column"]).masked_fill(~exists, -PLACES).argsort(1, descending=True)
+    fields = torch.stack([code[name].masked_fill(~exists, -1).gather(1, order) for name in FIELDS], 2)
+    return torch.cat([lamp, fields.flatten(1)], 1), found
 
 
-def place_objects(scenes, exists, height, rng, tries=16):
-    """Drop the objects one after another, each at the first of some random places in the frame that is free.
+def place_objects(code, exists, rng, tries=16):
+    """Put the objects down one after another, each on the first of some random cells on which it has room.
 
-    Returns centres (B, 4, 3) and whether every object found a place (B,).
+    Returns rows and columns (B, 3) and whether every object found a cell (B,).
     """
     B, K = exists.shape
-    center = torch.zeros(B, K, 3)
-    found = torch.ones(B, dtype=torch.bool)
-    radius = scenes["radius"]
+    half = torch.tensor(HALF, dtype=torch.double)[code["shape"]] * torch.tensor(RADIUS, dtype=torch.double)[code["size"]]
+    reach = half * torch.where(code["shape"] == 0, math.sqrt(2), 1.0)  # of the footprint
+    across, up = extent(code["shape"], code["turn"] / TURNS * math.pi / 2, half / torch.tensor(HALF)[code["shape"]])
+    row, column, found = torch.zeros(B, K, dtype=torch.long), torch.zeros(B, K, dtype=torch.long), exists.new_ones(B)
     for k in range(K):
-        x, y = (torch.randint(1, PLACES - 1, (2, B, tries), generator=rng) + 0.5) / PLACES
-        spots = unproject(scenes, x, y, height[:, k, None])
-        free = torch.ones(B, tries, dtype=torch.bool)
+        rows, columns = torch.randint(PLACES, (2, B, tries), generator=rng)
+        x, y = (columns + 0.5) / PLACES, (rows + 0.5) / PLACES
+        room = torch.maximum((x - 0.5).abs() + across[:, k, None], (y - 0.5).abs() + up[:, k, None]) < 0.5 + BORDER
         for j in range(k):
-            distance = (spots[..., :2] - center[:, j, None, :2]).norm(dim=-1)
-            free &= distance > (radius[:, k] + radius[:, j] + GAP)[:, None]
-        center[:, k] = spots[torch.arange(B), free.float().argmax(1)]
-        found &= free.any(1) | ~exists[:, k]
-    return center, found
+            # on the floor, which the camera sees foreshortened: what is as high in the picture stands as far behind
+            aside = (columns - column[:, j, None]) / PLACES * FRAME
+            behind = (row[:, j, None] - rows) / PLACES * FRAME / math.sin(CAMERA[1])
+            room &= torch.hypot(aside, behind) > (reach[:, k] + reach[:, j] + GAP)[:, None]
+        first = room.float().argmax(1, keepdim=True)
+        row[:, k], column[:, k] = rows.gather(1, first)[:, 0], columns.gather(1, first)[:, 0]
+        found &= room.any(1) | ~exists[:, k]
+    return row, column, found
 
 
-def all_visible(scenes, device):
-    """Whether every object shows at least MIN_VISIBLE of the frame, (B,), traced at 32 x 32 pixels on a device."""
-    placed = {name: value.to(device) for name, value in scenes.items()}
-    ids = trace(placed, *primary_rays(placed, 32))[1]
-    share = torch.stack([(ids == k).float().mean(1) for k in range(MAX_OBJECTS)], 1).cpu()
-    return ((share > MIN_VISIBLE) | (scenes["shape"] < 0)).all(1)
-
-
-def look(scenes):
-    """A number per one-object scene, (n,) int32 array in the mixed base LOOK: the same for scenes that look the same.
-
-    The world moves in steps, so there are only 41,472 such pictures, and half of the validation scenes would look like
-    one of 20,000 training scenes if those did not leave them out.
-    """
-    x, y, _ = project(scenes)
-    shape, color, material, size, theta = (scenes[name][:, 0] for name in
-                                           ("shape", "color", "material", "size", "theta"))
-    turn = (theta / TURN).round() * (shape == 0)  # round shapes have no sides
-    camera = (scenes["camera"][:, 0] / TURN).round() + 1
-    lamp = scenes["lamp"][:, 2] > math.sin(sum(LAMP_ELEVATION) / 2)
-    row, column = (y[:, 0] * PLACES).floor(), (x[:, 0] * PLACES).floor()
-    steps = [shape, color, material, size, turn, camera, lamp, row, column]
-    return np.ravel_multi_index([step.long().cpu().numpy() for step in steps], LOOK).astype(np.int32)
+def all_visible(codes):
+    """Whether every object shows LEAST_VISIBLE of itself, (B,), traced at 32 x 32 pixels."""
+    if len(codes) > 500:  # what fits the caches
+        return torch.cat([all_visible(part) for part in codes.split(500)])
+    scenes = build(codes, torch.double)
+    o, d = primary_rays(scenes, 32)
+    ids = trace(scenes, o, d)[1]
+    visible = torch.ones(len(codes), dtype=torch.bool)
+    for k in range(MAX_OBJECTS):
+        alone = (intersect(object_at(scenes, k), o, d)[0] < math.inf).sum(1)
+        visible &= (ids == k).sum(1) >= LEAST_VISIBLE * alone
+    return visible
 
 
 def load_frozen_scenes(size, n, name="scenes"):
-    """The first n validation scenes, as sample_scenes gives them, to render their true pictures."""
+    """The first n validation scenes, to render their true pictures."""
     with np.load(FROZEN / f"{name}{size}.npz") as arrays:
-        keys = [key for key in arrays if key.startswith("scene_")]
-        return {key.removeprefix("scene_"): torch.from_numpy(arrays[key][:n]) for key in keys}
+        return build(torch.from_numpy(arrays["scene"][:n]).long())
