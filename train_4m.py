@@ -71,7 +71,6 @@ class Config:
     # eval
     target: float = 1.49  # validation loss in nats, record #1's
     eval_every: int = 50  # steps between evaluations; the clock is paused
-    eval_batch: int = 125  # scenes
 
 
 @dataclass
@@ -100,7 +99,7 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
     "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96),
     "mlp_ratio": (1, 16), "momentum": (0, 0.9999), "batch": (1, math.inf), "budget": (16, math.inf),
     "image_targets": (1, math.inf), "text_targets": (1, math.inf), "cooldown": (0.001, 1), "eval_every": (1, math.inf),
-    "eval_batch": (1, 2000), "quality_scenes": (0, 2000), "precision": ("auto", "fp32", "bf16"),
+    "quality_scenes": (0, 2000), "precision": ("auto", "fp32", "bf16"),
 }
 
 
@@ -117,9 +116,9 @@ def check_config(config, run, layout, valid_scenes):
                     f"for {images} and {texts}")
     if config.shard and run.world == 1:
         raise Fault("--shard=true divides the model among processes: start several with torchrun")
-    if config.shard and -(-valid_scenes // config.eval_batch) % run.world:
+    if config.shard and -(-valid_scenes // EVAL_BATCH) % run.world:
         raise Fault(f"--shard=true needs as many evaluation batches on every process: {run.world} processes cannot "
-                    f"share {valid_scenes} scenes in batches of {config.eval_batch} evenly, change --eval_batch")
+                    f"share {valid_scenes} scenes in batches of {EVAL_BATCH} evenly")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -649,12 +648,6 @@ def draw_positions(tokens, layout, inputs, images, texts, rng):
     return enc_pos, torch.cat([image.indices, text.indices + first_text], 1), counted
 
 
-def gather_places(chosen, width):
-    """The places where chosen (B, size) is True, padded to width: places (B, width) and which of them count."""
-    order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    return order, chosen.gather(1, order)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Muon
 
@@ -918,8 +911,8 @@ class Nano4M(nn.Module):
         logits = self.head_word(y).float().masked_fill(other_kind, -math.inf)
         return F.cross_entropy(logits, ids + self.token_offset[places] - self.vocab, reduction="none")
 
-    def forward(self, tokens, enc_pos, visible, dec_pos):
-        """Log-probabilities (B, M, vocab) of all tokens at the places dec_pos (B, M), for sampling."""
+    def forward(self, tokens, enc_pos, visible, dec_pos, counted=None):
+        """Log-probabilities (B, M, vocab) of all tokens at the places dec_pos (B, M); targets do not see each other."""
         y, is_image = self.hidden(tokens, enc_pos, visible, dec_pos), dec_pos < self.num_image_positions
         out = torch.full((*dec_pos.shape, self.vocab), -math.inf, device=y.device)
         if bool(is_image.any()):
@@ -1029,19 +1022,8 @@ class Output:
 
 def predict(model, tokens, known, dec_pos):
     """Log-probabilities (B, M, vocab) at the places dec_pos (B, M), given the known (B, size) tokens; float32."""
-    enc_pos, visible = gather_places(known, int(known.sum(1).max()))
+    enc_pos, visible = gather_places(known)
     return model(tokens, enc_pos, visible, dec_pos).float()
-
-
-def log_likelihood(model, tokens, known, dec_pos):
-    """Log-probabilities (B, M) of the tokens at the places dec_pos (B, M), given the known (B, size) tokens alone."""
-    enc_pos, visible = gather_places(known, int(known.sum(1).max()))
-    y, ids = model.hidden(tokens, enc_pos, visible, dec_pos), tokens.gather(1, dec_pos)
-    is_image = dec_pos < model.num_image_positions
-    result = torch.empty(dec_pos.shape, device=y.device)
-    result[is_image] = -model.image_nll(y[is_image], ids[is_image])
-    result[~is_image] = -model.word_nll(y[~is_image], dec_pos[~is_image], ids[~is_image])
-    return result
 
 
 def draw_tokens(model, layout, tokens, known, dec_pos, output, temperature, rng):
@@ -1150,8 +1132,14 @@ def only(layout, tokens, *names):
 # Evaluation
 
 # --- frozen: eval ---
+EVAL_BATCH = 64  # scenes that the model sees at once; the predictions for the first ones are checked
+
+
 def read_frozen(config):
-    """The validation tokens (scenes, size), their input and target masks, the modalities, and the sha256 of it all."""
+    """Validation tokens (n, size), roles of their places (n, size), the modalities, and the sha256 of it all.
+
+    roles: 1 input, 2 target, 0 neither; in even rows as the course masks, in odd ones whole modalities are inputs.
+    """
     paths = [ROOT / config.frozen, ROOT / config.frozen_masks]
     for name in (config.frozen, config.frozen_masks):
         if not (ROOT / name).exists():
@@ -1159,32 +1147,89 @@ def read_frozen(config):
     try:
         with np.load(paths[0], allow_pickle=False) as arrays:
             modalities = json.loads(bytes(arrays["modalities"]))
-            tokens = np.concatenate([arrays[m] for m in MODALITIES], 1).astype(np.int64)
+            tokens = np.concatenate([arrays[m] for m in modalities], 1).astype(np.int64)
         with np.load(paths[1], allow_pickle=False) as arrays:
-            roles = arrays["roles"]  # (scenes, size) uint8: 1 input, 2 target
+            roles = arrays["roles"]
         if roles.shape != tokens.shape:
             raise ValueError(f"masks {roles.shape} for tokens {tokens.shape}")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Fault(f"the frozen validation set is damaged ({error}): `git checkout data/frozen`") from None
-    return torch.from_numpy(tokens), torch.from_numpy(roles), modalities, frozen_sha256(*paths)
+    code = HERE.read_text().partition("# --- " "frozen: eval")[2].partition("# --- " "end: eval")[0]
+    digest = hashlib.sha256(b"".join([code.encode(), *(path.read_bytes() for path in paths)])).hexdigest()
+    return torch.from_numpy(tokens), torch.from_numpy(roles), modalities, digest
+
+
+def gather_places(chosen):
+    """Places where chosen (B, size) is True: (B, most of any row), and which of them count and are not padding."""
+    width = int(chosen.sum(1).max())
+    places = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    return places, chosen.gather(1, places)
+
+
+def predict_targets(model, tokens, role, vocab):
+    """Log-probabilities (B, M, vocab) at the targets' places (B, M), and which of these count; all else is blanked."""
+    enc_pos, visible = gather_places(role == 1)
+    places, counted = gather_places(role == 2)
+    log_probs = model(tokens.masked_fill(role != 1, 0), enc_pos, visible, places, counted)
+    if log_probs.shape != (*places.shape, vocab) or log_probs.dtype != torch.float32:
+        raise Fault(f"the model must return float32 log-probabilities {(*places.shape, vocab)}, not "
+                    f"{log_probs.dtype} {tuple(log_probs.shape)}")
+    return log_probs, places, counted
+
+
+def check_predictions(model, tokens, role, log_probs, counted):
+    """Fault unless the probabilities of a place sum to 1, and stay what they are when the targets change."""
+    error = (log_probs.exp().sum(-1)[counted] - 1).abs().max().item()
+    if not error <= 1e-3:
+        raise Fault(f"the model's probabilities sum to 1 +- {error:.4f} at a place")
+    kept = tokens.clone()
+    tokens.copy_(torch.where(role == 2, kept.roll(1, 0), kept))  # in the memory of whoever holds on to them
+    changed = predict_targets(model, tokens, role, log_probs.size(-1))[0]
+    tokens.copy_(kept)
+    if not torch.allclose(changed.exp()[counted], log_probs.exp()[counted], atol=1e-3):
+        raise Fault("the model's predictions change with the targets, which it must not see")
+
+
+def fingerprint(model):
+    """How many numbers parameters and buffers hold, and sums that change when they do."""
+    values = [*model.parameters(), *model.buffers()]
+    return sum(v.numel() for v in values), sum((v.double().sum() + v.double().square().sum()).item() for v in values)
 
 
 @torch.no_grad()
-def evaluate(model, layout, tokens, roles, config, rank, world):
-    """Mean over modalities of the mean cross-entropy in nats at the frozen targets, each predicted from the frozen
-    inputs alone; and the mean of each modality. Ranks share the scenes; all get the result."""
-    total = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=tokens.device)
-    for i in range(rank * config.eval_batch, len(tokens), world * config.eval_batch):
-        part, role = tokens[i:i + config.eval_batch], roles[i:i + config.eval_batch]
-        places, counted = gather_places(role == 2, int((role == 2).sum(1).max()))
-        nats = -log_likelihood(model, part, role == 1, places)
-        kinds = layout.kind[places][counted]
-        total[0].index_add_(0, kinds, nats[counted].double())
-        total[1].index_add_(0, kinds, torch.ones_like(kinds, dtype=torch.float64))
+def evaluate(model, tokens, roles, modalities, rank, world):
+    """The validation loss in nats, and by name: of either half of the scenes, and of each modality.
+
+    A half's loss is the mean over modalities of the mean cross-entropy at its targets, each predicted from the inputs
+    alone; the validation loss is the mean of both. Ranks share the scenes, and all get the result. Fault if what the
+    model returns is not what it should be, or if it changes meanwhile.
+    """
+    start, before = time.perf_counter(), fingerprint(model)
+    K, vocab = len(modalities), max(about["vocab"] for about in modalities.values())
+    kind = torch.repeat_interleave(torch.tensor([about["length"] for about in modalities.values()])).to(tokens.device)
+    total = torch.zeros(2, 2 * K, dtype=torch.float64, device=tokens.device)  # nats and targets, by half and modality
+    for i in range(rank * EVAL_BATCH, len(tokens), world * EVAL_BATCH):
+        part, role = tokens[i:i + EVAL_BATCH], roles[i:i + EVAL_BATCH]
+        log_probs, places, counted = predict_targets(model, part, role, vocab)
+        if i == 0:
+            check_predictions(model, part, role, log_probs, counted)
+        nll = -log_probs.gather(2, part.gather(1, places)[..., None])[..., 0][counted].double()
+        half = torch.arange(len(part), device=tokens.device)[:, None].expand_as(places) % 2  # EVAL_BATCH is even
+        group = (half * K + kind[places])[counted]
+        total.index_add_(1, group, torch.stack([nll, torch.ones_like(nll)]))
     if world > 1:
         dist.all_reduce(total)
-    means = (total[0] / total[1]).tolist()
-    return sum(means) / len(means), dict(zip(MODALITIES, means))
+    targets = (roles == 2).long()
+    asked = torch.stack([torch.zeros(K, device=kind.device).index_add_(0, kind, targets[h::2].sum(0).float())
+                         for h in (0, 1)])
+    if not torch.equal(total[1], asked.flatten().double()) or not bool(total.isfinite().all()):
+        raise Fault("the model's predictions are not finite at every target")
+    if fingerprint(model) != before:
+        raise Fault("the model's parameters or buffers changed during the evaluation")
+    course, whole = (total[0] / total[1]).view(2, K)
+    numbers = {"course": course.mean().item(), "whole": whole.mean().item()}
+    numbers |= dict(zip(modalities, ((course + whole) / 2).tolist()))
+    return (numbers["course"] + numbers["whole"]) / 2, numbers, time.perf_counter() - start
 # --- end: eval ---
 
 
@@ -1251,7 +1296,7 @@ def main(argv):
         if last or (run.step and run.step % config.eval_every == 0):
             run.pause()
             with run.autocast():
-                val_loss, by_modality = evaluate(model, layout, val_tokens, val_roles, config, run.rank, run.world)
+                val_loss, numbers, seconds = evaluate(model, val_tokens, val_roles, modalities, run.rank, run.world)
             run.evaluation(val_loss)
             if last:
                 break
@@ -1269,7 +1314,8 @@ def main(argv):
         weights = get_model_state_dict(model, options=FULL_STATE)
         model = Nano4M(config, layout).to(run.device)
         model.load_state_dict(weights)
-    run.result(model, eval_sha256, {f"val_loss_{m}": round(value, 4) for m, value in by_modality.items()})
+    numbers = {f"val_loss_{name}": round(value, 4) for name, value in numbers.items()}
+    run.result(model, eval_sha256, {**numbers, "eval_seconds": round(seconds, 2)})
     run.show(samples, model)
 
 

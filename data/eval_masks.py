@@ -1,9 +1,10 @@
 """Freeze what the training scripts' evaluations draw: which tokens of every validation scene are targets, and for
 train_flow.py times and noise.
 
-4M's are drawn once from the course's own masking (two budgets from U{1..128}, each split over the modalities by a
-Dirichlet(1) draw, places uniform without replacement, disjoint), here scene by scene in numpy, the plain way that the
-vectorised masking of the training scripts is tested against. MaskGIT's are a uniform number of the 64 rgb tokens at
+4M's are drawn once. In even rows from the course's own masking (two budgets from U{1..128}, each split over the
+modalities by a Dirichlet(1) draw, places uniform without replacement, disjoint), here scene by scene in numpy, the plain
+way that the vectorised masking of the training scripts is tested against; in odd rows one to three modalities are inputs
+as a whole, and up to 16 places of every other one are targets, as in generation. MaskGIT's are a uniform number of the 64 rgb tokens at
 uniform places, so that every stage of its sampling counts, from all tokens hidden to one. The flow's are one time of
 U(0, 1) and the seed of one noise a picture, the times spread evenly, so that no stretch of time is left out.
 
@@ -39,6 +40,19 @@ def draw_roles(valid, kind, rng, budget=BUDGET):
     return draw_roles(valid, kind, rng, budget)  # a small budget can fall on a modality with nothing left: once more
 
 
+def draw_whole(valid, kind, rng, most=3, targets=16):
+    """Roles as above: one to `most` modalities are inputs as a whole, at most `targets` places of each other targets."""
+    K, roles = kind.max() + 1, np.zeros(len(kind), np.uint8)
+    given = rng.permutation(K)[:rng.integers(1, most + 1)]
+    for k in range(K):
+        places = rng.permutation(np.flatnonzero(valid & (kind == k)))
+        if k in given:
+            roles[places] = 1
+        else:
+            roles[places[:targets]] = 2
+    return roles
+
+
 def draw_masked(n, length, rng):
     """Masks (n, length) bool: in every row m of U{1..length} places, uniform without replacement."""
     ranks = rng.permuted(np.tile(np.arange(length), (n, 1)), axis=1)
@@ -53,7 +67,8 @@ if __name__ == "__main__":
         kind = np.repeat(np.arange(len(modalities)), [about["length"] for about in modalities.values()])
         pad = np.array([about["pad"] for about in modalities.values()])
         rng = np.random.default_rng(0)
-        roles = np.stack([draw_roles(row != pad[kind], kind, rng) for row in tokens])
+        draws = draw_roles, draw_whole
+        roles = np.stack([draws[i % 2](row != pad[kind], kind, rng) for i, row in enumerate(tokens)])
         path = FROZEN / f"eval_4m_{size}.npz"
         np.savez_compressed(path, roles=roles)
         print(f"{path}: {(roles == 1).sum(1).mean():.1f} inputs and {(roles == 2).sum(1).mean():.1f} targets a scene, "

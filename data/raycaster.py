@@ -296,7 +296,7 @@ def average_samples(scenes, size, rgb, z, normals, ids, edge):
     kind = torch.cat([torch.zeros_like(scenes["shape"][:, :1]), scenes["shape"] + 1], 1)  # of index + 1: ground, SHAPES
     kind = kind.gather(1, index.flatten(1) + 1).view_as(index)
     palette = torch.tensor(SEG_PALETTE, device=z.device).float() / 255
-    edge = (F.avg_pool2d(edge[:, None], 2) * 2).clamp(max=1)
+    edge = (F.avg_pool2d(edge[:, None], 4, 2, 1) * 3).clamp(max=1)  # soft lines, two pixels wide, fit into few tokens
     return {"rgb": pool(rgb), "depth": depth.clamp(0, 1).expand(B, 3, size, size),
             "normal": (F.normalize(pool(normals), dim=1) + 1) / 2,
             "seg": palette[kind].permute(0, 3, 1, 2), "edge": edge.expand(B, 3, size, size), "index": index}
