@@ -22,7 +22,6 @@ SIZES = ("small", "large")
 SEG_PALETTE = ((24, 26, 32), (235, 94, 85), (76, 161, 242), (250, 200, 80))  # ground, then SHAPES
 HALF = (0.78, 0.95, 0.86)  # of an object's radius: cube half side, sphere radius, cylinder radius and half height
 MAX_OBJECTS = 3
-FADE = 0.004
 FOV = math.radians(5.84)  # a long lens: next to no perspective
 NEAR, FAR = 52.0, 67.0  # z-depths drawn as 1 and 0: pictures of depth are linear in 1 / z, as a ground plane is
 RENDER_BATCH = {"cpu": 20, "cuda": 50}  # scenes at once: the rays of 20 fit the cache of a core, 20 % faster than 50
@@ -149,8 +148,8 @@ def trace(scenes, o, d):
     return hit
 
 
-def shade(scenes, d, p, ids, n, lamp, lit):
-    """rgb in [0, 1] (three (B, P)) at points p seen along d: Lambert, Blinn-Phong, a hard shadow, a sky in metal."""
+def shade(scenes, d, ids, n, lamp, lit):
+    """rgb in [0, 1] (three (B, P)) of what is seen along d: Lambert, Blinn-Phong, a hard shadow, a sky in metal."""
     ground = ids < 0
     slot = ids.long().clamp(min=0)
     palette = torch.tensor(list(COLORS.values()), device=ids.device).float() / 255
@@ -165,8 +164,7 @@ def shade(scenes, d, p, ids, n, lamp, lit):
     sky = torch.where(mirrored > 0, 0.55 + 0.9 * mirrored, 0.50 + 0.25 * mirrored)
     light = 0.58 + 0.12 * n[2] + 0.46 * facing.clamp(min=0) * lit
     light = torch.where(metal > 0, 0.5 * light + 0.75 * sky, light)
-    fade = torch.where(ground, 1 / (1 + FADE * (p[0] * p[0] + p[1] * p[1])), 1.0)
-    return [(color[c] * light * fade + shine).clamp(0, 1) for c in range(3)]
+    return [(color[c] * light + shine).clamp(0, 1) for c in range(3)]
 
 
 def as_it_is(function):
@@ -180,21 +178,20 @@ def start_rays(scenes, pixels):
 
 
 def leave_surface(scenes, o, d, t, n):
-    """Where rays hit, the same just above the surface, where shadow rays start, and the lamp's direction (B, 1)."""
-    p = tuple(o[c] + t * d[c] for c in range(3))
-    lifted = tuple(p[c] + 1e-3 * n[c] for c in range(3))
+    """Where shadow rays start, just above the surface, the lamp's direction (B, 1), and light for all."""
+    lifted = tuple(o[c] + t * d[c] + 1e-3 * n[c] for c in range(3))
     lamp = tuple(scenes["lamp"][:, c, None] for c in range(3))
-    return p, lifted, lamp, torch.ones_like(t)
+    return lifted, lamp, torch.ones_like(t)
 
 
-def finish_rays(scenes, d, p, t, ids, n, lamp, lit):
+def finish_rays(scenes, d, t, ids, n, lamp, lit):
     """Colours (B, 3, P), z-depth (B, P) and camera-space normals (B, 3, P) of the rays' hits."""
     _, right, up, forward = camera_frame(scenes)
 
     def along(axis, v):
         return sum(axis[:, c, None] * v[c] for c in range(3))
 
-    rgb = torch.stack(shade(scenes, d, p, ids, n, lamp, lit), 1)
+    rgb = torch.stack(shade(scenes, d, ids, n, lamp, lit), 1)
     return rgb, t * along(forward, d), torch.stack([along(right, n), along(up, n), -along(forward, n)], 1)
 
 
@@ -209,10 +206,10 @@ def render_samples(scenes, pixels, part=as_it_is):
     for solid in solids:
         hit = part(hit_slot)(solid, o, d, *hit)
     t, ids, n = hit
-    p, lifted, lamp, lit = part(leave_surface)(scenes, o, d, t, n)
+    lifted, lamp, lit = part(leave_surface)(scenes, o, d, t, n)
     for solid in solids:
         lit = part(shade_slot)(solid, lifted, lamp, lit)
-    return *part(finish_rays)(scenes, d, p, t, ids, n, lamp, lit), ids
+    return *part(finish_rays)(scenes, d, t, ids, n, lamp, lit), ids
 
 
 def pad(x, reach):

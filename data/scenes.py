@@ -66,7 +66,7 @@ def modalities(size, kind="scenes"):
 def array_forms(size, kind):
     """{array: (shape per scene, dtype)} of a set: its modalities, and what else is about every scene."""
     forms = {m: ((about["length"],), np.uint16) for m, about in modalities(size, kind).items()}
-    forms["scene"] = (1 + len(FIELDS) * (1 if kind == "objects" else MAX_OBJECTS),), np.int32
+    forms["scene"] = (len(FIELDS) * (1 if kind == "objects" else MAX_OBJECTS),), np.int32
     if kind == "objects":
         forms[f"pixels{size // 2}"] = (3, size // 2, size // 2), np.uint8
     if kind == "qa":
@@ -120,7 +120,7 @@ def make_objects(n, size, seed, device, coder, encoding, report=ignore, avoid=()
     codes = sample_close_ups(n, seed)
     parts = [{"rgb": coder.encode_flat(images["rgb"]), f"pixels{size // 2}": as_bytes(F.avg_pool2d(images["rgb"], 2))}
              for _, images, _ in rendered(codes, size, device, report)]
-    fields = dict(zip(FIELDS, codes[:, 1:].unbind(1)))
+    fields = dict(zip(FIELDS, codes.unbind(1)))
     label = (fields["shape"] * len(COLORS) + fields["color"])[:, None]
     return {"label": label.numpy().astype(np.uint16), **joined(parts), "scene": codes.numpy().astype(np.int32)}, {}
 

@@ -18,9 +18,9 @@ from raycaster import (COLORS, FOV, HALF, MATERIALS, MAX_OBJECTS, SHAPES, SIZES,
 from shards import FROZEN
 
 FIELDS = ("shape", "color", "material", "size", "turn", "row", "column")  # codes of an object, -1 where there is none
-LAMPS = ((2.4, 0.9), (0.75, 0.9))  # azimuth and elevation in radians: from the right and from the left
+LAMP = (2.4, 0.9)  # azimuth and elevation in radians: from the left
 CAMERA = (0.0, 0.62, 60.0)  # azimuth, elevation, distance
-RADIUS = (1.1, 1.4)  # world units, of a small / large object
+RADIUS = (1.3, 1.65)  # world units, of a small / large object
 PLACES, TURNS = 8, 4  # cells across the frame and down it; turns of a cube, which then shows different sides
 GAP = 0.1  # world units between two objects at least
 LEAST_VISIBLE = 0.5  # of an object: as much as that is not behind others
@@ -50,13 +50,13 @@ def extent(shape, theta, radius):
 
 
 def build(codes, dtype=torch.float32):
-    """The scenes of codes (n, 1 + 7 K) int64, K = 3 in the scenes and qa sets, 1 in the objects set: a dict of tensors.
+    """The scenes of codes (n, 7 K) int64, K = 3 in the scenes and qa sets, 1 in the objects set: a dict of tensors.
 
     shape, color, material, size: (n, K) indices, -1 where there is no object; center (n, K, 3) and radius (n, K) in
     world units; theta (n, K) rotation about z in radians; camera (n, 3) azimuth, elevation and distance; lamp (n, 3), the
     direction towards it. Computed in float64: rounding is nothing that a set may depend on.
     """
-    code = dict(zip(FIELDS, codes[:, 1:].view(len(codes), -1, len(FIELDS)).unbind(2)))
+    code = dict(zip(FIELDS, codes.view(len(codes), -1, len(FIELDS)).unbind(2)))
     step = {name: code[name].clamp(min=0).double() for name in FIELDS}
     scenes = {name: code[name] for name in ("shape", "color", "material", "size")}
     if close_up(codes):
@@ -72,8 +72,9 @@ def build(codes, dtype=torch.float32):
         scenes["radius"] = torch.tensor(RADIUS, dtype=torch.double)[code["size"].clamp(min=0)]
         x, y = (step["column"] + 0.5) / PLACES, (step["row"] + 0.5) / PLACES
     scenes["camera"] = torch.tensor(CAMERA, dtype=torch.double).expand(len(codes), 3)
-    azimuth, elevation = torch.tensor(LAMPS, dtype=torch.double)[codes[:, 0]].unbind(1)
-    scenes["lamp"] = torch.stack([azimuth.cos() * elevation.cos(), azimuth.sin() * elevation.cos(), elevation.sin()], 1)
+    azimuth, elevation = LAMP
+    lamp = (math.cos(azimuth) * math.cos(elevation), math.sin(azimuth) * math.cos(elevation), math.sin(elevation))
+    scenes["lamp"] = torch.tensor(lamp, dtype=torch.double).expand(len(codes), 3)
     height = scenes["radius"] * torch.tensor(HALF, dtype=torch.double)[code["shape"].clamp(min=0)]
     columns = [unproject(scenes, *(value[:, k, None] for value in (x, y, height))) for k in range(x.size(1))]
     scenes["center"] = torch.cat(columns, 1)
@@ -81,14 +82,14 @@ def build(codes, dtype=torch.float32):
 
 
 def close_up(codes):
-    return codes.shape[1] == 1 + len(FIELDS)
+    return codes.shape[1] == len(FIELDS)
 
 
 def look(codes):
-    """A number per scene of the scenes or qa sets, (n,) int64 array, from its codes (n, 22): one for each look."""
+    """A number per scene of the scenes or qa sets, (n,) int64 array, from its codes (n, 21): one for each look."""
     radix = (len(SHAPES), len(COLORS), len(MATERIALS), len(SIZES), TURNS, PLACES, PLACES)
-    slots = np.asarray(codes)[:, 1:].reshape(len(codes), MAX_OBJECTS, len(FIELDS)) + 1
-    number = np.asarray(codes)[:, 0].astype(np.int64)
+    slots = np.asarray(codes).reshape(len(codes), MAX_OBJECTS, len(FIELDS)) + 1
+    number = np.zeros(len(codes), np.int64)
     for k in range(MAX_OBJECTS):
         for field, values in enumerate(radix):
             number = number * (values + 1) + slots[:, k, field]
@@ -99,21 +100,21 @@ def look(codes):
 # Random codes
 
 def sample_close_ups(n, seed):
-    """Codes (n, 8) int64 of n scenes of the objects set, the same for the same seed on any machine."""
+    """Codes (n, 7) int64 of n scenes of the objects set, the same for the same seed on any machine."""
     rng = generator(seed)
-    most = (len(LAMPS), len(SHAPES), len(COLORS), len(MATERIALS), FINE, FINE, FINE, FINE)
+    most = (len(SHAPES), len(COLORS), len(MATERIALS), FINE, FINE, FINE, FINE)
     return torch.stack([torch.randint(count, (n,), generator=rng) for count in most], 1)
 
 
 def sample_scenes(n, seed, avoid=()):
-    """Codes (n, 22) int64 of n scenes of the scenes and qa sets, the same for the same seed on any machine.
+    """Codes (n, 21) int64 of n scenes of the scenes and qa sets, the same for the same seed on any machine.
 
     Objects stand nearest first, on the lowest row of the picture, and from left to right in a row. None touches another
     or leaves the frame, and each shows LEAST_VISIBLE of itself. avoid: looks to leave out.
     """
     rng = generator(seed)
     counts = torch.randint(1, MAX_OBJECTS + 1, (n,), generator=rng)  # fixed first: hard layouts do not become rare
-    result, pending = torch.zeros(n, 1 + MAX_OBJECTS * len(FIELDS), dtype=torch.long), torch.arange(n)
+    result, pending = torch.zeros(n, MAX_OBJECTS * len(FIELDS), dtype=torch.long), torch.arange(n)
     while len(pending):
         layouts, fits = draw_layouts(counts[pending].repeat(ATTEMPTS), rng)
         first = fits.view(ATTEMPTS, -1).float().argmax(0)  # attempt that fits, for every pending scene
@@ -126,16 +127,15 @@ def sample_scenes(n, seed, avoid=()):
 
 
 def draw_layouts(counts, rng):
-    """Codes (B, 22) of random scenes with counts (B,) objects, and whether all of these found a place (B,)."""
+    """Codes (B, 21) of random scenes with counts (B,) objects, and whether all of these found a place (B,)."""
     B, exists = len(counts), torch.arange(MAX_OBJECTS) < counts[:, None]  # (B, 3)
     most = {"shape": len(SHAPES), "color": len(COLORS), "material": len(MATERIALS), "size": len(SIZES), "turn": TURNS}
     code = {name: torch.randint(count, (B, MAX_OBJECTS), generator=rng) for name, count in most.items()}
     code["turn"] *= code["shape"] == 0  # round shapes have no sides
-    lamp = torch.randint(len(LAMPS), (B, 1), generator=rng)
     code["row"], code["column"], found = place_objects(code, exists, rng)
     order = (code["row"] * PLACES - code["column"]).masked_fill(~exists, -PLACES).argsort(1, descending=True)
     fields = torch.stack([code[name].masked_fill(~exists, -1).gather(1, order) for name in FIELDS], 2)
-    return torch.cat([lamp, fields.flatten(1)], 1), found
+    return fields.flatten(1), found
 
 
 def place_objects(code, exists, rng, tries=16):
@@ -144,9 +144,10 @@ def place_objects(code, exists, rng, tries=16):
     Returns rows and columns (B, 3) and whether every object found a cell (B,).
     """
     B, K = exists.shape
-    half = torch.tensor(HALF, dtype=torch.double)[code["shape"]] * torch.tensor(RADIUS, dtype=torch.double)[code["size"]]
-    reach = half * torch.where(code["shape"] == 0, math.sqrt(2), 1.0)  # of the footprint
-    across, up = extent(code["shape"], code["turn"] / TURNS * math.pi / 2, half / torch.tensor(HALF)[code["shape"]])
+    radius = torch.tensor(RADIUS, dtype=torch.double)[code["size"]]
+    footprint = radius * torch.tensor(HALF, dtype=torch.double)[code["shape"]]
+    footprint = torch.where(code["shape"] == 0, math.sqrt(2) * footprint, footprint)
+    across, up = extent(code["shape"], code["turn"].double() / TURNS * math.pi / 2, radius)
     row, column, found = torch.zeros(B, K, dtype=torch.long), torch.zeros(B, K, dtype=torch.long), exists.new_ones(B)
     for k in range(K):
         rows, columns = torch.randint(PLACES, (2, B, tries), generator=rng)
@@ -156,7 +157,7 @@ def place_objects(code, exists, rng, tries=16):
             # on the floor, which the camera sees foreshortened: what is as high in the picture stands as far behind
             aside = (columns - column[:, j, None]) / PLACES * FRAME
             behind = (row[:, j, None] - rows) / PLACES * FRAME / math.sin(CAMERA[1])
-            room &= torch.hypot(aside, behind) > (reach[:, k] + reach[:, j] + GAP)[:, None]
+            room &= torch.hypot(aside, behind) > (footprint[:, k] + footprint[:, j] + GAP)[:, None]
         first = room.float().argmax(1, keepdim=True)
         row[:, k], column[:, k] = rows.gather(1, first)[:, 0], columns.gather(1, first)[:, 0]
         found &= room.any(1) | ~exists[:, k]
