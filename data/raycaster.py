@@ -161,7 +161,7 @@ def shade(scenes, d, ids, n, lamp, lit):
     gloss = (dot(n, half) * torch.rsqrt(dot(half, half))).clamp(min=0)
     shine = torch.where(ground, 0.0, torch.where(metal > 0, 0.9 * gloss ** 48, 0.25 * gloss ** 16)) * lit * (facing > 0)
     mirrored = d[2] - 2 * dot(d, n) * n[2]  # height of the reflected ray: sky above, floor below
-    sky = torch.where(mirrored > 0, 0.55 + 0.9 * mirrored, 0.50 + 0.25 * mirrored)
+    sky = torch.where(mirrored > 0, 0.55 + 0.9 * mirrored, 0.40 + 0.25 * mirrored)
     light = 0.58 + 0.12 * n[2] + 0.46 * facing.clamp(min=0) * lit
     light = torch.where(metal > 0, 0.5 * light + 0.75 * sky, light)
     return [(color[c] * light + shine).clamp(0, 1) for c in range(3)]

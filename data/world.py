@@ -18,7 +18,7 @@ from raycaster import (COLORS, FOV, HALF, MATERIALS, MAX_OBJECTS, SHAPES, SIZES,
 from shards import FROZEN
 
 FIELDS = ("shape", "color", "material", "size", "turn", "row", "column")  # codes of an object, -1 where there is none
-LAMP = (2.4, 0.9)  # azimuth and elevation in radians: from the left
+LAMP = (-2.3, 0.85)  # azimuth and elevation in radians: in front on the left
 CAMERA = (0.0, 0.62, 60.0)  # azimuth, elevation, distance
 RADIUS = (1.3, 1.65)  # world units, of a small / large object
 PLACES, TURNS = 8, 4  # cells across the frame and down it; turns of a cube, which then shows different sides
