@@ -81,7 +81,7 @@ class Options:
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
     save_every: int = 0  # steps between saved states to resume from; 0: only at SIGTERM and Ctrl-C
     resume: str = ""  # saved state to resume from
-    quality_scenes: int = 200  # frozen scenes that the quality numbers are taken on; 0: none
+    quality_scenes: int = 1000  # frozen scenes that the quality numbers are taken on; 0: none
 
 
 CONFIGS = {

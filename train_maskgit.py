@@ -79,7 +79,7 @@ class Options:
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
     save_every: int = 0  # steps between saved states to resume from; 0: only at SIGTERM and Ctrl-C
     resume: str = ""  # saved state to resume from
-    quality_pictures: int = 48  # drawn for the quality numbers, as many of each class; 0: none
+    quality_pictures: int = 1008  # drawn for the quality numbers, as many of each class; 0: none
 
 
 CONFIGS = {

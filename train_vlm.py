@@ -96,9 +96,10 @@ class Options:
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
     save_every: int = 0  # steps between saved states to resume from; 0: only at SIGTERM and Ctrl-C
     resume: str = ""  # saved state to resume from
-    samples: int = 12  # validation pictures on the sheet; 0: no samples
+    samples: int = 12  # validation pictures on the sheet; 0: no sheet
+    quality_pictures: int = 1000  # validation pictures that are described for the quality number; 0: none
     chat: str = ""  # picture to ask about in the terminal, after training
-    max_tokens: int = 24  # tokens per answer at most
+    max_tokens: int = 48  # tokens per answer at most
     temperature: float = 0.0  # of drawn tokens; 0: always the likeliest
     top_k: int = 0  # likeliest tokens to draw from; 0: all
     top_p: float = 1.0  # draw from the fewest tokens that hold this probability
@@ -117,7 +118,7 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
     "lm_heads": (1, 256), "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf),
     "momentum": (0, 0.9999), "batch": (1, 4096), "seq_len": (1, 65536), "cooldown": (0.001, 1),
     "eval_every": (1, math.inf), "eval_batch": (1, 10000), "max_tokens": (1, 4096), "temperature": (0, 100),
-    "top_p": (0.001, 1), "precision": ("auto", "fp32", "bf16"),
+    "top_p": (0.001, 1), "quality_pictures": (0, 2000), "precision": ("auto", "fp32", "bf16"),
 }
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, GAP, LABEL, TEXT = 128, 6, 14, 250  # pixels: a picture's side, the space around, a label's height, a text's width
+CELL, GAP, LABEL = 128, 6, 14  # pixels: a picture's side, the space around, a label's height
+TEXT, LINE = 250, 12  # a text's width and the height of one of its lines
 INK, PALE, PAPER = (30, 32, 38), (110, 114, 124), (255, 255, 255)
 
 
@@ -14,13 +15,16 @@ def tile(picture, side=CELL):
     return Image.fromarray(array).resize((side, side), Image.NEAREST)
 
 
-def sheet(rows, path):
+def sheet(rows, path, side=CELL):
     """Write a PNG of rows. A row is a heading (str) or a list of cells; a cell is a picture (3, H, W), a pair
-    (picture, label), a text (str) or None for an empty place."""
+    (picture, label), a text (str) or None for an empty place. side: of pictures, in pixels."""
     small, large = ImageFont.load_default(11), ImageFont.load_default(17)
-    width_of = lambda cell: TEXT if isinstance(cell, str) else CELL
+
+    def width_of(cell):
+        return TEXT if isinstance(cell, str) else side
+
     width = max(sum(width_of(c) + GAP for c in row) for row in rows if not isinstance(row, str)) + GAP
-    height = sum(36 if isinstance(row, str) else CELL + LABEL + GAP for row in rows) + GAP
+    height = sum(36 if isinstance(row, str) else side + LABEL + GAP for row in rows) + GAP
     image = Image.new("RGB", (width, height), PAPER)
     draw, y = ImageDraw.Draw(image), GAP
     for row in rows:
@@ -32,13 +36,13 @@ def sheet(rows, path):
         for cell in row:
             if isinstance(cell, str):
                 lines = [line for part in cell.split("\n") for line in textwrap.wrap(part, 44) or [""]]
-                draw.multiline_text((x, y + LABEL), "\n".join(lines[:10]), INK, small, spacing=1)
+                draw.multiline_text((x, y + LABEL), "\n".join(lines[:side // LINE]), INK, small, spacing=1)
             elif cell is not None:
                 picture, label = cell if isinstance(cell, tuple) else (cell, "")
                 draw.text((x, y), label, PALE, small)
-                image.paste(tile(picture), (x, y + LABEL))
+                image.paste(tile(picture, side), (x, y + LABEL))
             x += width_of(cell) + GAP
-        y += CELL + LABEL + GAP
+        y += side + LABEL + GAP
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

@@ -137,18 +137,23 @@ What makes losses comparable everywhere; never edited, hash-checked by every run
 
 | file | what it is |
 |---|---|
-| `scenes64.npz`, `scenes128.npz` | 2,000 validation scenes: tokens of every modality, texts, and the scenes themselves (`python data/scenes.py --frozen`) |
-| `eval_4m_64.npz`, `eval_4m_128.npz` | which of their tokens are inputs and which are targets (`python data/eval_masks.py`) |
-| `objects64.npz`, `objects128.npz` | 2,000 validation scenes with one object: label and rgb tokens, pixels at half the size, and the scenes (`python data/scenes.py --objects --frozen`, with `--size=128`) |
-| `qa64.npz` | 2,000 validation scenes with questions: pixels, tokens, where the answers are, families, and the scenes, those of `scenes64.npz` (`python data/scenes.py --qa --frozen`) |
-| `eval_maskgit_64.npz`, `eval_maskgit_128.npz` | which of their rgb tokens are masked (`python data/eval_masks.py`) |
+| `scenes64.npz`, `scenes128.npz` | 2,000 validation scenes of one to three objects: their codes (`scene`), tokens of every modality, texts (`python data/scenes.py --frozen`) |
+| `eval_4m_64.npz`, `eval_4m_128.npz` | which of their tokens are inputs and which are targets: in even rows as the course masks, in odd rows whole modalities are inputs (`python data/eval_masks.py`) |
+| `objects64.npz`, `objects128.npz` | 2,000 validation close-ups of one object: codes, label and rgb tokens, pixels at half the size (`python data/scenes.py --objects --frozen`, with `--size=128`) |
+| `qa64.npz` | the scenes of `scenes64.npz` with questions: codes, pixels, tokens, where the answers are, families; everything is asked for last (`python data/scenes.py --qa --frozen`) |
+| `eval_maskgit_64.npz`, `eval_maskgit_128.npz` | which of the close-ups' rgb tokens are masked (`python data/eval_masks.py`) |
 | `eval_flow.npz` | picture, time and noise seed of every draw that the flow is evaluated on (`python data/eval_masks.py`) |
-| `classifier.safetensors` | judge of generated pictures of one object (`python data/classifier.py train`) |
-| `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/fit_tokenizer.py train --minutes=14`, then `--minutes=5 --resume`, on earlier forms of this world) |
+| `judge.safetensors` | reads the objects back from a picture of 64 px, or of 32 (`python data/judge.py train`) |
+| `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/fit_tokenizer.py train`) |
 | `text.tiktoken`, `qa.tiktoken` | encodings of the scenes' texts and of questions in tiktoken's format (`python data/fit_tokenizer.py text`) |
 | `4m.safetensors` | nano4M trained longer than a record (`python train_4m.py --load=data/frozen/4m.safetensors --num_steps=0`) |
 | `gpt.safetensors`, `gpt_draft.safetensors` | GPTs trained longer than a record: four blocks of dim 192, and the record's shape (`python train_gpt.py --load=data/frozen/gpt.safetensors --draft=data/frozen/gpt_draft.safetensors --num_steps=0`) |
 | `flow.safetensors`, `vlm.safetensors` | the records' models trained longer: 3,000 and 800 steps (`python train_flow.py --load=data/frozen/flow.safetensors --num_steps=0`, the same for `vlm`) |
+
+A scene is a row of whole numbers, its codes (`data/world.py`): pictures, texts and questions follow from these, so two
+scenes of equal codes are the same. Codes are what training sets leave out (no scene of `scenes` or `qa` looks like a
+validation scene) and what the data hash is of, with texts, boxes and labels, which no machine rounds differently
+(`shards.content_sha256`); of tokens, 99.5 % must be the same on another machine (`python data/scenes.py --check`).
 
 ## Image tokenizer
 

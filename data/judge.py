@@ -15,6 +15,7 @@ accuracy of pictures of one object, and a Frechet distance (arXiv:1706.08500, wi
 """
 import argparse
 import math
+from collections import Counter
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ import tokenizer
 import world
 from raycaster import COLORS, render
 from reports import write_sections
-from texts import WORDS, facts
+from texts import WORDS, facts, place
 
 WEIGHTS = shards.FROZEN / "judge.safetensors"
 SIDE, CELLS = 64, world.PLACES  # pixels and cells across
@@ -78,9 +79,11 @@ class Judge(nn.Module):
         if not pictures.is_floating_point():
             raise ValueError(f"pictures are floats in [0, 1], not {pictures.dtype}")
         parts = []
-        for part in pictures.split(250):
-            features = self.body(enlarge(part.to(self.head.weight.device).float().clamp(0, 1)) * 2 - 1)
-            parts.append((features.mean((2, 3)).cpu(), self.head(features).cpu()))
+        device = self.head.weight.device
+        with torch.autocast(device.type, enabled=False):  # whatever the precision of the model that drew them
+            for part in pictures.split(250):
+                features = self.body(enlarge(part.to(device).float().clamp(0, 1)) * 2 - 1)
+                parts.append((features.mean((2, 3)).cpu(), self.head(features).cpu()))
         features, logits = (torch.cat(each) for each in zip(*parts))
         occupied, *values = logits.split([1, *HEADS.values()], 1)
         return features, occupied[:, 0].sigmoid(), {name: v.softmax(1) for name, v in zip(HEADS, values)}
@@ -174,6 +177,14 @@ def attribute_f1(told, meant, keys=("shape", "color", "material")):
     """F1 of single attributes: an object that has no counterpart in the other list counts all of its own as wrong."""
     right = sum(a[key] == b[key] for pair in zip(told, meant) for a, b in matched(*pair) for key in keys)
     return 2 * right / max(1, len(keys) * (sum(map(len, told)) + sum(map(len, meant))))
+
+
+def caption_f1(told, meant):
+    """F1 of objects as captions tell them: roughly where, and of which shape, colour and material."""
+    counts = [[Counter((place(o), o["shape"], o["color"], o["material"]) for o in objects) for objects in lists]
+              for lists in (told, meant)]
+    right = sum((a & b).total() for a, b in zip(*counts))
+    return 2 * right / max(1, sum(map(len, told)) + sum(map(len, meant)))
 
 
 def moments(features):

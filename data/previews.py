@@ -8,7 +8,9 @@ import draw
 import questions
 from raycaster import render
 from texts import caption, describe, facts
-from world import CLASSES
+from world import CLASSES, build
+
+SIDE = 192  # of a picture on a sheet: 64 pixels three times as large
 
 
 def in_rows(cells, length):
@@ -16,25 +18,27 @@ def in_rows(cells, length):
 
 
 def draw_scenes(scenes, modalities, path):
-    """Every modality of some scenes, one column per scene, then four of them with their texts."""
+    """Every modality of the first eight scenes, one column per scene; all of them in rgb; and four with their texts."""
     images, index = render(scenes, 64)
     objects = facts(scenes, index)
-    rows = [[(picture, m if column == 0 else "") for column, picture in enumerate(images[m])] for m in modalities]
+    rows = [[(picture, m if column == 0 else "") for column, picture in enumerate(images[m][:8])] for m in modalities]
     texts = [[images["rgb"][b], describe(objects[b]), caption(objects[b], random.Random(b))] for b in range(4)]
-    draw.sheet(["Eight scenes, five image-like modalities", *rows, "rgb, desc, caption", *texts], path)
+    draw.sheet(["Eight scenes, five image-like modalities", *rows, f"{len(objects)} scenes",
+                *in_rows(list(images["rgb"]), 8), "rgb, desc, caption", *texts], path, SIDE)
 
 
-def draw_objects(scenes, arrays, coder, path):
-    """Two scenes of every class of the objects set, and what tokens and 32 pixels keep of the first eight."""
+def draw_objects(arrays, coder, path):
+    """Two close-ups of every class of the objects set, and what tokens and 32 pixels keep of them."""
     of_class = [np.flatnonzero(arrays["label"][:, 0] == c)[:2] for c in range(len(CLASSES))]
     rows = np.stack(of_class, 1).flatten()
-    rgb = render({name: value[torch.from_numpy(rows)] for name, value in scenes.items()})[0]["rgb"]
+    rgb = render(build(torch.from_numpy(arrays["scene"][rows]).long()))[0]["rgb"]
     cells = [(picture, f"{i % len(CLASSES)} {CLASSES[i % len(CLASSES)]}") for i, picture in enumerate(rgb)]
-    ids = torch.from_numpy(arrays["rgb"][rows[:8]].astype(np.int64)).view(-1, 8, 8)
-    decoded = coder.decode(ids.to(rgb.device))
-    small = torch.from_numpy(arrays["pixels32"][rows[:8]]) / 255
-    draw.sheet(["One object: label, colour and shape", *in_rows(cells, 8),
-                "The first row from its 64 tokens", list(decoded), "and in 32 pixels", list(small)], path)
+    ids = torch.from_numpy(arrays["rgb"][rows[:24]].astype(np.int64)).view(-1, 8, 8)
+    decoded = coder.decode(ids)
+    small = torch.from_numpy(arrays["pixels32"][rows[:24]]) / 255
+    draw.sheet(["One object in close-up: label, colour and shape", *in_rows(cells, 8),
+                "The first three rows from their 64 tokens", *in_rows(list(decoded), 8),
+                "and in 32 pixels", *in_rows(list(small), 8)], path, SIDE)
 
 
 def draw_questions(arrays, path):
@@ -44,4 +48,4 @@ def draw_questions(arrays, path):
         turns = questions.decode([row], [families])
         lines = [f"{question}  {answer}" for _, question, answer in turns]
         cells += [torch.from_numpy(picture) / 255, "\n".join(lines)]
-    draw.sheet(["Questions and answers", *in_rows(cells, 6)], path)
+    draw.sheet(["Questions and answers", *in_rows(cells, 6)], path, SIDE)

@@ -8,6 +8,7 @@ data/tokenizer.py (with questions: as pixels), texts as tokens of its encodings.
     python data/scenes.py --size=128 --num=200000    # the gpu track's set            -> data/scenes128/train
     python data/scenes.py --objects [--size=128]     # 20,000 with one object, labels -> data/objects64, data/scenes
     python data/scenes.py --qa                       # the first set's scenes, pixels and questions -> data/qa64
+    python data/scenes.py [--objects|--qa] --check   # whether a set is what this machine would make
     python data/scenes.py [--objects|--qa] --preview # a contact sheet      -> samples/{scenes,objects,qa}.png
     python data/scenes.py [--objects|--qa] --frozen  # remake data/frozen/{scenes,objects,qa}<size>.npz (maintainers)
 """
@@ -39,6 +40,9 @@ VERSION = 2  # of everything that decides the content of a scene; raise it and e
 IMAGES = ("rgb", "depth", "normal", "seg", "edge")
 CHUNK = 1000  # scenes made between two points of resumption, from a seed of their own
 PART = 250  # scenes whose pictures are in memory at once
+NO_INDEX = torch.zeros(1, 1, 1, dtype=torch.long)  # an object index for who has no use for boxes
+CHECKED, CHECKED_CHUNKS = 200, 4  # scenes that --check draws again, and from how many chunks
+SAME_TOKENS, SAME_PIXELS = 0.995, 0.999  # shares of a picture's tokens and bytes that are the same on any machine
 VALIDATION, VALIDATION_SEED = 2000, 1 << 52  # scenes, and a seed beyond all that training sets have
 
 
@@ -96,51 +100,43 @@ def joined(parts):
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def make_tokens(n, size, seed, device, coder, encoding, report=ignore, avoid=()):
-    """n scenes: ({modality or scene: array (n, length)}, {desc, caption: list of str}). avoid: looks to leave out.
-
-    Modalities are made from the scenes alone, each with randomness of its own: a new one changes none that exists.
-    """
-    codes = sample_scenes(n, seed, avoid)
-    parts, objects = [], []
+def draw(kind, codes, size, device, coder, report=ignore):
+    """The arrays of scenes that are made from pictures: tokens, bytes of pixels, boxes."""
+    parts = []
     for scenes, images, index in rendered(codes, size, device, report):
-        parts.append({m: coder.encode_flat(images[m]) for m in IMAGES})
-        objects += facts(scenes, index)
-    rng = random.Random(seed)
-    texts = {"desc": [describe(o) for o in objects], "caption": [caption(o, rng) for o in objects]}
-    arrays = joined(parts)
-    for m, lines in texts.items():
-        arrays[m] = np.array([tokenizer.text_tokens(encoding, text, LENGTHS[m]) for text in lines], np.uint16)
-    arrays["bbox"] = np.array([box_tokens(o, size) for o in objects], np.uint16)
-    return {**arrays, "scene": codes.numpy().astype(np.int32)}, texts
+        if kind == "scenes":
+            boxes = np.array([box_tokens(objects, size) for objects in facts(scenes, index)], np.uint16)
+            parts.append({**{m: coder.encode_flat(images[m]) for m in IMAGES}, "bbox": boxes})
+        elif kind == "objects":
+            half = as_bytes(F.avg_pool2d(images["rgb"], 2))
+            parts.append({"rgb": coder.encode_flat(images["rgb"]), f"pixels{size // 2}": half})
+        else:
+            parts.append({"pixels": as_bytes(images["rgb"])})
+    return joined(parts)
 
 
-def make_objects(n, size, seed, device, coder, encoding, report=ignore, avoid=()):
-    """n one-object scenes in the form of make_tokens: label and rgb tokens, bytes of pixels at half size."""
-    codes = sample_close_ups(n, seed)
-    parts = [{"rgb": coder.encode_flat(images["rgb"]), f"pixels{size // 2}": as_bytes(F.avg_pool2d(images["rgb"], 2))}
-             for _, images, _ in rendered(codes, size, device, report)]
-    fields = dict(zip(FIELDS, codes.unbind(1)))
-    label = (fields["shape"] * len(COLORS) + fields["color"])[:, None]
-    return {"label": label.numpy().astype(np.uint16), **joined(parts), "scene": codes.numpy().astype(np.int32)}, {}
+def write(kind, codes, seed, encoding, describe_first):
+    """The arrays of scenes that follow from their codes alone, whatever the machine, and {desc, caption: list of str}.
 
-
-def make_qa(n, size, seed, device, coder, encoding, report=ignore, avoid=(), describe_first=questions.DESCRIBE_FIRST):
-    """n scenes in the form of make_tokens, those it makes with the same seed, and questions about them.
-
-    pixels (n, 3, size, size) uint8; qa tokens; answer (n, length) uint8, 1 to 5 where that turn's answer is; family
-    (n, 5) uint8, of questions.FAMILIES counted from 1 on, 0: no such turn.
+    With questions: qa tokens; answer (n, length) uint8, 1 to 5 where that turn's answer is; family (n, 5) uint8, of
+    questions.FAMILIES counted from 1 on, 0: no such turn.
     """
-    codes = sample_scenes(n, seed, avoid)
-    parts, objects = [], []
-    for scenes, images, index in rendered(codes, size, device, report):
-        parts.append({"pixels": as_bytes(images["rgb"])})
-        objects += facts(scenes, index)
-    dialogues = questions.ask(objects, random.Random(seed), describe_first)
+    arrays, rng = {"scene": codes.numpy().astype(np.int32)}, random.Random(seed)
+    if kind == "objects":
+        fields = dict(zip(FIELDS, codes.unbind(1)))
+        label = fields["shape"] * len(COLORS) + fields["color"]
+        return {**arrays, "label": label[:, None].numpy().astype(np.uint16)}, {}
+    objects = facts(build(codes), NO_INDEX.expand(len(codes), 1, 1))
+    if kind == "scenes":
+        texts = {"desc": [describe(o) for o in objects], "caption": [caption(o, rng) for o in objects]}
+        for m, lines in texts.items():
+            arrays[m] = np.array([tokenizer.text_tokens(encoding, text, LENGTHS[m]) for text in lines], np.uint16)
+        return arrays, texts
+    dialogues = questions.ask(objects, rng, describe_first)
     tokens, marks = zip(*(questions.encode(encoding, turns, LENGTHS["qa"]) for turns in dialogues))
     families = [[family for family, _, _ in turns] + [0] * (questions.MOST + 1 - len(turns)) for turns in dialogues]
-    return {**joined(parts), "qa": np.array(tokens, np.uint16), "answer": np.array(marks, np.uint8),
-            "family": np.array(families, np.uint8), "scene": codes.numpy().astype(np.int32)}, {}
+    arrays |= {"qa": np.array(tokens, np.uint16), "answer": np.array(marks, np.uint8)}
+    return {**arrays, "family": np.array(families, np.uint8)}, {}
 
 
 @functools.cache  # a worker process loads them once
@@ -149,10 +145,20 @@ def load_coders(kind, device):
     return tokenizer.load_tokenizer(device), tokenizer.load_text(tokenizer.QA if kind == "qa" else tokenizer.TEXT)
 
 
-def make(kind, n, size, seed, device, **more):
-    """n scenes of a kind of set, in the form of make_tokens."""
-    function = {"scenes": make_tokens, "objects": make_objects, "qa": make_qa}[kind]
-    return function(n, size, seed, device, *load_coders(kind, device), **more)
+def sample(kind, n, seed, avoid=()):
+    """Codes of n random scenes of a kind of set. avoid: looks to leave out; close-ups have too many to meet twice."""
+    return sample_close_ups(n, seed) if kind == "objects" else sample_scenes(n, seed, avoid)
+
+
+def make(kind, n, size, seed, device, report=ignore, avoid=(), describe_first=questions.DESCRIBE_FIRST):
+    """n scenes of a kind of set: ({array: (n, ...)}, {desc, caption: list of str}). The qa set's are the scenes set's.
+
+    Arrays are made from the scenes alone, each with randomness of its own: a new one changes none that exists.
+    """
+    coder, encoding = load_coders(kind, device)
+    codes = sample(kind, n, seed, avoid)
+    arrays, texts = write(kind, codes, seed, encoding, describe_first)
+    return {**arrays, **draw(kind, codes, size, device, coder, report)}, texts
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -188,9 +194,24 @@ def make_chunk(job, report, kind, size, device, more):
     return make(kind, n, size, seed, device, report=report, **more)[0]
 
 
+@functools.cache
+def looks_of_validation():
+    return look(sample_scenes(VALIDATION, VALIDATION_SEED))
+
+
+def validation_looks(kind):
+    """What no training scene may look like."""
+    return () if kind == "objects" else looks_of_validation()
+
+
+def chunks_of(num, seed, start=0):
+    """Number of scenes and seed of each chunk of a set, from the scene `start` on."""
+    return [(min(CHUNK, num - first), (seed << 32) + first // CHUNK) for first in range(start, num, CHUNK)]
+
+
 def make_chunks(kind, size, device, jobs, workers, progress):
     """Yield the arrays of every chunk in order; with one worker they are made by this process."""
-    more = {"avoid": look(sample_scenes(VALIDATION, VALIDATION_SEED))}
+    more = {"avoid": validation_looks(kind)}
     if workers > 1 and len(jobs) > 1:
         work = functools.partial(make_chunk, kind=kind, size=size, device=device, more=more)
         yield from pool.results(work, jobs, workers, progress)
@@ -211,7 +232,7 @@ def make_shards(size, num, seed, device, kind="scenes", workers=1):
         return
     part = out.with_name("train.part")
     arrays, done = open_arrays(part, identity, kind)
-    jobs = [(min(CHUNK, num - start), (seed << 32) + start // CHUNK) for start in range(done, num, CHUNK)]
+    jobs = chunks_of(num, seed, done)
     with contextlib.ExitStack() as stack:
         first = f"{identity['name']} (compiling)"  # half a minute, once: then it is in torch's cache
         bar = stack.enter_context(tqdm(total=num, initial=done, unit=" scenes", desc=first))
@@ -230,10 +251,54 @@ def make_shards(size, num, seed, device, kind="scenes", workers=1):
             done += n
             write_json(part / "state.json", {"identity": identity, "done": done})
     hashes = {m: sha256(part / f"{m}.npy") for m in arrays}
-    write_json(part / "meta.json", {**identity, "modalities": modalities(size, kind), "sha256": hashes}, indent=1)
+    write_json(part / "meta.json", {**identity, "modalities": modalities(size, kind), "sha256": hashes,
+                                    "content_sha256": shards.content_sha256(part)}, indent=1)
     (part / "state.json").unlink()
     part.rename(out)
     print(f"{out}: {num:,} scenes")
+
+
+def check_shards(size, num, seed, device, kind):
+    """Make some scenes of a set again: a line that says how alike they are. Fault if they are not.
+
+    What follows from scenes alone has to be equal. Pictures are rounded, and another machine rounds otherwise:
+    SAME_TOKENS of their tokens have to be equal, and SAME_PIXELS of the bytes differ by at most two.
+    """
+    identity = identity_of(size, num, seed, kind)
+    folder = ROOT / identity["name"] / "train"
+    if not shards.verify(folder, identity):
+        raise Fault(f"there is no {folder}")
+    content = shards.content_sha256(folder)
+    if content != shards.read_meta(folder).get("content_sha256"):
+        raise Fault(f"{folder} is damaged (its content is not that of meta.json); delete it and make it again")
+    arrays = {name: np.load(folder / f"{name}.npy", "r") for name in array_forms(size, kind)}
+    shares, avoid, rng = {}, validation_looks(kind), np.random.default_rng(0)
+    jobs = list(enumerate(chunks_of(num, seed)))
+    chosen = rng.choice(len(jobs), min(CHECKED_CHUNKS, len(jobs)), replace=False)
+    for i, (n, chunk_seed) in (jobs[j] for j in sorted(chosen)):
+        stored = {name: array[i * CHUNK:i * CHUNK + n] for name, array in arrays.items()}
+        codes = sample(kind, n, chunk_seed, avoid)
+        rows = np.sort(rng.choice(n, min(n, CHECKED // len(chosen)), replace=False))
+        again = write(kind, codes, chunk_seed, load_coders(kind, device)[1], questions.DESCRIBE_FIRST)[0]
+        stored |= {name: stored[name][rows] for name in set(stored) - set(again)}
+        again |= draw(kind, codes[rows], size, device, load_coders(kind, device)[0])
+        for name, array in again.items():
+            shares.setdefault(name, []).append(alike(name, stored[name], array))
+    shares = {name: sum(parts) / len(parts) for name, parts in shares.items()}
+    for name, share in shares.items():
+        least = SAME_PIXELS if name.startswith("pixels") else SAME_TOKENS if name in IMAGES else 1
+        if share < least:
+            raise Fault(f"{folder}: of {name} made again {100 * share:.2f} % are the same, and {100 * least:g} % should be")
+    told = ", ".join(f"{name} {100 * share:.2f} %" for name, share in shares.items() if name not in shards.EXACT)
+    return f"{folder}: content {content[:16]}, texts equal" + f", the same again: {told}" * bool(told)
+
+
+def alike(name, stored, again):
+    """The share of an array's values that are the same, of pixels those that differ by two at most."""
+    if stored.shape != again.shape:
+        return 0.0
+    reach = 2 if name.startswith("pixels") else 0
+    return float((np.abs(stored.astype(np.int32) - again.astype(np.int32)) <= reach).mean())
 
 
 def write_json(path, value, indent=None):
@@ -300,6 +365,7 @@ def main():
         kinds.add_argument(f"--{option}", dest="kind", action="store_const", const=option, default="scenes", help=about)
     parser.add_argument("--preview", action="store_true", help="draw a contact sheet instead")
     parser.add_argument("--frozen", action="store_true", help="remake the frozen validation set instead")
+    parser.add_argument("--check", action="store_true", help="see whether a set is what this machine would make")
     arguments = parser.parse_args()
     kind, size = arguments.kind, arguments.size
     fits = size in (64, 128) if kind == "objects" else size >= 16 and size % 8 == 0
@@ -311,6 +377,8 @@ def main():
             preview(kind, ROOT.parent / "samples" / f"{kind}.png", device)
         elif arguments.frozen:
             make_frozen(size, device, kind=kind)
+        elif arguments.check:
+            print(check_shards(size, arguments.num, arguments.seed, device, kind))
         else:
             make_shards(size, arguments.num, arguments.seed, device, kind, pool.cores() if device == "cpu" else 1)
             if kind == "qa":

@@ -14,6 +14,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent
 FROZEN = ROOT / "frozen"
+EXACT = ("answer", "bbox", "caption", "desc", "family", "label", "qa", "scene")  # arrays that are equal on any machine
 OURS = {  # folders below data/ that our scripts make without the user's files: how
     r"scenes64": "scenes.py", r"scenes(\d+)": r"scenes.py --size=\1",
     r"objects64": "scenes.py --objects", r"objects(\d+)": r"scenes.py --objects --size=\1",
@@ -37,6 +38,18 @@ def sha256(path):
         if sys.version_info >= (3, 11):
             return hashlib.file_digest(file, "sha256").hexdigest()
         return hashlib.sha256(file.read()).hexdigest()
+
+
+def content_sha256(folder):
+    """One hash of what a set is about: of every array but pictures and their tokens, which machines round differently."""
+    digest = hashlib.sha256()
+    for name in EXACT:
+        path = Path(folder) / f"{name}.npy"
+        if path.exists():
+            array = np.load(path, allow_pickle=False)
+            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def command_for(folder):

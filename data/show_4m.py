@@ -4,22 +4,26 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import draw
+import judge as judges
 import studio as metrics
+from texts import parse_desc
 
 CHAIN_STEPS, SHEET_SCENES = 8, 8
+PART = 100  # scenes generated at once: 1,000 would take 5 GB
+TRUTH_SCENES = 250  # that depth and normals are measured on, over all their pixels
 
 
 class Show:
-    """Opened before the clock starts: the tokenizer, the text encoding; tokens (B, size) are validation scenes."""
+    """Opened before the clock starts: tokenizer, text encoding, judge; tokens (B, size) are validation scenes."""
 
     def __init__(self, script, run, layout, tokens):
         self.script, self.layout, self.device = script, layout, run.device
-        self.studio = metrics.Studio(run.device)
+        self.studio, self.judge = metrics.Studio(run.device), judges.load(run.device)
         self.tokens, self.quality_scenes = tokens.to(run.device), run.options.quality_scenes
         self.size = 8 * int(layout.modalities["rgb"]["length"] ** 0.5)
 
     def show(self, model, folder):
-        with tqdm(total=8 if self.quality_scenes else 4, desc="samples", unit="task", dynamic_ncols=True) as bar:
+        with tqdm(total=9 if self.quality_scenes else 4, desc="samples", unit="task", dynamic_ncols=True) as bar:
             self.bar = bar
             numbers = self.quality(model) if self.quality_scenes else {}
             self.sheet(model, folder / "4m.png")
@@ -28,9 +32,10 @@ class Show:
     def generate(self, model, tokens, known, outputs):
         """New tokens (B, size); one task of the bar."""
         self.bar.set_postfix_str(f"{' > '.join(output.modality for output in outputs)} of {len(tokens)} scenes")
-        made, _ = self.script.generate(model, self.layout, tokens, known, outputs)
+        parts = enumerate(zip(tokens.split(PART), known.split(PART)))
+        made = [self.script.generate(model, self.layout, *part, outputs, seed=i)[0] for i, part in parts]
         self.bar.update()
-        return made
+        return torch.cat(made)
 
     def only(self, tokens, modality):
         return self.script.only(self.layout, tokens, modality)
@@ -41,21 +46,40 @@ class Show:
     def texts(self, tokens, modality):
         return self.studio.texts(tokens[:, self.layout.span[modality]])
 
+    def described(self, tokens):
+        """The objects of each description: lists of dicts."""
+        return [parse_desc(text) for text in self.texts(tokens, "desc")]
+
+    def judged(self, pictures):
+        """The objects that the judge sees in each picture; of 128 pixels it is shown 64."""
+        return self.judge.read(F.avg_pool2d(pictures, self.size // judges.SIDE))
+
+    def labels(self, f1_of, pictures, tokens):
+        """What is written over generated pictures: how much of their scenes the judge sees in them."""
+        seen, meant = self.judged(pictures), self.described(tokens)
+        return [f"rgb, judged F1 {f1_of([a], [b]):.2f}" for a, b in zip(seen, meant)]
+
     def quality(self, model):
-        """Interpretable metrics on validation scenes, against their true renderings."""
+        """Interpretable metrics on validation scenes: against true renderings, or what was asked for."""
         Output, tokens = self.script.Output, self.tokens[:self.quality_scenes]
-        true = self.studio.truth(self.size, len(tokens))
-        rgb, desc = self.only(tokens, "rgb"), self.only(tokens, "desc")
-        depth = self.generate(model, tokens, rgb, [Output("depth", steps=CHAIN_STEPS, temperature=0.3)])
-        normal = self.generate(model, tokens, rgb, [Output("normal", steps=CHAIN_STEPS, temperature=0.3)])
-        said = self.generate(model, tokens, rgb, [Output("desc", temperature=0)])
-        drawn = self.generate(model, tokens, desc, [Output("rgb", "roar", steps=16, temperature=0.5)])
+        few = tokens[:TRUTH_SCENES]
+        true = self.studio.truth(self.size, len(few))
+        shown = self.only(tokens, "rgb")
+        depth = self.generate(model, few, shown[:len(few)], [Output("depth", steps=CHAIN_STEPS, temperature=0.3)])
+        normal = self.generate(model, few, shown[:len(few)], [Output("normal", steps=CHAIN_STEPS, temperature=0.3)])
+        told = self.described(self.generate(model, tokens, shown, [Output("desc", temperature=0)]))
+        drawing = [Output("rgb", "roar", steps=16, temperature=0.5)]
+        from_desc = self.pictures(self.generate(model, tokens, self.only(tokens, "desc"), drawing), "rgb")
+        from_caption = self.pictures(self.generate(model, tokens, self.only(tokens, "caption"), drawing), "rgb")
+        meant = self.described(tokens)
         numbers = {
-            "rgb_to_depth_l1": metrics.standardised_l1(self.pictures(depth, "depth"), true["depth"]),
-            "rgb_to_normal_degrees": metrics.mean_angle(self.pictures(normal, "normal"), true["normal"]),
-            "rgb_to_desc_f1": metrics.attribute_f1(self.texts(said, "desc"), self.texts(tokens, "desc")),
-            "desc_to_rgb_l1": (self.pictures(drawn, "rgb") - true["rgb"]).abs().mean().item()}
-        return {name: round(value, 4) for name, value in numbers.items()}
+            "depth_l1": metrics.standardised_l1(self.pictures(depth, "depth"), true["depth"]),
+            "normal_degrees": metrics.mean_angle(self.pictures(normal, "normal"), true["normal"]),
+            "desc_f1": judges.attribute_f1(told, meant), "desc_object_f1": judges.object_f1(told, meant),
+            "rgb_from_desc_f1": judges.object_f1(self.judged(from_desc), meant),
+            "rgb_from_caption_f1": judges.caption_f1(self.judged(from_caption), meant),
+            "fidelity": self.judge.fidelity(F.avg_pool2d(from_desc, self.size // judges.SIDE), meant)}
+        return {f"quality_{name}": round(value, 4) for name, value in numbers.items()}
 
     def sheet(self, model, path):
         """The labelled grid: what the model makes of eight validation scenes, the truth beside it."""
@@ -73,7 +97,8 @@ class Show:
         out = self.generate(model, tokens, self.only(tokens, "rgb"), chain)
         made, rows = {m: self.pictures(out, m) for m in images}, []
         for b, (said, meant) in enumerate(zip(self.texts(out, "desc"), self.texts(tokens, "desc"))):
-            rows.append([(true["rgb"][b], "input"), *((made[m][b], m) for m in made), said])
+            f1 = judges.object_f1([parse_desc(said)], [parse_desc(meant)])
+            rows.append([(true["rgb"][b], "input"), *((made[m][b], m) for m in made), f"{said}\nobject F1 {f1:.2f}"])
             rows.append([None, *((true[m][b], f"true {m}") for m in made), "TRUE: " + meant])
         return rows
 
@@ -83,16 +108,19 @@ class Show:
                  Output("normal", temperature=0.4)]
         out = self.generate(model, some, self.only(some, "desc"), chain)
         made = {m: self.pictures(out, m) for m in ("rgb", "depth", "normal")}
-        return [[*((made[m][b], m) for m in made), *((true[m][scenes][b], f"true {m}") for m in made), text]
+        labels = self.labels(judges.object_f1, made["rgb"], some)
+        return [[(made["rgb"][b], labels[b]), *((made[m][b], m) for m in ("depth", "normal")),
+                 *((true[m][scenes][b], f"true {m}") for m in made), text]
                 for b, text in enumerate(self.texts(some, "desc"))]
 
     def from_caption(self, model, tokens, true, scenes=(7, 1)):
         output = self.script.Output("rgb", "roar", steps=24, temperature=0.7, guidance=2.0)
         same = tokens[list(scenes)].repeat_interleave(4, 0)
         made = self.pictures(self.generate(model, same, self.only(same, "caption"), [output]), "rgb")
+        labels = self.labels(judges.caption_f1, made, same)
         texts = self.texts(tokens[list(scenes)], "caption")
-        return [[*((picture, "rgb") for picture in draws), (true["rgb"][b], "true rgb"), None, text]
-                for b, draws, text in zip(scenes, made.split(4), texts)]
+        return [[*zip(made[4 * i:], labels[4 * i:4 * i + 4]), (true["rgb"][b], "true rgb"), None, text]
+                for i, (b, text) in enumerate(zip(scenes, texts))]
 
     def from_half(self, model, tokens, true, scenes=(2, 5)):
         span, side = self.layout.span["rgb"], self.size // 8
@@ -104,5 +132,6 @@ class Show:
         known[:, span] &= ~hidden
         output = self.script.Output("rgb", steps=12, temperature=0.6)
         made = self.pictures(self.generate(model, same, known, [output]), "rgb")
-        return [[(true["rgb"][b] * (1 - cover) + 0.15 * cover, "input"), *((picture, "rgb") for picture in draws),
-                 (true["rgb"][b], "true rgb")] for b, draws in zip(scenes, made.split(4))]
+        labels = self.labels(judges.object_f1, made, same)
+        return [[(true["rgb"][b] * (1 - cover) + 0.15 * cover, "input"), *zip(made[4 * i:], labels[4 * i:4 * i + 4]),
+                 (true["rgb"][b], "true rgb")] for i, b in enumerate(scenes)]

@@ -2,12 +2,12 @@
 import torch
 from tqdm import tqdm
 
-import classifier
 import draw
+import judge as judges
 import world
 
 STEPS = (1, 2, 5, 10, 25, 50)  # of Euler's that quality is reported at
-SHEET_STEPS = 25  # of Heun's that the sheet's classes are drawn in
+SHEET_STEPS = 25  # of Heun's that the sheet's classes are drawn in, and the images of a track's floors
 PART = 250  # images drawn at a time
 
 
@@ -22,7 +22,7 @@ class Show:
     def __init__(self, script, run, classes):
         ours = run.config.frozen in [config.frozen for config in script.CONFIGS.values()]
         self.script = script
-        self.judge = classifier.load(run.device) if ours else None
+        self.judge = judges.load(run.device) if ours else None
         self.names = world.CLASSES if ours else [str(i) for i in range(classes)]
         self.classes = torch.arange(classes, device=run.device)
         self.few = self.classes[::max(1, classes // 3)][:3]
@@ -34,6 +34,7 @@ class Show:
     def show(self, model, folder):
         image_steps = 4 * len(self.classes) * SHEET_STEPS
         image_steps += sum(STEPS) * (len(self.few) * len(self.guidances) + len(self.wanted))
+        image_steps += SHEET_STEPS * len(self.wanted)
         with tqdm(total=image_steps, desc="samples", unit=" image steps", dynamic_ncols=True) as bar:
             self.bar = bar
             self.sheet(model, folder)
@@ -74,10 +75,19 @@ class Show:
 
     def quality(self, model):
         """How often the judge sees the class that was asked for, and Frechet distances, by number of steps."""
+        if not len(self.wanted):
+            return {}
         numbers = {}
-        for steps in STEPS if len(self.wanted) else ():
-            parts = enumerate(self.wanted.split(PART))
-            made = to_unit(torch.cat([self.sample(model, part, steps, seed=i) for i, part in parts]))
-            numbers[f"accuracy_{steps}_steps"] = round(self.judge.accuracy(made, self.wanted), 4)
-            numbers[f"frechet_{steps}_steps"] = round(self.judge.frechet_distance(made, "exact"), 3)
-        return numbers
+        for steps in STEPS:
+            accuracy, distance = self.judged(model, steps, "euler")
+            numbers |= {f"accuracy_{steps}_steps": accuracy, f"frechet_{steps}_steps": distance}
+        accuracy, distance = self.judged(model, SHEET_STEPS, "heun")
+        return numbers | {"quality_class_accuracy": accuracy, "quality_frechet": distance,
+                          "quality_steps": SHEET_STEPS, "quality_solver": "heun", "quality_guidance": 1.0}
+
+    def judged(self, model, steps, solver):
+        """Class accuracy and Frechet distance of the wanted images."""
+        parts = enumerate(self.wanted.split(PART))
+        made = to_unit(torch.cat([self.sample(model, part, steps, solver, seed=i) for i, part in parts]))
+        return (round(self.judge.accuracy(made, self.wanted), 4),
+                round(self.judge.frechet_distance(made, "objects_exact"), 3))

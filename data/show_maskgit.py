@@ -5,13 +5,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import classifier
 import draw
+import judge as judges
 import studio
 import tokenizer
 import world
 
-QUALITY_STEPS = (1, 4, 8, 16, 32, 64)  # numbers of network evaluations that the judge's numbers are taken at
+STEPS = (1, 4, 8, 16, 32, 64)  # numbers of network evaluations that the judge's numbers are taken at
+QUALITY_STEPS = 16  # those of a track's floors
+PART = 240  # pictures drawn at once
 FIRST_ROWS = 12  # validation rows that are filled in
 
 
@@ -48,10 +50,10 @@ class Show:
                                     f"{run.config.frozen}: pass --quality_pictures=0")
         if not self.per_class:
             raise self.script.Fault(f"--quality_pictures={wanted} is less than one for each of the {known} classes")
-        self.judge = classifier.load(run.device)
+        self.judge = judges.load(run.device)
 
     def show(self, model, folder):
-        tasks = 2 if self.is_text else 3 + len(QUALITY_STEPS) * bool(self.per_class)
+        tasks = 2 if self.is_text else 3 + len(STEPS) * bool(self.per_class)
         with tqdm(total=tasks, desc="samples", unit="task", dynamic_ncols=True) as bar:
             self.bar = bar
             if self.is_text:
@@ -121,12 +123,17 @@ class Show:
     def quality(self, model):
         """The judge's accuracy and Frechet distance, by the number of steps."""
         labels, numbers = self.classes.repeat(self.per_class), {}
-        for steps in QUALITY_STEPS:
-            tokens = self.generate(model, f"{steps} steps", labels, steps=steps, guidance=self.guidance)
-            pictures = F.avg_pool2d(self.studio.pictures(tokens), self.side // 8)  # the judge knows 64 pixels
+        for steps in STEPS:
+            parts = [self.script.generate(model, part, steps=steps, guidance=self.guidance, seed=i)
+                     for i, part in enumerate(labels.split(PART))]
+            self.bar.set_postfix_str(f"{steps} steps, {len(labels)} pictures")
+            self.bar.update()
+            pictures = F.avg_pool2d(self.studio.pictures(torch.cat(parts)), self.side // 8)  # the judge knows 64 pixels
             numbers[f"accuracy_{steps}_steps"] = round(self.judge.accuracy(pictures, labels), 4)
-            numbers[f"frechet_{steps}_steps"] = round(self.judge.frechet_distance(pictures, "decoded"), 3)
-        return numbers
+            numbers[f"frechet_{steps}_steps"] = round(self.judge.frechet_distance(pictures, "objects_decoded"), 3)
+        numbers["quality_class_accuracy"] = numbers[f"accuracy_{QUALITY_STEPS}_steps"]
+        numbers["quality_frechet"] = numbers[f"frechet_{QUALITY_STEPS}_steps"]
+        return numbers | {"quality_steps": QUALITY_STEPS, "quality_guidance": self.guidance}
 
 
 def as_text(row):

@@ -9,9 +9,13 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import draw
+import judge as judges
+import questions
 from text_codec import TextCodec
 
 SPEED_TOKENS = 200  # that the speed of sampling is measured on
+DESCRIBE, DESCRIBE_TOKENS = "What is there?", 80  # the question that asks for everything, tokens of an answer at most
+PART, SIDE = 100, 192  # pictures described at once; pixels of one on the sheet
 
 
 def read_picture(path, size):
@@ -35,6 +39,7 @@ class Show:
     def __init__(self, script, run, frozen, backbones):
         self.script, self.options = script, run.options
         self.pixels, self.tokens, self.answer, _ = (part[:run.options.samples] for part in frozen)
+        self.wanted = [part[:run.options.quality_pictures] for part in frozen]
         try:
             self.codec = backbones.codec if backbones else TextCodec()
         except (OSError, ValueError) as error:
@@ -51,12 +56,45 @@ class Show:
 
     def show(self, model, folder):
         numbers = {}
-        if len(self.pixels):
-            with tqdm(total=len(self.pixels) + 2, desc="samples", unit="picture", dynamic_ncols=True) as bar:
+        total = len(self.wanted[0]) + (len(self.pixels) + 2) * bool(len(self.pixels))
+        with tqdm(total=total, desc="samples", unit="picture", dynamic_ncols=True) as bar:
+            if len(self.wanted[0]):
+                numbers["quality_describe_f1"] = self.quality(model, bar)
+            if len(self.pixels):
                 self.sheet(model, folder / "vlm.png", bar)
-                numbers = {"sampled_per_second": self.speed(model, True, bar),
-                           "sampled_per_second_uncached": self.speed(model, False, bar)}
+                numbers["sampled_per_second"] = self.speed(model, True, bar)
+                numbers["sampled_per_second_uncached"] = self.speed(model, False, bar)
         return numbers
+
+    def quality(self, model, bar):
+        """Object F1, sizes included, of what the model says is in validation pictures, asked for nothing else before."""
+        bar.set_postfix_str("descriptions")
+        told, meant = [], []
+        for pixels, tokens, answer, family in zip(*(part.split(PART) for part in self.wanted)):
+            told += [questions.parse_description(text) for text in self.describe(model, pixels)]
+            turns = (family == questions.FAMILIES.index("describe") + 1).int().argmax(1, keepdim=True) + 1
+            for row, asked in zip(tokens.cpu(), (answer == turns).cpu()):
+                meant.append(questions.parse_description(self.codec.decode(row[asked].tolist())))
+            bar.update(len(pixels))
+        return round(judges.object_f1(told, meant, questions.VALUES), 4)
+
+    def describe(self, model, pixels):
+        """What the model says is in each of some pictures (n, 3, S, S), always its likeliest token: a list of texts."""
+        device = model.project.weight.device
+        row = [self.script.IMAGE] * model.image_tokens + self.codec.question(DESCRIBE)
+        x = model.embed(torch.tensor(row, device=device).expand(len(pixels), -1), pixels.to(device))  # (n, T, C)
+        cache, made = self.script.KVCache(), []
+        running = torch.ones(len(pixels), 1, dtype=torch.bool, device=device)
+        while len(made) < DESCRIBE_TOKENS and bool(running.any()):
+            new = self.script.next_logits(model, x, cache).argmax(-1, keepdim=True)  # (n, 1)
+            x = torch.cat([x, model.lm.embed_tokens(new).type_as(x)], 1)
+            running &= new != self.codec.stop
+            made.append(new)
+        texts = []
+        for row in torch.cat(made, 1).tolist():
+            end = row.index(self.codec.stop) if self.codec.stop in row else len(row)
+            texts.append(self.codec.decode(row[:end]))
+        return texts
 
     def ask(self, model, picture, tokens):
         """What the model answers to a picture and the tokens of questions."""
@@ -71,7 +109,7 @@ class Show:
             cells += [picture.float() / 255, "\n".join(lines)]
             bar.update()
         rows = [cells[i:i + 4] for i in range(0, len(cells), 4)]
-        draw.sheet(["questions, the model's answers, and the true ones where it is wrong", *rows], path)
+        draw.sheet(["questions, the model's answers, and the true ones where it is wrong", *rows], path, SIDE)
 
     def turn(self, model, picture, row, marks, turn):
         """One line: a turn's question, the answer, and the true one if that is another."""

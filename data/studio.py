@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 import tokenizer
 from raycaster import render
-from texts import parse_desc
 from world import load_frozen_scenes
 
 
@@ -43,23 +42,3 @@ def mean_angle(normal, truth):
     """Mean angle in degrees between normal pictures (B, 3, H, W)."""
     cosine = F.cosine_similarity(normal * 2 - 1, truth * 2 - 1, dim=1).clamp(-1, 1)
     return cosine.arccos().rad2deg().mean().item()
-
-
-def attribute_f1(predicted, truth, reach=12):
-    """F1 of shape, colour and material in descriptions (lists of str), objects matched by position.
-
-    Objects match one to one, closest pairs first, at most `reach` percent of the frame apart; an unmatched object of
-    either list counts three wrong attributes.
-    """
-    right = said = real = 0
-    for mine, theirs in zip(map(parse_desc, predicted), map(parse_desc, truth)):
-        said, real = said + 3 * len(mine), real + 3 * len(theirs)
-        pairs = sorted((math.dist((a["x"], a["y"]), (b["x"], b["y"])), i, j)
-                       for i, a in enumerate(mine) for j, b in enumerate(theirs))
-        used_i, used_j = set(), set()
-        for distance, i, j in pairs:
-            if distance <= reach and i not in used_i and j not in used_j:
-                used_i.add(i)
-                used_j.add(j)
-                right += sum(mine[i][key] == theirs[j][key] for key in ("shape", "color", "material"))
-    return 2 * right / max(1, said + real)

@@ -22,7 +22,7 @@ def facts(scenes, index):
     lists = []
     for b in range(len(boxes)):
         objects = []
-        for k in range(len(boxes[b])):
+        for k in range(len(values["shape"][b])):
             if values["shape"][b][k] < 0:
                 continue
             words = {name: WORDS[name][values[name][b][k]] for name in WORDS}

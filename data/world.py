@@ -145,8 +145,8 @@ def place_objects(code, exists, rng, tries=16):
     """
     B, K = exists.shape
     radius = torch.tensor(RADIUS, dtype=torch.double)[code["size"]]
-    footprint = radius * torch.tensor(HALF, dtype=torch.double)[code["shape"]]
-    footprint = torch.where(code["shape"] == 0, math.sqrt(2) * footprint, footprint)
+    half = radius * torch.tensor(HALF, dtype=torch.double)[code["shape"]]
+    footprint = torch.where(code["shape"] == 0, math.sqrt(2) * half, half)
     across, up = extent(code["shape"], code["turn"].double() / TURNS * math.pi / 2, radius)
     row, column, found = torch.zeros(B, K, dtype=torch.long), torch.zeros(B, K, dtype=torch.long), exists.new_ones(B)
     for k in range(K):
@@ -154,9 +154,10 @@ def place_objects(code, exists, rng, tries=16):
         x, y = (columns + 0.5) / PLACES, (rows + 0.5) / PLACES
         room = torch.maximum((x - 0.5).abs() + across[:, k, None], (y - 0.5).abs() + up[:, k, None]) < 0.5 + BORDER
         for j in range(k):
-            # on the floor, which the camera sees foreshortened: what is as high in the picture stands as far behind
+            # on the floor, which the camera sees foreshortened; a larger object's centre is higher in the picture
             aside = (columns - column[:, j, None]) / PLACES * FRAME
-            behind = (row[:, j, None] - rows) / PLACES * FRAME / math.sin(CAMERA[1])
+            higher = (row[:, j, None] - rows) / PLACES * FRAME
+            behind = (higher - (half[:, k] - half[:, j])[:, None] * math.cos(CAMERA[1])) / math.sin(CAMERA[1])
             room &= torch.hypot(aside, behind) > (footprint[:, k] + footprint[:, j] + GAP)[:, None]
         first = room.float().argmax(1, keepdim=True)
         row[:, k], column[:, k] = rows.gather(1, first)[:, 0], columns.gather(1, first)[:, 0]

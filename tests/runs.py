@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 ENV = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of a forked process, whatever the tests' own has
-PRELOAD = ["torch._dynamo", "train_4m", "train_flow", "train_gpt", "train_maskgit", "train_vlm", "classifier", "draw",
+PRELOAD = ["torch._dynamo", "train_4m", "train_flow", "train_gpt", "train_maskgit", "train_vlm", "draw", "judge",
            "scenes", "streams", "studio", "tokenizer", "runs", "ranks"]
 START = "# --- copied: start ---"
 

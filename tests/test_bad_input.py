@@ -57,8 +57,8 @@ def untouched(root):
     ("--head_dim=7", "--dim=64 is not a multiple of --head_dim=7"),
     ("--budget=8", "--budget=8 is not a number from 16 to inf"),
     ("--budget=500", "--budget=500 is not a multiple of 16 up to the 320 image tokens of a scene"),
-    ("--image_targets=400", "a scene has places for 320 and 93"),
-    ("--text_targets=94", "a scene has places for 320 and 93"),
+    ("--image_targets=400", "a scene has places for 320 and 72"),
+    ("--text_targets=73", "a scene has places for 320 and 72"),
 ])
 def test_arguments(monkeypatch, root, tiny, argument, message):
     assert message in fault(monkeypatch, root, *tiny[1], argument)
@@ -120,9 +120,9 @@ DAMAGE = {
     "another type": (
         lambda folder: change(folder / "rgb.npy", lambda a: a.astype(np.float32)), "rgb.npy holds float32"),
     "another length": (
-        lambda folder: change(folder / "desc.npy", lambda a: a[:, :-1]), "desc.npy holds uint16 (300, 23)"),
+        lambda folder: change(folder / "desc.npy", lambda a: a[:, :-1]), "desc.npy holds uint16 (300, 15)"),
     "fewer scenes": (
-        lambda folder: change(folder / "bbox.npy", lambda a: a[:-1]), "bbox.npy holds uint16 (299, 21)"),
+        lambda folder: change(folder / "bbox.npy", lambda a: a[:-1]), "bbox.npy holds uint16 (299, 16)"),
     "a high token": (
         lambda folder: change(folder / "edge.npy", high), "edge.npy holds token 4096 of a vocabulary of 4096"),
     "a missing shard": (lambda folder: (folder / "edge.npy").unlink(), "edge.npy"),
@@ -164,7 +164,7 @@ def test_frozen_set(monkeypatch, root, tiny, tmp_path):
         assert "frozen validation set is damaged" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
     with np.load(tiny[0] / "masks.npz") as arrays:
         np.savez(masks, roles=arrays["roles"][:-1])
-    assert "masks (99, 413)" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
+    assert "masks (99, 392)" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
     np.savez(masks, roles_of_others=np.zeros(3))
     assert "frozen validation set is damaged" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
     assert "is missing" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={tmp_path}/none.npz")

@@ -46,7 +46,7 @@ def asked():
     """Four chunks of 1,000 scenes as training sets have them: the oracle's objects and the turns of every scene."""
     objects, dialogues = [], []
     for seed in range(4):
-        scenes = world.sample_scenes(1000, seed)
+        scenes = world.build(world.sample_scenes(1000, seed))
         objects += plain(scenes)
         dialogues += questions.ask(texts.facts(scenes, torch.zeros(1000, 1, 1, dtype=torch.long)), random.Random(seed))
     return objects, dialogues
@@ -59,7 +59,7 @@ def plain(scenes):
     """Per scene the objects as dicts of words and exact places in the frame."""
     x, y, _ = raycaster.project(scenes)
     words = lambda b, k: {name: table[scenes[name][b, k]] for name, table in TABLE.items()}
-    return [[words(b, k) | {"x": x[b, k].item(), "y": y[b, k].item()} for k in range(4) if scenes["shape"][b, k] >= 0]
+    return [[words(b, k) | {"x": x[b, k].item(), "y": y[b, k].item()} for k in range(3) if scenes["shape"][b, k] >= 0]
             for b in range(len(x))]
 
 
@@ -116,6 +116,13 @@ def both(objects, a, b):
     return number(objects, a), number(objects, b)
 
 
+def listed(objects):
+    """Every object, from the top of the picture to its bottom, those in a row from right to left."""
+    order = sorted(objects, key=lambda o: (round(o["y"] * 8 - 0.5), -o["x"]))
+    return ", ".join(f"a {o['size']} {o['color']} {o['material']} {o['shape']} at x={int(100 * o['x'])} y={int(100 * o['y'])}"
+                     for o in order)
+
+
 N = "((?:(?:{}) )*(?:{}))".format("|".join(w for q in ("size", "color", "material") for w in TABLE[q]),
                                   "|".join([*TABLE["shape"], "object", "thing"]))
 R = "((?:to the )?left of|(?:to the )?right of|behind|in front of)"
@@ -147,6 +154,7 @@ RULES = [(family, re.compile(pattern.format(N=N, R=R, T=T, Q=Q, MANY=MANY)), ans
     (5, r"How many {T}s (?:are|can you see) {R} the {N}\?", lambda s, r, a: len(beside(s, r, a))),
     (5, r"What {Q} is the {T} {R} the {N}\?", lambda s, q, r, a: only(beside(s, r, a), q)),
     (5, r"The {T} {R} the {N} has what {Q}\?", lambda s, r, a, q: only(beside(s, r, a), q)),
+    (6, r"What is there\?|What do you see\?|What is in the picture\?", lambda s: listed(s)),
 )]
 
 
@@ -171,7 +179,7 @@ def check(objects, dialogues):
 
 def test_answers_agree_with_the_oracle(asked):
     forms = check(*asked)
-    assert sum(forms.values()) > 11_000 and set(forms) == set(range(len(RULES))) and min(forms.values()) > 50, forms
+    assert sum(forms.values()) > 13_000 and set(forms) == set(range(len(RULES))) and min(forms.values()) > 50, forms
 
 
 def test_oracle_notices_faults():
@@ -188,20 +196,52 @@ def test_oracle_notices_faults():
 # ------------------------------------------------------------------------------------------------------------
 # Balance
 
+def short(turns):
+    """The turns with answers of one word."""
+    return [turn for turn in turns if turn[0] != 6]
+
+
 def test_turns_and_families(asked):
     objects, dialogues = asked
-    lengths = np.bincount([len(turns) for turns in dialogues], minlength=5) / len(dialogues)
-    assert len(lengths) == 5 and lengths[:2].sum() == 0 and lengths[2:].min() > 0.2
+    lengths = np.bincount([len(short(turns)) for turns in dialogues], minlength=5) / len(dialogues)
+    assert len(lengths) == 5 and lengths[:2].sum() < 0.02 and lengths[2:].min() > 0.15
     assert all(len({family for family, _, _ in turns}) == len(turns) for turns in dialogues)
     counts = np.bincount([family for turns in dialogues for family, _, _ in turns])
-    assert counts[0] == 0 and counts[1:].max() - counts[1:].min() < 0.01 * counts.sum()
+    assert counts[0] == 0 and counts[6] == len(dialogues)
+    assert counts[1:6].max() - counts[1:6].min() < 0.02 * counts[1:6].sum(), counts
     for place in range(3):  # no family has a place of its own
-        share = np.bincount([turns[place][0] for turns in dialogues if len(turns) == 4], minlength=6)[1:]
-        assert share.min() > 0.75 * share.mean() and share.max() < 1.25 * share.mean()
+        share = np.bincount([short(turns)[place][0] for turns in dialogues if len(turns) == 5], minlength=6)[1:]
+        assert share.min() > 0.6 * share.mean() and share.max() < 1.4 * share.mean()
+
+
+def test_describe_is_last_or_first(asked):
+    """Asked last it gives no answer away; in about a quarter of the training conversations it is the first turn."""
+    places = Counter("first" if turns[0][0] == 6 else "last" if turns[-1][0] == 6 else "" for turns in asked[1])
+    assert set(places) == {"first", "last"} and 0.22 < places["first"] / places.total() < 0.28
+    assert set(questions.PHRASES["describe"]["describe"]) == {question for turns in asked[1] for family, question, _ in turns
+                                                              if family == 6}
+    facts = texts.facts(world.build(world.sample_scenes(300, 7)), torch.zeros(300, 1, 1, dtype=torch.long))
+    frozen = questions.ask(facts, random.Random(7), describe_first=0)
+    assert all(turns[-1][0] == 6 and all(family < 6 for family, _, _ in turns[:-1]) for turns in frozen)
+
+
+def test_descriptions_are_read_back(asked, encoding):
+    """Eight tokens an object, with the comma before the next one or the line's end."""
+    for objects, turns in zip(*(part[:1000] for part in asked)):
+        answer, = (answer for family, _, answer in turns if family == 6)
+        told = questions.parse_description(answer)
+        assert [(o["x"], o["y"]) for o in told] == [(int(100 * o["x"]), int(100 * o["y"])) for o in reversed(objects)]
+        assert [{name: o[name] for name in TABLE} for o in told] == [{name: o[name] for name in TABLE}
+                                                                     for o in reversed(objects)]
+        assert len(encoding.encode_ordinary(f" {answer}\n")) == 8 * len(objects)
+    whole = "a large red metal cube at x=31 y=43"
+    assert questions.parse_description(f"{whole}, a large red cube at x=1 y=2, the small, {whole}") == 2 * [
+        {"x": 31, "y": 43, "size": "large", "color": "red", "material": "metal", "shape": "cube"}]
+    assert questions.parse_description("") == questions.parse_description("a red cube") == []
 
 
 def test_no_turn_speaks_of_a_part_of_another(asked):
-    for turns in asked[1]:
+    for turns in map(short, asked[1]):
         said = [[set(phrase.split()) - {"object", "thing"} for phrase in re.findall(N, question)]
                 + [{answer} & set(sum(TABLE.values(), []))] for _, question, answer in turns]
         for first, second in itertools.combinations(said, 2):
@@ -209,7 +249,7 @@ def test_no_turn_speaks_of_a_part_of_another(asked):
 
 
 def test_answers_are_balanced(asked):
-    turns = [turn for dialogue in asked[1] for turn in dialogue]
+    turns = [turn for dialogue in asked[1] for turn in short(dialogue)]
     answers = defaultdict(Counter)
     for family, question, answer in turns:
         form = next(i for i, rule in enumerate(RULES) if rule[1].fullmatch(question))
@@ -220,8 +260,8 @@ def test_answers_are_balanced(asked):
         if {"yes", "no"} & set(counts):
             assert max(share.values()) < 0.58, (RULES[key][1].pattern, share)
         elif key[1] == "number":
-            assert max(share.values()) < 0.37 and min(share.values()) > 0.04, share
-            assert sorted(share) == list("01234" if key[0] == 1 else "0123")
+            assert max(share.values()) < 0.45 and min(share.values()) > 0.02, share
+            assert sorted(share) == list("0123" if key[0] == 1 else "012")
         else:
             assert len(share) == len(TABLE[key[1]]) and max(share.values()) - min(share.values()) < 0.1, share
 
@@ -229,7 +269,7 @@ def test_answers_are_balanced(asked):
 def test_blind_guesses_are_poor(asked, frozen):
     known = [turn for dialogue in asked[1] for turn in dialogue]
     found = questions.blind(known, questions.decode(frozen["qa"], frozen["family"]))
-    assert list(found) == [1, 2, 3, 4, 5]
+    assert list(found) == [1, 2, 3, 4, 5, 6] and max(found[6][1:]) < 0.02
     #                 count, exist, attribute, compare, spatial
     for family, bound in enumerate((0.45, 0.56, 0.42, 0.56, 0.47), 1):
         assert max(found[family][1:]) < bound, (questions.FAMILIES[family - 1], found[family])
@@ -253,18 +293,18 @@ def test_a_scene_of_equal_objects():
     twin = {"shape": "cube", "color": "red", "material": "metal", "size": "small", "box": [0, 0, 1, 1]}
     facts = [[twin | {"x": 31, "y": 43}, twin | {"x": 68, "y": 43}]] * 50
     for turns in questions.ask(facts, random.Random(0)):
-        assert turns and not any(" the " in question for family, question, _ in turns if family != 4)
+        assert not any(" the " in question for family, question, _ in turns if family in (1, 2, 3, 5))
 
 
 def test_same_on_every_run():
     """Here and in a process in which strings have other hashes."""
     code = ("import hashlib, random, sys; sys.path.insert(0, 'data'); import questions, texts, torch, world; "
-            "f = texts.facts(world.sample_scenes(100, 5), torch.zeros(100, 1, 1, dtype=torch.long)); "
+            "f = texts.facts(world.build(world.sample_scenes(100, 5)), torch.zeros(100, 1, 1, dtype=torch.long)); "
             "print(hashlib.sha256(repr(questions.ask(f, random.Random(5))).encode()).hexdigest())")
     env = os.environ | {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
     there = subprocess.run([sys.executable, "-c", code], cwd=Path(maker.__file__).parents[1], env=env, check=True,
                            capture_output=True, text=True).stdout
-    facts = texts.facts(world.sample_scenes(100, 5), torch.zeros(100, 1, 1, dtype=torch.long))
+    facts = texts.facts(world.build(world.sample_scenes(100, 5)), torch.zeros(100, 1, 1, dtype=torch.long))
     here = hashlib.sha256(repr(questions.ask(facts, random.Random(5))).encode()).hexdigest()
     assert there.strip() == here
 
@@ -277,7 +317,7 @@ def test_encoding(encoding):
     words = {word for phrases in questions.PHRASES.values() for group in phrases.values() for phrase in group
              for word in re.findall(r"(?<![\w{])\w+(?!})", phrase) if word != "s"}
     words |= {*questions.KIND, *TABLE, *(f"{noun}s" for noun in (*TABLE["shape"], "object", "thing"))}
-    words |= {"object", "thing", "yes", "no", *"01234", *"to the left of right behind in front".split()}
+    words |= {"object", "thing", "yes", "no", *"0123", *"to the left of right behind in front".split()}
     split = [word for word in words if len(encoding.encode_ordinary(f" {word}")) != 1]
     assert not split, f"not one token: {split}"
     for text, row in (("Question:", 1), (" Answer:", 1), ("\n", 1)):
@@ -295,9 +335,10 @@ def test_tokens_and_marks(asked, encoding):
         for i, (_, question, answer) in enumerate(turns, 1):
             assert encoding.decode([v for v, mark in zip(row, marks) if mark == i]) == f" {answer}\n"
             before = encoding.decode(row[:marks.index(i)])
-            assert before.endswith(f"Question: {question} Answer:") and marks.count(i) == 2
+            assert before.endswith(f"Question: {question} Answer:")
+            assert marks.count(i) == (8 * (answer.count(",") + 1) if turns[i - 1][0] == 6 else 2)
         assert sorted(set(marks)) == list(range(len(turns) + 1))
-        family = [f for f, _, _ in turns] + [0] * (4 - len(turns))
+        family = [f for f, _, _ in turns] + [0] * (5 - len(turns))
         assert questions.decode([row], [family]) == turns
     with pytest.raises(ValueError, match="does not fit 20"):
         questions.encode(encoding, asked[1][0], 20)
@@ -306,9 +347,9 @@ def test_tokens_and_marks(asked, encoding):
 def test_the_longest_questions_fit(encoding):
     thing = "large gray rubber thing"  # no description is longer
     slots = {"a": thing, "b": thing, "q": "material", "r": "to the left of", "t": "thing"}
-    longest = [max(len(encoding.encode_ordinary(f"Question: {phrase.format(**slots)} Answer: no\n"))
-                   for group in phrases.values() for phrase in group) for phrases in questions.PHRASES.values()]
-    assert sum(sorted(longest)[1:]) + 1 <= LENGTH
+    *longest, describe = [max(len(encoding.encode_ordinary(f"Question: {phrase.format(**slots)} Answer: no\n"))
+                              for group in phrases.values() for phrase in group) for phrases in questions.PHRASES.values()]
+    assert sum(sorted(longest)[1:]) + describe - 2 + 8 * raycaster.MAX_OBJECTS + 1 <= LENGTH
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -320,6 +361,7 @@ def shards(tmp_path, monkeypatch):
     monkeypatch.setattr(maker, "CHUNK", 5)
     monkeypatch.setattr(raycaster, "RENDER_BATCH", {"cpu": 5})
     monkeypatch.setattr(maker, "render", functools.partial(raycaster.render, compile=False))
+    monkeypatch.setattr(maker, "looks_of_validation", tuple)
 
     def make(name, num=12):
         monkeypatch.setattr(maker, "ROOT", tmp_path / name)
@@ -329,7 +371,7 @@ def shards(tmp_path, monkeypatch):
 
 
 def test_interrupted_shards_continue(shards, monkeypatch, capsys):
-    whole, make_qa, calls = shards("whole"), maker.make_qa, []
+    whole, make, calls = shards("whole"), maker.make, []
     maker.report_questions(whole)
     assert "| spatial |" in capsys.readouterr().out
 
@@ -337,27 +379,29 @@ def test_interrupted_shards_continue(shards, monkeypatch, capsys):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return make_qa(*arguments, **keywords)
-    monkeypatch.setattr(maker, "make_qa", interrupted)
+        return make(*arguments, **keywords)
+    monkeypatch.setattr(maker, "make", interrupted)
     with pytest.raises(KeyboardInterrupt):
         shards("same")
     files = {p.name: p.read_bytes() for p in shards("same").iterdir()}
     assert len(calls) == 4, "the first chunk was made again"
     assert files == {p.name: p.read_bytes() for p in whole.iterdir()}
-    arrays = {name: np.load(whole / f"{name}.npy") for name in ("pixels", "qa", "answer", "family")}
+    arrays = {name: np.load(whole / f"{name}.npy") for name in ("pixels", "qa", "answer", "family", "scene")}
     assert set(files) == {*(f"{name}.npy" for name in arrays), "meta.json"}
     assert {name: (a.shape, a.dtype.name) for name, a in arrays.items()} == {
         "pixels": ((12, 3, 64, 64), "uint8"), "qa": ((12, LENGTH), "uint16"), "answer": ((12, LENGTH), "uint8"),
-        "family": ((12, 4), "uint8")}
+        "family": ((12, 5), "uint8"), "scene": ((12, 22), "int32")}
     meta = json.loads((whole / "meta.json").read_text())
-    assert meta["modalities"] == maker.modalities(64, "qa") == {"qa": {"length": LENGTH, "vocab": 512, "pad": 511}}
+    assert meta["modalities"] == maker.modalities(64, "qa") == {"qa": {"length": LENGTH, "vocab": 576, "pad": 575}}
     assert meta["sha256"] == {name: hashlib.sha256(files[f"{name}.npy"]).hexdigest() for name in arrays}
     assert (meta["name"], meta["text"]) == ("qa64", hashlib.sha256(tokenizer.QA.read_bytes()).hexdigest())
-    scenes = [world.sample_scenes(n, (1 << 32) + chunk) for chunk, n in enumerate((5, 5, 2))]  # those of the scenes set
-    objects = sum(map(plain, scenes), [])
+    codes = torch.cat([world.sample_scenes(n, (1 << 32) + chunk) for chunk, n in enumerate((5, 5, 2))])  # the scenes set's
+    assert np.array_equal(arrays["scene"], codes)
+    objects = plain(world.build(codes))
     check(objects, [questions.decode([row], [families]) for row, families in zip(arrays["qa"], arrays["family"])])
-    rgb = torch.cat([raycaster.render(s, compile=False)[0]["rgb"] for s in scenes])
+    rgb = raycaster.render(world.build(codes), compile=False)[0]["rgb"]
     assert np.abs(arrays["pixels"] - rgb.numpy() * 255).max() < 0.51
+    assert maker.check_shards(64, 12, 1, "cpu", "qa").endswith("texts equal, the same again: pixels 100.00 %")
 
 
 def test_finished_shards_are_verified(shards, capsys, monkeypatch):
@@ -378,22 +422,23 @@ def test_finished_shards_are_verified(shards, capsys, monkeypatch):
 
 
 def test_frozen_set(frozen, encoding):
-    scenes = world.load_frozen_scenes(64, 2000, "qa")
     assert json.loads(frozen["modalities"].tobytes()) == maker.modalities(64, "qa")
-    assert set(frozen) == {"pixels", "qa", "answer", "family", "modalities", *(f"scene_{name}" for name in scenes)}
-    assert {name: (frozen[name].shape, frozen[name].dtype.name) for name in ("pixels", "qa", "answer", "family")} == {
-        "pixels": ((2000, 3, 64, 64), "uint8"), "qa": ((2000, LENGTH), "uint16"),
-        "answer": ((2000, LENGTH), "uint8"), "family": ((2000, 4), "uint8")}
-    for name, value in world.load_frozen_scenes(64, 2000).items():
-        assert torch.equal(scenes[name], value), "not the scenes of scenes64.npz"
+    assert set(frozen) == {"pixels", "qa", "answer", "family", "modalities", "scene"}
+    assert {name: (frozen[name].shape, frozen[name].dtype.name) for name in set(frozen) - {"modalities"}} == {
+        "pixels": ((2000, 3, 64, 64), "uint8"), "qa": ((2000, LENGTH), "uint16"), "answer": ((2000, LENGTH), "uint8"),
+        "family": ((2000, 5), "uint8"), "scene": ((2000, 22), "int32")}
+    with np.load(tokenizer.FROZEN / "scenes64.npz") as arrays:
+        assert np.array_equal(frozen["scene"], arrays["scene"]), "not the scenes of scenes64.npz"
+    scenes = world.load_frozen_scenes(64, 2000, "qa")
     dialogues = [questions.decode([row], [family]) for row, family in zip(frozen["qa"], frozen["family"])]
     check(plain(scenes), dialogues)
+    assert all(turns[-1][0] == 6 and len(turns) > 1 for turns in dialogues), "everything is asked for last"
     facts = texts.facts(scenes, torch.zeros(2000, 1, 1, dtype=torch.long))
-    assert questions.ask(facts, random.Random(1 << 52)) == dialogues
+    assert questions.ask(facts, random.Random(maker.VALIDATION_SEED), describe_first=0) == dialogues
     rows, marks = zip(*(questions.encode(encoding, turns, LENGTH) for turns in dialogues))
     assert np.array_equal(rows, frozen["qa"]) and np.array_equal(marks, frozen["answer"])
     assert (frozen["family"] > 0).sum(1).tolist() == frozen["answer"].max(1).tolist()
-    rgb = raycaster.render({name: value[:50] for name, value in scenes.items()}, compile=False)[0]["rgb"] * 255
+    rgb = raycaster.render(world.load_frozen_scenes(64, 50, "qa"), compile=False)[0]["rgb"] * 255
     assert ((torch.from_numpy(frozen["pixels"][:50]) - rgb).abs() > 0.6).float().mean() < 1e-3
     assert (tokenizer.FROZEN / "qa64.npz").stat().st_size < 6e6
 

@@ -1,9 +1,13 @@
 """The scenes world: the ray caster against closed forms and slow code, texts and boxes against the pictures."""
 import functools
+import hashlib
 import itertools
 import math
+import os
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,21 +20,24 @@ import tokenizer
 import world
 
 FLAT = functools.partial(raycaster.render, compile=False)
+SEEDS = (3, 4, 1 << 32, (1 << 32) + 1, 2 << 32, (2 << 32) + 1, 1 << 52)  # as training and validation sets use them
+SLOTS = range(raycaster.MAX_OBJECTS)
+CODES = "SCENES CLOSE_UPS"  # of 200 random scenes and close-ups: changed with the world, never by a machine
 UP = np.array([0.0, 0.0, 1.0])
 
 
 @pytest.fixture(scope="module")
 def rendered():
     """100 scenes with their pictures, object index and facts."""
-    scenes = world.sample_scenes(100, seed=11)
+    scenes = world.build(world.sample_scenes(100, seed=11))
     images, index = FLAT(scenes)
     return scenes, images, index, texts.facts(scenes, index)
 
 
 def one_object(shape, center, radius=1.0, theta=0.0, camera=(0.1, 0.6, 60.0), lamp=(-0.6, -0.16, 0.784)):
     """A scene with a single object in slot 2, or none for shape -1."""
-    scenes = {name: torch.full((1, 4), -1) for name in ("shape", "color", "material", "size")}
-    scenes |= {"center": torch.zeros(1, 4, 3), "radius": torch.ones(1, 4), "theta": torch.zeros(1, 4),
+    scenes = {name: torch.full((1, 3), -1) for name in ("shape", "color", "material", "size")}
+    scenes |= {"center": torch.zeros(1, 3, 3), "radius": torch.ones(1, 3), "theta": torch.zeros(1, 3),
                "camera": torch.tensor([camera]), "lamp": torch.tensor([lamp])}
     scenes["shape"][0, 2], scenes["color"][0, 2], scenes["material"][0, 2], scenes["size"][0, 2] = shape, 1, 0, 1
     scenes["center"][0, 2], scenes["radius"][0, 2], scenes["theta"][0, 2] = torch.tensor(center), radius, theta
@@ -99,7 +106,7 @@ def test_hits_match_a_slow_implementation(shape):
     scenes["radius"][0, 2], scenes["theta"][0, 2] = radius, theta
     t, n = raycaster.intersect(raycaster.object_at(scenes, 2), *(tuple(torch.from_numpy(v.T.copy())[:, None]) for v in (o, d)))
     turn = np.array([[math.cos(theta), -math.sin(theta), 0], [math.sin(theta), math.cos(theta), 0], UP])
-    half = np.float32(raycaster.HALF[shape]) * radius
+    half = float(np.float32(raycaster.HALF[shape])) * radius
     outside = [i for i in range(600) if np.linalg.norm(o[i] - center) > 2]
     slow = [slow_hit(shape, half, (o[i] - center) @ turn, d[i] @ turn) for i in outside]
     times, normals = np.array([s[0] for s in slow]), np.array([turn @ s[1] for s in slow])
@@ -117,7 +124,7 @@ def test_pictures_are_well_formed(rendered):
     assert (((images["normal"] * 2 - 1).norm(dim=1) - 1).abs() < 1e-3).all()
     assert images["depth"].min() > 0 and images["depth"].max() < 1, "a depth was clamped: NEAR and FAR are too close"
     palette = torch.tensor(raycaster.SEG_PALETTE) / 255
-    for b, k in itertools.product(range(100), range(-1, 4)):
+    for b, k in itertools.product(range(100), range(-1, 3)):
         kind = 0 if k < 0 else scenes["shape"][b, k] + 1
         assert (images["seg"][b][:, index[b] == k] == palette[kind][:, None]).all()
 
@@ -128,7 +135,7 @@ def test_shadow_darkens_the_ground(shape, lamp_x):
     center, lamp = np.array([0.0, 0.0, 0.8]), np.array([lamp_x, -1.5, 2.0])
     lamp, ground = lamp / np.linalg.norm(lamp), center - lamp * center[2] / lamp[2]
     shaded, bare = (one_object(s, center.tolist(), lamp=tuple(lamp)) for s in (shape, -1))
-    x, y, _ = raycaster.project(bare | {"center": torch.tensor(ground, dtype=torch.float32).expand(1, 4, 3)})
+    x, y, _ = raycaster.project(bare | {"center": torch.tensor(ground, dtype=torch.float32).expand(1, 3, 3)})
     row, column = int(y[0, 0] * 64), int(x[0, 0] * 64)
     dark, light = raycaster.render_batch(shaded, 64), raycaster.render_batch(bare, 64)
     assert dark["index"][0, row, column] == -1
@@ -162,27 +169,144 @@ def test_compiled_render_agrees(rendered):
 
 def test_seeds():
     first, again = world.sample_scenes(20, 3), world.sample_scenes(20, 3)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    seeds = (3, 4, 1 << 32, (1 << 32) + 1, 2 << 32, (2 << 32) + 1, 1 << 52)  # as training and validation sets use them
-    looks = {world.sample_scenes(20, seed)["camera"].numpy().tobytes() for seed in seeds}
-    assert len(looks) == len(seeds), "different seeds give the same scenes"
+    assert torch.equal(first, again) and first.shape == (20, 22) and first.dtype == torch.int64
+    assert torch.equal(world.sample_close_ups(20, 3), world.sample_close_ups(20, 3))
+    for sample in (world.sample_scenes, world.sample_close_ups):
+        assert len({sample(20, seed).numpy().tobytes() for seed in SEEDS}) == len(SEEDS), "seeds give the same scenes"
 
 
-def test_objects_are_apart_visible_and_counted_evenly():
-    scenes = world.sample_scenes(1000, seed=5)
+def test_codes_are_the_same_on_any_machine():
+    """They are whole numbers: here, and where torch computes as on a CPU without AVX-512."""
+    code = ("import hashlib, sys; sys.path.insert(0, 'data'); import world; print(*(hashlib.sha256(codes.numpy()"
+            ".astype('<i8').tobytes()).hexdigest()[:16] for codes in (world.sample_scenes(200, 3), "
+            "world.sample_close_ups(200, 3))))")
+    for capability in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):
+        there = subprocess.run([sys.executable, "-c", code], cwd=maker.ROOT.parent, env=os.environ | capability, check=True,
+                               capture_output=True, text=True).stdout
+        assert there.strip() == CODES, capability
+
+
+def test_a_code_is_a_look():
+    codes = torch.cat([world.sample_scenes(1000, seed) for seed in SEEDS[:2]])
+    looks = world.look(codes)
+    assert looks.dtype == np.int64 and looks.min() >= 0
+    assert len(np.unique(looks)) == len(torch.unique(codes, dim=0)) > 1700
+    assert (world.look(codes.flip(0)) == looks[::-1]).all() and (looks == world.look(codes.numpy())).all()
+    for field in range(codes.shape[1]):  # every single number counts
+        changed = codes[:200].clone()
+        changed[:, field] = torch.where(changed[:, field] > 0, changed[:, field] - 1, changed[:, field] + 1)
+        assert (world.look(changed) != looks[:200]).all(), field
+
+
+def extents(scenes, k, pixels=256):
+    """Where object k of every scene is when it is alone: (n, 4) xmin, ymin, xmax, ymax as shares of the frame, and its
+    mask (n, pixels, pixels)."""
+    alone = {name: value[:, k:k + 1] if value.dim() > 1 and name not in ("camera", "lamp") else value
+             for name, value in scenes.items()}
+    ids = raycaster.trace(alone, *raycaster.primary_rays(alone, pixels))[1].unflatten(1, (pixels, pixels)) >= 0
+    boxes = torch.tensor(texts.pixel_boxes(torch.where(ids, 0, -1)))[:, 0] + torch.tensor([0, 0, 1, 1])
+    return boxes / pixels, ids
+
+
+def test_objects_are_large_apart_visible_and_counted_evenly():
+    codes = world.sample_scenes(600, seed=5)
+    scenes = world.build(codes)
     exists = scenes["shape"] >= 0
-    share = exists.sum(1).bincount(minlength=5) / 1000
-    assert share[0] == 0 and ((share[1:] - 0.25).abs() < 0.05).all()
+    share = exists.sum(1).bincount(minlength=4) / 600
+    assert share[0] == 0 and ((share[1:] - 1 / 3).abs() < 0.07).all() and raycaster.MAX_OBJECTS == 3
+    assert torch.equal(exists, torch.arange(3) < exists.sum(1, keepdim=True)), "the first slots are used"
     half = scenes["radius"] * torch.tensor(raycaster.HALF)[scenes["shape"].clamp(min=0)]
-    assert (scenes["center"][..., 2] - half)[exists].abs().max() < 1e-5
-    ids = raycaster.trace(scenes, *raycaster.primary_rays(scenes, 48))[1]
-    share = torch.stack([(ids == k).float().mean(1) for k in range(4)], 1)
-    assert share[exists].min() > world.MIN_VISIBLE * 0.5 and share[~exists].max() == 0
+    assert (scenes["center"][..., 2] - half)[exists].abs().max() < 1e-5, "it stands on the ground"
     foot = torch.where(scenes["shape"] == 0, half * 2 ** 0.5, half)  # a cube reaches as far as its corners
-    for i, j in itertools.combinations(range(4), 2):
+    for i, j in itertools.combinations(SLOTS, 2):
         gap = (scenes["center"][:, i] - scenes["center"][:, j])[:, :2].norm(dim=1)
-        reach = torch.maximum(foot[:, i] + foot[:, j], scenes["radius"][:, i] + scenes["radius"][:, j])
-        assert (gap >= reach)[exists[:, i] & exists[:, j]].all()
+        assert (gap > foot[:, i] + foot[:, j] - 0.05)[exists[:, i] & exists[:, j]].all(), "the camera is not infinitely far"
+    some = {name: value[:200] for name, value in scenes.items()}
+    together = raycaster.trace(some, *raycaster.primary_rays(some, 256))[1].unflatten(1, (256, 256))
+    for k in SLOTS:
+        there, (boxes, alone) = exists[:200, k], extents(some, k)
+        boxes, sizes = boxes[there], alone.sum((1, 2))[there]
+        assert (boxes[:, 2] - boxes[:, 0]).min() >= 0.28, "narrower than 28 % of the frame"
+        visible = (together == k).sum((1, 2))[there] / sizes
+        assert visible.min() >= world.LEAST_VISIBLE - 0.05, "of the 32 x 32 rays that the sampler traces"
+        across, up = world.extent(some["shape"][there, k], some["theta"][there, k], some["radius"][there, k])
+        x, y, _ = raycaster.project(some)
+        for place, reach in ((x, across), (y, up)):
+            edge = (place[there, k] - 0.5).abs() + reach
+            assert edge.max() <= 0.5 + world.BORDER + 1e-4, "out of the frame"
+
+
+def test_places_and_order():
+    codes = world.sample_scenes(1500, seed=6)
+    objects = codes.view(-1, 3, len(world.FIELDS))
+    row, column = objects[..., 5], objects[..., 6]
+    exists = objects[..., 0] >= 0
+    assert (objects[~exists] == -1).all() and (objects[exists] >= 0).all()
+    after = exists[:, 1:]
+    assert (row[:, 1:] <= row[:, :-1])[after].all(), "nearest first: the lowest row of the picture"
+    same = after & (row[:, 1:] == row[:, :-1])
+    assert same.sum() > 50 and (column[:, 1:] > column[:, :-1])[same].all(), "and from left to right in a row"
+    assert (objects[..., 4][exists & (objects[..., 0] > 0)] == 0).all(), "round shapes have no turn"
+    most = (3, 8, 2, 2, world.TURNS, world.PLACES, world.PLACES)
+    for field, values in enumerate(most):
+        met = objects[..., field][exists].unique()
+        assert met.min() >= 0 and met.max() < values and len(met) >= values - 4, world.FIELDS[field]
+    assert codes[:, 0].unique().tolist() == list(range(len(world.LAMPS)))
+    for name, values in (("shape", 3), ("color", 8), ("material", 2), ("size", 2)):
+        share = objects[..., world.FIELDS.index(name)][exists].bincount(minlength=values) / exists.sum()
+        assert (share * values - 1).abs().max() < 0.2, (name, share)
+    x, y, _ = raycaster.project(world.build(codes, torch.double))
+    middle = (torch.stack([column, row], 2) + 0.5) / world.PLACES
+    assert (torch.stack([x, y], 2) - middle)[exists].abs().max() < 1e-6, "an object is in the middle of its cell"
+
+
+def test_validation_looks_are_kept_out():
+    validation = maker.validation_looks("scenes")
+    assert maker.validation_looks("qa") is validation and len(validation) == maker.VALIDATION
+    free = world.sample_scenes(2000, 1 << 32)
+    met = np.isin(world.look(free), validation)
+    single = (free[:, 1 + len(world.FIELDS)] == -1).numpy()
+    assert met[single].sum() > 5 and not met[~single].any(), "scenes of one object meet again by chance"
+    codes = maker.sample("qa", 2000, 1 << 32, validation)
+    assert not np.isin(world.look(codes), validation).any()
+    assert (codes[:, 1 + len(world.FIELDS)] == -1).sum() == single.sum(), "they are drawn again"
+    assert torch.equal(codes[:5], maker.sample("scenes", 2000, 1 << 32, validation)[:5])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Close-ups
+
+def test_close_ups_fill_the_frame():
+    codes = world.sample_close_ups(300, seed=5)
+    assert codes.shape == (300, 8) and world.close_up(codes) and not world.close_up(world.sample_scenes(2, 1))
+    scenes = world.build(codes)
+    boxes, _ = extents(scenes, 0, 128)
+    width = boxes[:, 2] - boxes[:, 0]
+    low, high = world.CLOSE_WIDTH
+    assert (low, high) == (0.45, 0.65) and width.min() > low - 0.02, "as wide as that at the object's centre"
+    assert width.max() < 1.1 * high, "what is nearer to the camera is larger"
+    assert width.quantile(0.1) < low + 0.05 and width.quantile(0.9) > high - 0.04
+    margins = torch.cat([boxes[:, :2], 1 - boxes[:, 2:]], 1)
+    assert margins.min() >= 0 and margins.median() > 0.05, "inside the frame"
+    assert all(len(codes[:, field].unique()) > 290 for field in (4, 5, 6, 7)), "turn, size and place are continuous"
+    counts = (codes[:, 1] * 8 + codes[:, 2]).bincount(minlength=24)
+    assert len(counts) == len(world.CLASSES) == 24 and counts.min() > 3
+    large = width[scenes["size"][:, 0] == 1]
+    assert large.min() > width[scenes["size"][:, 0] == 0].max() - 0.08, "size is a name for the width"
+
+
+def test_no_close_up_is_a_copy_of_a_validation_picture():
+    """Of 2,000 and 2,000 the pairs that are the most alike by their codes differ as pictures."""
+    ours, theirs = world.sample_close_ups(2000, 1 << 32), world.sample_close_ups(2000, maker.VALIDATION_SEED)
+    place = torch.tensor([0, 1, 1, 1]) / world.FINE  # the turn, of a cube alone, is left out: pairs can only be more alike
+    distance = torch.cdist(ours[:, 4:] * place, theirs[:, 4:] * place)
+    distance += (ours[:, None, :4] != theirs[None, :, :4]).any(2)
+    nearest = distance.flatten().topk(20, largest=False).indices
+    assert distance.min() < 0.05, "pairs of the same lamp, shape, colour and material"
+    first, second = (FLAT(world.build(codes))[0]["rgb"] * 255
+                     for codes in (ours[nearest // 2000], theirs[nearest % 2000]))
+    differ = ((first - second).abs() > 8).float().mean((1, 2, 3))
+    assert differ.min() > 0.003, differ
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -195,11 +319,10 @@ def test_facts_match_the_picture(rendered):
         offset = scenes["center"][b].double().numpy() - eye
         depth = offset @ forward
         place = 0.5 + np.stack([offset @ right, -offset @ up], 1) / (2 * math.tan(math.radians(2.92)) * depth[:, None])
-        there = [k for k in range(4) if scenes["shape"][b, k] >= 0]
-        order = [min(there, key=lambda k: np.abs(100 * place[k] - [o["x"], o["y"]]).sum()) for o in objects]
-        assert sorted(order) == there
-        assert (np.diff(depth[order]) > -1e-3).all(), "nearest first; equally far ones in any order"
-        for o, k in zip(objects, order):
+        there = [k for k in SLOTS if scenes["shape"][b, k] >= 0]
+        assert there == list(range(len(objects)))
+        assert (np.diff(place[there, 1]) < 1e-3).all(), "nearest first: from the bottom of the picture to its top"
+        for k, o in enumerate(objects):
             scale = 2 * math.tan(math.radians(2.92)) * (offset[k] @ forward)
             assert abs(o["x"] + 0.5 - 100 * (0.5 + offset[k] @ right / scale)) < 0.51
             assert abs(o["y"] + 0.5 - 100 * (0.5 - offset[k] @ up / scale)) < 0.51
@@ -207,16 +330,17 @@ def test_facts_match_the_picture(rendered):
                      ("size", raycaster.SIZES)]
             assert all(o[name] == names[scenes[name][b, k]] for name, names in words)
             rows, columns = np.nonzero(index[b].numpy() == k)
-            assert len(rows) >= world.MIN_VISIBLE * 0.5 * 64 * 64, "hardly visible"
+            assert len(rows) > 100, "hardly visible"
             assert o["box"] == [columns.min(), rows.min(), columns.max(), rows.max()]
 
 
 def test_texts_name_every_object_and_fit():
     index, encoding = torch.zeros(500, 1, 1, dtype=torch.long), tokenizer.load_text()
-    for b, objects in enumerate(texts.facts(world.sample_scenes(500, seed=6), index)):
+    for b, objects in enumerate(texts.facts(world.build(world.sample_scenes(500, seed=6)), index)):
         desc, caption = texts.describe(objects), texts.caption(objects, random.Random(b))
         for m, text in (("desc", desc), ("caption", caption)):
             assert len(tokenizer.text_tokens(encoding, text, texts.LENGTHS[m])) == texts.LENGTHS[m]
+        assert len(encoding.encode_ordinary(desc)) == 5 * len(objects), "a token per fact"
         kept = ("x", "y", "shape", "color", "material")
         assert texts.parse_desc(desc) == [{name: o[name] for name in kept} for o in objects]
         nouns = [f"{o['size']} {o['color']} {o['material']} {o['shape']}" for o in objects]

@@ -17,16 +17,19 @@ from safetensors import safe_open
 
 import eval_masks
 import leaderboard
+import judge
 import ranks
 import runs
 import scenes
+import show_4m
+import texts
 import tokenizer
 import train_4m
 from train_4m import IMAGES, MODALITIES, Fault, Output
 
 ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"dim": 64, "head_dim": 32, "enc_depth": 1, "dec_depth": 1}
-SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=8", "--eval_batch=25",
+SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=8",
          "--quality_scenes=0", "--precision=fp32"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -196,9 +199,9 @@ def test_input_budgets_are_even():
 
 def digest_of(*paths):
     """The sha256 of the frozen evaluation code and of the files that it reads, recomputed."""
-    code = Path(train_4m.__file__).read_text().split("# --- frozen:")[1].split("# --- end:")[0]
-    assert code.startswith(" eval ---\ndef read_frozen(") and "def evaluate(" in code
-    return hashlib.sha256(code.encode() + b"".join(path.read_bytes() for path in paths)).hexdigest()
+    code = Path(train_4m.__file__).read_text().split("# --- frozen:")[1].split("# --- end: eval")[0]
+    assert code.startswith(" eval ---\nEVAL_BATCH = ") and "def read_frozen(" in code and "def evaluate(" in code
+    return hashlib.sha256(code.removeprefix(" eval").encode() + b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 @pytest.mark.parametrize("track", ["cpu", "gpu"])
@@ -210,9 +213,19 @@ def test_frozen_masks(track):
     assert digest == digest_of(*paths)
     assert roles.dtype == torch.uint8 and set(roles.unique().tolist()) == {0, 1, 2}
     assert layout.valid(tokens)[roles > 0].all()
-    for role in (1, 2):
-        count = (roles == role).sum(1)
+    course, whole = roles[::2], roles[1::2]
+    for role in (1, 2):  # as the course masks
+        count = (course == role).sum(1)
         assert count.min() >= 1 and count.max() <= 128 and 45 < count.float().mean() < 66
+    valid, given = layout.valid(tokens[1::2]), []
+    for k in range(len(MODALITIES)):  # one to three whole modalities, and up to 16 targets of every other one
+        there, inputs, targets = ((mask & (layout.kind == k)).sum(1) for mask in (valid, whole == 1, whole == 2))
+        given.append(inputs > 0)
+        assert (inputs[given[k]] == there[given[k]]).all() and (targets[given[k]] == 0).all()
+        assert (targets[~given[k]] == there[~given[k]].clamp(max=16)).all()
+    count = torch.stack(given).sum(0).bincount(minlength=4)
+    assert len(count) == 4 and count[0] == 0 and count[1:].min() > 270, "as often one, two and three"
+    assert torch.stack(given).float().mean(1).sub(0.25).abs().max() < 0.05, "every modality as often"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -221,7 +234,7 @@ def test_frozen_masks(track):
 def test_padding_does_not_leak(model, layout, frozen):
     tokens, roles = frozen[0][:6], frozen[1][:6]
     targets = draw(tokens, layout, 8)[1]
-    places, seen = train_4m.gather_places(roles == 1, int((roles == 1).sum(1).max()))
+    places, seen = train_4m.gather_places(roles == 1)
     assert torch.equal(torch.zeros_like(roles, dtype=torch.bool).scatter(1, places, seen), roles == 1)
     with torch.no_grad():
         short = model(tokens, places, seen, targets)
@@ -301,33 +314,83 @@ def test_gpu_model_on_the_meta_device():
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-def evaluate(model, layout, frozen, n, batch):
-    config = dataclasses.replace(train_4m.CONFIGS["cpu"], eval_batch=batch)
-    return train_4m.evaluate(model, layout, frozen[0][:n], frozen[1][:n], config, 0, 1)
+def evaluate(model, frozen, n, rank=0, world=1):
+    tokens, roles, modalities, _ = frozen
+    return train_4m.evaluate(model, tokens[:n].clone(), roles[:n], modalities, rank, world)[:2]
 
 
-def test_evaluation_against_a_plain_loop(model, layout, frozen):
-    nats = {m: [] for m in MODALITIES}
-    for row, roles in zip(frozen[0][:20], frozen[1][:20]):
+def test_evaluation_against_a_plain_loop(model, layout, frozen, monkeypatch):
+    nats = {(half, m): [] for half in (0, 1) for m in MODALITIES}
+    for i, (row, roles) in enumerate(zip(frozen[0][:60], frozen[1][:60])):
         inputs, targets = (roles == 1).nonzero()[:, 0], (roles == 2).nonzero()[:, 0]
         with torch.no_grad():
             logits = model(row[None], inputs[None], None, targets[None])[0].double()
         for place, scores in zip(targets.tolist(), logits):
             p = scores.exp() / scores.exp().sum()
-            nats[MODALITIES[layout.kind[place]]].append(-p[row[place]].log().item())
-    means = {m: np.mean(values) for m, values in nats.items()}
-    loss, by_modality = evaluate(model, layout, frozen, 20, 7)
-    assert by_modality == pytest.approx(means, abs=1e-4)
-    assert loss == pytest.approx(np.mean(list(means.values())), abs=1e-4)
-    for batch in (1, 20, 125):  # other batches, other padding
-        assert evaluate(model, layout, frozen, 20, batch)[0] == pytest.approx(loss, abs=1e-3)
+            nats[i % 2, MODALITIES[layout.kind[place]]].append(-p[row[place]].log().item())
+    course, whole = ([np.mean(nats[half, m]) for m in MODALITIES] for half in (0, 1))
+    loss, numbers = evaluate(model, frozen, 60)
+    expected = {"course": np.mean(course), "whole": np.mean(whole), **dict(zip(MODALITIES, np.add(course, whole) / 2))}
+    assert numbers == pytest.approx(expected, abs=1e-4)
+    assert loss == pytest.approx((np.mean(course) + np.mean(whole)) / 2, abs=1e-4)
+    monkeypatch.setattr(train_4m, "EVAL_BATCH", 26)  # other batches, other padding
+    assert evaluate(model, frozen, 60)[0] == pytest.approx(loss, abs=1e-3)
 
 
 def test_untrained_model_is_uniform(layout, frozen):
-    loss, by_modality = evaluate(small_model(layout, heads=0), layout, frozen, 60, 20)
+    loss, numbers = evaluate(small_model(layout, heads=0), frozen, 60)
     uniform = {m: math.log(about["vocab"]) for m, about in layout.modalities.items()}
-    assert by_modality == pytest.approx(uniform, abs=1e-3)
-    assert loss == pytest.approx(sum(uniform.values()) / 8, abs=1e-3)
+    mean = sum(uniform.values()) / 8
+    assert numbers == pytest.approx({**uniform, "course": mean, "whole": mean}, abs=1e-3)
+    assert loss == pytest.approx(mean, abs=1e-3)
+
+
+class Doctored(torch.nn.Module):
+    """A model that cheats in the way of a function of (log-probabilities, tokens it can get at, places)."""
+
+    def __init__(self, model, cheat):
+        super().__init__()
+        self.model, self.cheat = model, cheat
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, tokens, enc_pos, visible, dec_pos, counted=None):
+        return self.cheat(self, self.model(tokens, enc_pos, visible, dec_pos, counted), dec_pos)
+
+
+def sharpen_scores(doctored, log_probs, places):
+    return log_probs / 2
+
+
+def drop_hard_targets(doctored, log_probs, places):
+    return log_probs[:, :-1]
+
+
+def remember(doctored, log_probs, places):
+    doctored.seen += 1
+    return log_probs
+
+
+@pytest.mark.parametrize("cheat, message", [
+    (sharpen_scores, "probabilities sum to 1 \\+- "), (drop_hard_targets, "must return float32 log-probabilities"),
+    (lambda doctored, log_probs, places: log_probs.half(), "must return float32 log-probabilities"),
+    (remember, "parameters or buffers changed during the evaluation"),
+    (lambda doctored, log_probs, places: log_probs.where(places[..., None] > 0, math.nan), "at a place|not finite at every")])
+def test_doctored_models(model, frozen, cheat, message):
+    with pytest.raises(Fault, match=message):
+        evaluate(Doctored(model, cheat), frozen, 60)
+
+
+def test_a_model_that_peeks(model, frozen):
+    """It holds on to the validation tokens themselves, and looks targets up."""
+    tokens, roles, modalities, _ = frozen
+    tokens = tokens[:60].clone()
+
+    def peek(doctored, log_probs, places):
+        truth = tokens[:len(places)].gather(1, places)[..., None]
+        sure = torch.full_like(log_probs, math.log(1e-6)).scatter(2, truth, 0.0)
+        return sure.log_softmax(-1)
+    with pytest.raises(Fault, match="predictions change with the targets"):
+        train_4m.evaluate(Doctored(model, peek), tokens, roles[:60], modalities, 0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -484,7 +547,7 @@ def test_given_parts_are_completed_and_kept(model, layout, frozen):
         out, seen = generate(model, layout, frozen, Output("rgb", scheme, steps=7), "depth", ("rgb", hidden))
         assert seen[:, layout.span["rgb"]].all()
         assert not torch.equal(out[:, :64][:, hidden], frozen[0][:3, :64][:, hidden])
-    out, seen = generate(model, layout, frozen, Output("desc"), "depth", ("desc", torch.arange(24) >= 6))
+    out, seen = generate(model, layout, frozen, Output("desc"), "depth", ("desc", torch.arange(16) >= 6))
     assert seen[:, layout.span["desc"]][:, :7].all()
     whole = generate(model, layout, frozen, Output("rgb"), "rgb")[0]  # nothing left to do
     assert torch.equal(whole, frozen[0][:3])
@@ -537,6 +600,49 @@ def test_generate_refuses(model, layout, frozen):
     known[1, 3] = True
     with pytest.raises(Fault, match="same number"):
         train_4m.generate(model, layout, tokens, known, [Output("rgb")])
+
+
+class Oracle:
+    """A judge that sees in the pictures what it is told, and finds them half as good as can be."""
+
+    def __init__(self, objects):
+        self.objects = objects
+
+    def read(self, pictures):
+        assert pictures.shape[1:] == (3, 64, 64) and 0 <= pictures.min() and pictures.max() <= 1
+        return self.objects[:len(pictures)]
+
+    def fidelity(self, pictures, objects):
+        assert objects == self.objects[:len(pictures)]
+        return 0.5
+
+
+def test_quality_numbers(layout, frozen, tmp_path, monkeypatch):
+    """A model that generates the truth has the best there are; and a sheet says what the judge sees."""
+    tokens, asked = frozen[0][:12], []
+    described = [texts.parse_desc(tokenizer.decode_text(tokenizer.load_text(), row[layout.span["desc"]])) for row in tokens]
+
+    def made(model, layout, rows, known, outputs, seed=0):
+        asked.append((len(rows), seed, *(output.modality for output in outputs)))
+        return rows.clone(), known
+
+    monkeypatch.setattr(train_4m, "generate", made)
+    monkeypatch.setattr(judge, "load", lambda device: Oracle(described))
+    monkeypatch.setattr(show_4m, "PART", 5)
+    monkeypatch.setattr(show_4m, "TRUTH_SCENES", 6)
+    run = runs.fake_run()
+    run.options = train_4m.Options(quality_scenes=12)
+    shown = show_4m.Show(train_4m, run, layout, frozen[0])
+    numbers = shown.show(None, tmp_path)
+    assert set(numbers) == {f"quality_{name}" for name in ("depth_l1", "normal_degrees", "desc_f1", "desc_object_f1",
+                                                           "rgb_from_desc_f1", "rgb_from_caption_f1", "fidelity")}
+    assert numbers["quality_normal_degrees"] < 8 and numbers["quality_depth_l1"] < 0.15, "what the tokenizer loses"
+    assert [numbers[f"quality_{name}"] for name in ("desc_f1", "desc_object_f1", "rgb_from_desc_f1",
+                                                    "rgb_from_caption_f1", "fidelity")] == [1, 1, 1, 1, 0.5]
+    assert asked[:2] == [(5, 0, "depth"), (1, 1, "depth")] and asked[4:7] == [(5, 0, "desc"), (5, 1, "desc"), (2, 2, "desc")]
+    assert (tmp_path / "4m.png").exists() and shown.bar.n == shown.bar.total == 9
+    shown.judge = Oracle(described[1:] + described[:1])
+    assert shown.labels(judge.object_f1, torch.zeros(2, 3, 64, 64), tokens[:2]) == ["rgb, judged F1 0.00"] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -620,6 +726,7 @@ def test_log(finished, tiny):
     assert foot["overrides"].split() == argv and foot["reached"] in (False, "False")
     by_modality = [foot[f"val_loss_{m}"] for m in MODALITIES]
     assert foot["val_loss"] == pytest.approx(sum(by_modality) / 8, abs=1e-3)
+    assert foot["val_loss"] == pytest.approx((foot["val_loss_course"] + foot["val_loss_whole"]) / 2, abs=1e-3)
     uniform = sum(math.log(about["vocab"]) for m, about in scenes.modalities(64).items()) / 8
     assert foot["val_loss"] < uniform - 0.5, "20 steps must learn something"
     assert foot["precision"] == settings["precision"] == "fp32" and settings["options"]["save"] is True
@@ -650,7 +757,7 @@ def test_loading_reproduces_the_loss(finished, tiny, tmp_path, monkeypatch):
     """The checkpoint knows its architecture: nothing of it is passed."""
     checkpoint, = (finished[0] / "checkpoints").iterdir()
     root = make_root(tmp_path / "again")
-    argv = ["--track=cpu", "--eval_batch=25", "--quality_scenes=0", "--precision=fp32", *tiny[1],
+    argv = ["--track=cpu", "--quality_scenes=0", "--precision=fp32", *tiny[1],
             f"--load={checkpoint}", "--num_steps=0", f"--data={tmp_path}/none"]
     run_here(monkeypatch, root, argv, samples=True)
     foot, before = (json.loads((r / "records/runs.jsonl").read_text()) for r in (root, finished[0]))
@@ -662,7 +769,7 @@ def test_loading_reproduces_the_loss(finished, tiny, tmp_path, monkeypatch):
 def test_a_result_outlives_its_samples(tiny, tmp_path, monkeypatch, capsys):
     """Whatever happens while samples are drawn: footer, weights and line are there, one sentence, exit code 1."""
     root = make_root(tmp_path / "root")
-    monkeypatch.setattr(train_4m, "generate", lambda *_: 1 / 0)
+    monkeypatch.setattr(train_4m, "generate", lambda *_, **__: 1 / 0)
     with pytest.raises(SystemExit) as stopped:
         run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=2", "--save=true"], samples=True)
     assert stopped.value.code == 1 and len(list((root / "checkpoints").iterdir())) == 1

@@ -258,7 +258,10 @@ def test_quality_numbers(frozen, tmp_path, monkeypatch):
     numbers, shown = show(monkeypatch, small_model(), tmp_path, quality_pictures=CLASSES)
     assert {numbers[f"accuracy_{steps}_steps"] for steps in (1, 2, 5, 10, 25, 50)} == {1.0}
     assert {f"frechet_{steps}_steps" for steps in (1, 2, 5, 10, 25, 50)} < set(numbers)
-    assert asked[0] == (96, 25, "heun") and asked[-6:] == [(24, steps, "euler") for steps in (1, 2, 5, 10, 25, 50)]
+    assert asked[0] == (96, 25, "heun") and asked[-1] == (24, 25, "heun")
+    assert asked[-7:-1] == [(24, steps, "euler") for steps in (1, 2, 5, 10, 25, 50)]
+    assert numbers["quality_class_accuracy"] == 1 and numbers["quality_frechet"] == numbers["frechet_25_steps"]
+    assert [numbers[f"quality_{name}"] for name in ("steps", "solver", "guidance")] == [25, "heun", 1.0]
     assert shown.bar.n == shown.bar.total == sum(n * steps for n, steps, _ in asked), "the bar ends full"
     assert {path.name for path in tmp_path.iterdir()} == {"flow.png", "flow.gif"}
 

@@ -296,11 +296,16 @@ def test_quality_numbers(model, frozen, tmp_path, monkeypatch):
         run.config = dataclasses.replace(train_maskgit.CONFIGS["cpu"], label_drop=fields.pop("label_drop", 0.1))
         run.options = train_maskgit.Options(**fields)
         return show_maskgit.Show(train_maskgit, run, modalities=modalities, frozen=frozen[:3])
-    monkeypatch.setattr(show_maskgit, "QUALITY_STEPS", (1, 2))
+    monkeypatch.setattr(show_maskgit, "STEPS", (1, 2))
+    monkeypatch.setattr(show_maskgit, "QUALITY_STEPS", 2)
+    monkeypatch.setattr(show_maskgit, "PART", 10)
     shown = show(quality_pictures=24)
     shown.bar = types.SimpleNamespace(set_postfix_str=lambda *_: None, update=lambda: None)
     numbers = shown.quality(model)
-    assert set(numbers) == {f"{name}_{steps}_steps" for name in ("accuracy", "frechet") for steps in (1, 2)}
+    floors = {"quality_class_accuracy": numbers["accuracy_2_steps"], "quality_frechet": numbers["frechet_2_steps"],
+              "quality_steps": 2, "quality_guidance": 2.0}
+    table = {f"{name}_{steps}_steps" for name in ("accuracy", "frechet") for steps in (1, 2)}
+    assert set(numbers) == table | set(floors) and {name: numbers[name] for name in floors} == floors
     assert all(math.isfinite(value) for value in numbers.values())
     with pytest.raises(Fault, match="is less than one for each of the 24 classes"):
         show(quality_pictures=23)

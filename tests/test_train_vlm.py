@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import types
@@ -26,10 +27,12 @@ import train_vlm
 from train_vlm import IMAGE, PAD, Fault, Options, generate
 
 ROOT = Path(__file__).resolve().parent.parent
+VOCAB = tokenizer.TEXT_VOCAB
 DIMS = {"vit_dim": 32, "vit_depth": 1, "vit_heads": 2, "vit_mlp": 64, "lm_dim": 32, "lm_depth": 2, "lm_heads": 4,
         "lm_kv_heads": 2, "lm_mlp": 48}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=4",
-         "--eval_batch=30", "--samples=2", "--precision=fp32"]
+         "--eval_batch=30", "--samples=2", "--quality_pictures=4",
+         "--precision=fp32"]
 
 
 def small_config(**changes):
@@ -54,7 +57,7 @@ def frozen():
 def model():
     """A small model in float32 whose predictions differ: everything is drawn at random."""
     torch.manual_seed(0)
-    model = train_vlm.VLM(small_config(), 512)
+    model = train_vlm.VLM(small_config(), VOCAB)
     train_vlm.init_weights(model)
     for name, p in model.named_parameters():
         if p.ndim > 1:
@@ -299,9 +302,28 @@ def test_generation_is_what_evaluation_sees(model, frozen):
         assert (said == row[first].item()) == right[0].item()
 
 
+def test_descriptions(model, frozen, tmp_path, monkeypatch):
+    """They are the greedy answers to a question of no conversation, and judged by the truth, sizes included."""
+    monkeypatch.setattr(show_vlm, "PART", 3)
+    show = show_vlm.Show(train_vlm, FakeRun(samples=0, quality_pictures=7), frozen[:4], None)
+    said = show.describe(model, frozen[0][:3])
+    question, options = show.codec.question("What is there?"), Options(max_tokens=show_vlm.DESCRIBE_TOKENS)
+    answers = [generate(model, picture, question, show.codec.stop, options) for picture in frozen[0][:3]]
+    assert said == [show.codec.decode(answer) for answer in answers]
+    truth = [re.findall(r"Answer: (a .*)\n", show.codec.decode(row.tolist()))[-1] for row in frozen[1][:7]]
+    parts = iter((truth[:3], truth[3:6], truth[6:]))
+    monkeypatch.setattr(show, "describe", lambda model, pixels: next(parts))
+    assert show.show(model, tmp_path) == {"quality_describe_f1": 1.0}
+    others = iter((["a cube"] * 3, ["no"] * 3, truth[6:]))
+    monkeypatch.setattr(show, "describe", lambda model, pixels: next(others))
+    told, all_of_them = (sum(text.count(" at x=") for text in part) for part in (truth[6:], truth))
+    assert show.show(model, tmp_path)["quality_describe_f1"] == pytest.approx(2 * told / (told + all_of_them), abs=1e-4)
+
+
 def test_chat(model, frozen, tmp_path, monkeypatch, capsys):
     Image.new("L", (50, 70), 128).save(tmp_path / "grey.png")
-    show = show_vlm.Show(train_vlm, FakeRun(chat=str(tmp_path / "grey.png"), samples=0), frozen[:4], None)
+    show = show_vlm.Show(train_vlm, FakeRun(chat=str(tmp_path / "grey.png"), samples=0, quality_pictures=0),
+                         frozen[:4], None)
     for ending in ("", EOFError, KeyboardInterrupt):
         lines = iter(["How many objects are there?", ending])
 
@@ -439,7 +461,8 @@ def test_run_with_backbones(backbones, tiny, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root")
     run_here(monkeypatch, root, [
         "--track=cpu", f"--vit={backbones[0]}/vit", f"--lm={backbones[0]}/lm", *tiny[1], "--seq_len=900", "--batch=2",
-        "--num_steps=4", "--eval_batch=30", "--samples=2", "--max_tokens=4"], samples=True)
+        "--num_steps=4", "--eval_batch=30", "--samples=2", "--quality_pictures=4",
+        "--max_tokens=4"], samples=True)
     log, = (root / "logs").iterdir()
     assert leaderboard.parse_log(log)["footer"]["steps"] == 4
 
@@ -457,6 +480,7 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     assert {str(p.relative_to(root / "samples")) for p in (root / "samples").rglob("*.png")} == {
         "vlm.png", f"{run_id}/vlm.png"}
     assert log["footer"]["pictures"] > 30 and log["footer"]["sampled_per_second"] > 0
+    assert 0 <= log["footer"]["quality_describe_f1"] <= 1
     weights, = (root / "checkpoints").iterdir()
     again, argv = make_root(tmp_path / "again"), ["--track=cpu", *tiny[1], "--num_steps=0", f"--load={weights}"]
     run_here(monkeypatch, again, [*argv, "--save=true"])  # the checkpoint has the architecture
@@ -519,7 +543,7 @@ def make_or_refuse(sizes):
         assert "\n" not in str(fault)
         return False
     with torch.device("meta"):
-        model = train_vlm.VLM(config, 512)
+        model = train_vlm.VLM(config, VOCAB)
         tokens = torch.full((2, 5 + model.image_tokens), IMAGE)
         states = model(tokens, torch.zeros_like(tokens), torch.empty(2, 3, 64, 64, dtype=torch.uint8))
     assert states.shape == (*tokens.shape, config.lm_dim)
@@ -544,7 +568,7 @@ def test_damaged_shards(tiny, monkeypatch, tmp_path):
 
     folder = shutil.copytree(tiny[0] / "train", tmp_path / "train")
     for name, edit, message in (
-            ("qa", lambda a: np.full_like(a, 512), "holds token 512 of a vocabulary of 512"),
+            ("qa", lambda a: np.full_like(a, VOCAB), f"holds token {VOCAB} of a vocabulary of {VOCAB}"),
             ("qa", lambda a: a.astype(np.float32), "qa.npy holds float32"),
             ("qa", lambda a: a[:, :-1], "qa.npy holds uint16"),
             ("answer", lambda a: a[:-1], "answer.npy holds uint8"),
@@ -644,6 +668,6 @@ def test_two_processes_are_the_same_run(tiny, tmp_path):
 
 def test_gpu_track_shapes():
     with torch.device("meta"):
-        model = train_vlm.VLM(train_vlm.CONFIGS["gpu"], 512)
+        model = train_vlm.VLM(train_vlm.CONFIGS["gpu"], VOCAB)
         tokens = model.encode_images(torch.empty(2, 3, 64, 64, dtype=torch.uint8))
     assert tokens.shape == (2, 64, 512)
