@@ -8,12 +8,14 @@ import time
 
 import torch
 
+import checkpoints
+
 
 def load_draft(script, path, config, meta, device):
     """The smaller model of --draft, whatever its Config was. script: train_gpt.py as a module."""
-    weights, config = script.read_checkpoint(path, config, {})
+    weights, config = checkpoints.read_checkpoint(script, path, config)
     draft = script.GPT(config, meta).to(device).eval()
-    script.load_weights(draft, weights, path)
+    checkpoints.load_weights(script, draft, weights, path)
     return draft
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import leaderboard
 import ranks
 import runs
@@ -298,7 +299,7 @@ def test_reflow_straightens(tiny, tmp_path, monkeypatch):
     assert runs.footers(root)[1]["data_sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
     for path in (first, *(set((root / "checkpoints").iterdir()) - {first})):
         model = small_model()
-        train_flow.load_weights(model, train_flow.read_checkpoint(path, train_flow.CONFIGS["cpu"], {})[0], path)
+        model.load_state_dict(checkpoints.read_checkpoint(train_flow, path, train_flow.CONFIGS["cpu"])[0])
         labels = torch.arange(CLASSES)
         gaps.append((sample(model, labels, 1, "euler") - sample(model, labels, 25)).square().mean().item())
     assert gaps[1] < 0.8 * gaps[0]
@@ -430,7 +431,7 @@ def test_loading_takes_the_architecture_from_the_checkpoint(tiny, monkeypatch, t
     run_here(monkeypatch, other, [*bare, "--num_steps=0", "--save=true"])
     again, = (other / "checkpoints").iterdir()
     for path in (first, again):
-        weights, config = train_flow.read_checkpoint(path, train_flow.CONFIGS["cpu"], {})
+        weights, config = checkpoints.read_checkpoint(train_flow, path, train_flow.CONFIGS["cpu"])
         assert {key: getattr(config, key) for key in DIMS} == DIMS and weights["blocks.0.up.weight"].shape == (128, 32)
     log, = (other / "logs").iterdir()
     assert json.loads(leaderboard.parse_log(log)["config"])["config"]["dim"] == 32, "the log says what was run"

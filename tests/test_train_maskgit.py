@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import leaderboard
 import ranks
 import runs
@@ -271,7 +272,7 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     log2, = (again / "logs").iterdir()
     assert leaderboard.parse_log(log2)["footer"]["val_loss"] == pytest.approx(log["footer"]["val_loss"], abs=0.02)
     copied, = (again / "checkpoints").iterdir()
-    _, config = train_maskgit.read_checkpoint(copied, train_maskgit.CONFIGS["cpu"], {})
+    _, config = checkpoints.read_checkpoint(train_maskgit, copied, train_maskgit.CONFIGS["cpu"])
     assert {key: getattr(config, key) for key in DIMS} == DIMS, "what is saved says its architecture as well"
     with pytest.raises(Fault, match="was trained with --dim=64: leave it out"):
         run_here(monkeypatch, again, [*argv, "--num_steps=0", "--dim=128"])

@@ -1,0 +1,57 @@
+"""What --load and --resume read: the weights that a run saved, and the state that a run was in when it was cut off.
+
+From Python: weights, config = checkpoints.read_checkpoint(train_4m, "data/frozen/4m.safetensors", train_4m.CONFIGS["cpu"])
+"""
+import dataclasses
+import json
+
+import torch
+from safetensors import safe_open
+
+
+def read_checkpoint(script, path, config, given=()):
+    """Weights that a run of a script (a module) saved, and config with the architecture that they are for.
+
+    given: fields of config that were asked for. Raises script.Fault for what cannot be read, or is of other fields.
+    """
+    try:
+        with safe_open(script.ROOT / path, "pt") as file:
+            about = file.metadata()
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+        saved = json.loads(about["config"])
+        architecture = {key: saved[key] for key in script.ARCHITECTURE}
+    except Exception as error:  # safetensors raises its own kinds
+        raise script.Fault(f"{path} is not a checkpoint of this script ({type(error).__name__}: {error})") from None
+    for key, value in architecture.items():
+        if key in given and getattr(config, key) != value:
+            raise script.Fault(f"{path} was trained with --{key}={value}: leave it out, the checkpoint has its own")
+    if about.get("model_sha256", script.model_sha256()) != script.model_sha256():
+        print(f"{script.HERE.name}: {path} was written by another Model section than this one: its results may differ")
+    return weights, dataclasses.replace(config, **architecture)
+
+
+def load_weights(script, model, weights, path):
+    """Put the weights of a checkpoint into a model. Raises script.Fault for those of another one."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise script.Fault(f"{path} does not fit this model: {str(error)[:200]}") from None
+
+
+def read_state(run):
+    """What Run.save_state wrote of this run. It may go on for more steps than planned, or be evaluated more often."""
+    script, path, config = run.script, run.options.resume, vars(run.config)
+    try:
+        state = torch.load(script.ROOT / path, map_location="cpu", weights_only=True)
+        saved, step = state["config"], state["counters"]["step"]
+    except Exception as error:  # torch.load raises many kinds
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise script.Fault(f"--resume={path} is not the state of a run ({reason})") from None
+    fixed = config.keys() - {"num_steps", "eval_every", "target", "shard"}
+    if different := [f"--{key}={saved.get(key)}" for key in sorted(fixed) if saved.get(key) != config[key]]:
+        raise script.Fault(f"--resume={path} is of a run with {' '.join(different)}: pass the same")
+    if step > run.config.num_steps:
+        raise script.Fault(f"--resume={path} is at step {step}, beyond --num_steps={run.config.num_steps}")
+    if state["data_sha256"] != run.data_sha256:
+        raise script.Fault(f"--resume={path} is of a run on other training data")
+    return state
