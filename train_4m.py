@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils import benchmark
 from tqdm import tqdm
@@ -129,6 +129,7 @@ def check_config(config, run, layout, valid_scenes):
 # The track's stop-watch: options, processes, clock, log, checkpoints and states. A record may not change it.
 HERE = Path(__file__).resolve()  # the repository is wherever data/frozen is: archived scripts run from their folder
 ROOT = next((folder for folder in HERE.parents if (folder / "data" / "frozen").exists()), HERE.parent)
+STANDALONE = not (ROOT / "data" / "show.py").exists()  # it trains and files its result without any other file of ours
 RULE = "=" * 100
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
@@ -181,7 +182,7 @@ def parse(key, text, kind):
 
 
 def import_ours(name):
-    """A module of data/. A script trains and files its result without; some options and the samples need one."""
+    """A module of data/, for checks and samples and for what some options ask for."""
     sys.path.insert(0, str(ROOT / "data"))
     return importlib.import_module(name)
 
@@ -312,10 +313,8 @@ class Run:
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
 
     def prepare_show(self, **data):
-        """data/show.py with all it needs to draw samples. None without that file."""
-        if (ROOT / "data" / "show.py").exists():
-            return import_ours("show").prepare(self, **data)
-        return None
+        """data/show.py with all it needs to draw samples."""
+        return None if STANDALONE else import_ours("show").prepare(self, **data)
 
     def say(self, line):
         """A line in the log and on the console, by rank 0."""
@@ -465,6 +464,7 @@ class Run:
 
 IMAGES, TEXTS = ("rgb", "depth", "normal", "seg", "edge"), ("desc", "caption", "bbox")
 MODALITIES = IMAGES + TEXTS
+RECIPE = ("name", "version", "size", "num", "seed", "tokenizer", "text")  # hashed instead of tokens: rounding differs
 
 
 class Layout:
@@ -492,27 +492,14 @@ class Layout:
         return tokens != self.pads[self.kind]
 
 
-def read_shards(folder, modalities):
+def read_shards(config, modalities):
     """The training tokens, a memory map (scenes, length) per modality, and the sha256 of how they were made."""
-    folder, size = ROOT / folder, math.isqrt(modalities["rgb"]["length"]) * 8
-    make = "python data/scenes.py" if size == 64 else f"python data/scenes.py --size={size} --num=200000"
-    if not (folder / "meta.json").exists():
-        raise Fault(f"no training data in {folder}: our own is made with `{make}`")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["modalities"] != modalities:
-            raise ValueError("another vocabulary or length than the frozen validation set")
-        arrays = [np.load(folder / f"{m}.npy", mmap_mode="r", allow_pickle=False) for m in MODALITIES]
-        for m, array in zip(MODALITIES, arrays):
-            if array.dtype != np.uint16 or array.shape != (meta["num"], modalities[m]["length"]):
-                raise ValueError(f"{m}.npy holds {array.dtype} {array.shape}")
-            if int(array.max()) >= modalities[m]["vocab"]:
-                raise ValueError(f"{m}.npy holds token {array.max()} of a vocabulary of {modalities[m]['vocab']}")
-        recipe = {key: meta[key] for key in ("name", "version", "size", "num", "seed", "tokenizer", "text")}
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise Fault(f"{folder} cannot be trained on ({error}): our own set is made again with `{make}`, once it is "
-                    "moved away") from None
-    return arrays, hashlib.sha256(json.dumps(recipe).encode()).hexdigest()  # not of the tokens: rounding differs
+    if not STANDALONE:
+        import_ours("checks").check_scenes(sys.modules[__name__], config, modalities)
+    arrays = [np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in MODALITIES]
+    meta = json.loads((ROOT / config.data / "meta.json").read_text())
+    recipe = {key: meta[key] for key in RECIPE}
+    return arrays, hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
 # --- copied: loader ---
@@ -1128,9 +1115,7 @@ def main(argv):
     layout = Layout(modalities, run.device)
     check_config(config, run, layout, len(val_tokens))
     if config.num_steps:
-        arrays, run.data_sha256 = read_shards(config.data, modalities)
-        if config.batch > len(arrays[0]):
-            raise Fault(f"--batch={config.batch} is more than the {len(arrays[0])} training scenes there are")
+        arrays, run.data_sha256 = read_shards(config, modalities)
     run.choose_precision(config.batch // run.world * config.budget // 2, config.dim, config.mlp_ratio * config.dim)
     torch.manual_seed(config.seed)
     model = Nano4M(config, layout).to(run.device)
@@ -1160,7 +1145,7 @@ def main(argv):
         loader = Loader([tokens], config.batch, config.seed, run.device)
     targets = config.image_targets + config.text_targets
     if run.options.resume:
-        run.load_state(model, muon, adam, loader)
+        import_ours("checkpoints").load_state(run, model, muon, adam, loader)
     while True:
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):

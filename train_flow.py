@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils import benchmark
 from tqdm import tqdm
@@ -126,6 +126,7 @@ def check_config(config, run, side):
 # The track's stop-watch: options, processes, clock, log, checkpoints and states. A record may not change it.
 HERE = Path(__file__).resolve()  # the repository is wherever data/frozen is: archived scripts run from their folder
 ROOT = next((folder for folder in HERE.parents if (folder / "data" / "frozen").exists()), HERE.parent)
+STANDALONE = not (ROOT / "data" / "show.py").exists()  # it trains and files its result without any other file of ours
 RULE = "=" * 100
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
@@ -178,7 +179,7 @@ def parse(key, text, kind):
 
 
 def import_ours(name):
-    """A module of data/. A script trains and files its result without; some options and the samples need one."""
+    """A module of data/, for checks and samples and for what some options ask for."""
     sys.path.insert(0, str(ROOT / "data"))
     return importlib.import_module(name)
 
@@ -309,10 +310,8 @@ class Run:
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
 
     def prepare_show(self, **data):
-        """data/show.py with all it needs to draw samples. None without that file."""
-        if (ROOT / "data" / "show.py").exists():
-            return import_ours("show").prepare(self, **data)
-        return None
+        """data/show.py with all it needs to draw samples."""
+        return None if STANDALONE else import_ours("show").prepare(self, **data)
 
     def say(self, line):
         """A line in the log and on the console, by rank 0."""
@@ -489,69 +488,18 @@ def compiler_works(run):
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
-def check_images(images, labels, classes):
-    """Raises ValueError for arrays that are not images (N, 3, S, S) of bytes and their labels (N, 1) below classes."""
-    if images.dtype != np.uint8 or images.shape[1:] != (3, *(2 * images.shape[-1:])):
-        raise ValueError(f"the images are {images.dtype} {images.shape}, not uint8 (N, 3, S, S)")
-    if labels.dtype.kind not in "iu" or labels.shape != (len(images), 1):
-        raise ValueError(f"the labels are {labels.dtype} {labels.shape}, not integers ({len(images)}, 1)")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"the labels go from {labels.min()} to {labels.max()}, but there are {classes} classes")
-
-
-def check_frozen(config):
-    """Raises Fault for validation files that read_frozen cannot use, and says how each comes back."""
-    try:
-        name = config.frozen
-        with np.load(ROOT / name, allow_pickle=False) as arrays:
-            choices = [key for key in arrays if key.startswith("pixels")]
-            if choices and config.pixels not in choices:
-                raise Fault(f"--pixels={config.pixels} is not in {ROOT / name}: it has {', '.join(choices)}")
-            images, classes = arrays[config.pixels], json.loads(bytes(arrays["modalities"]))["label"]["vocab"]
-            check_images(images, arrays["label"], classes)
-        name = config.frozen_draws
-        with np.load(ROOT / name, allow_pickle=False) as arrays:
-            index, times, seeds = (arrays[key] for key in ("index", "t", "seed"))
-        if not len(index) == len(times) == len(seeds) or index.min() < 0 or index.max() >= len(images):
-            raise ValueError(f"its {len(index)} draws are not of these {len(images)} images")
-        if set((4 * times).astype(int)) != {0, 1, 2, 3} or seeds.min() < 0:
-            raise ValueError("times must be in all four quarters of 0 to 1, seeds at least 0")
-    except Fault:
-        raise
-    except Exception as error:  # numpy, zipfile and zlib have many kinds
-        reason = f"cannot be evaluated on ({type(error).__name__}: {error})".splitlines()[0]
-        if isinstance(error, FileNotFoundError):
-            reason = "is missing"
-        if (ROOT / name).resolve().parent == (ROOT / "data" / "frozen").resolve():
-            raise Fault(f"{ROOT / name} {reason}: it belongs to the repository (`git checkout {name}`)") from None
-        raise Fault(f"{ROOT / name} {reason}: it is no part of the repository but made with its training data, for "
-                    "CIFAR-10 by `python data/cifar10.py`") from None
+RECIPE = ("name", "version", "size", "num", "seed")  # hashed instead of pixels: rounding differs
 
 
 def read_images(config, classes, side):
-    """Training images (N, 3, S, S) uint8, a memory map, labels (N,) int64 and the sha256 of how they were made.
-
-    Raises Fault for other classes or another side than the validation set's, and for fewer images than a batch.
-    """
-    folder, make = ROOT / config.data, "python data/scenes.py --objects" + " --size=128" * (side == 64)
-    if not (folder / "meta.json").exists():
-        raise Fault(f"no training data in {folder}: our own is made with `{make}`")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        images = np.load(folder / f"{config.pixels}.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(folder / "label.npy", allow_pickle=False)
-        check_images(images, labels, meta["modalities"]["label"]["vocab"])
-        if len(images) != meta["num"]:
-            raise ValueError(f"{len(images)} images, but meta.json speaks of {meta['num']}")
-        recipe = {key: meta[key] for key in ("name", "version", "size", "num", "seed")}
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise Fault(f"{folder} cannot be trained on ({error}): our own set is made again with `{make}`, once it is "
-                    "moved away") from None
-    if meta["modalities"]["label"]["vocab"] != classes or images.shape[-1] != side:
-        raise Fault(f"{folder} has other classes or another size than the frozen validation set")
-    if len(images) < config.batch:
-        raise Fault(f"--batch={config.batch} is more than the {len(images)} training images there are")
-    return images, labels[:, 0].astype(np.int64), hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    """Training images (N, 3, S, S) uint8, a memory map, labels (N,) int64 and the sha256 of how they were made."""
+    if not STANDALONE:
+        import_ours("checks").check_images(sys.modules[__name__], config, classes, side)
+    images = np.load(ROOT / config.data / f"{config.pixels}.npy", mmap_mode="r")
+    labels = np.load(ROOT / config.data / "label.npy")[:, 0].astype(np.int64)
+    meta = json.loads((ROOT / config.data / "meta.json").read_text())
+    recipe = {key: meta[key] for key in RECIPE}
+    return images, labels, hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
 def to_floats(images):
@@ -974,7 +922,8 @@ def main(argv):
     run = Run("flow", argv)
     config = run.config
     keep_memory()
-    check_frozen(config)
+    if not STANDALONE:
+        import_ours("checks").check_frozen_images(run.script, config)
     *frozen, classes, eval_sha256 = read_frozen(config)
     side = frozen[0].shape[-1]
     check_config(config, run, side)
@@ -1014,7 +963,7 @@ def main(argv):
         if not run.options.load:
             model.fit(loader.tensors[0])
     if run.options.resume:
-        run.load_state(model, muon, adam, loader)
+        import_ours("checkpoints").load_state(run, model, muon, adam, loader)
     while True:
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):

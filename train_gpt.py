@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils import benchmark
@@ -130,6 +130,7 @@ def check_config(config, run):
 # The track's stop-watch: options, processes, clock, log, checkpoints and states. A record may not change it.
 HERE = Path(__file__).resolve()  # the repository is wherever data/frozen is: archived scripts run from their folder
 ROOT = next((folder for folder in HERE.parents if (folder / "data" / "frozen").exists()), HERE.parent)
+STANDALONE = not (ROOT / "data" / "show.py").exists()  # it trains and files its result without any other file of ours
 RULE = "=" * 100
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
@@ -182,7 +183,7 @@ def parse(key, text, kind):
 
 
 def import_ours(name):
-    """A module of data/. A script trains and files its result without; some options and the samples need one."""
+    """A module of data/, for checks and samples and for what some options ask for."""
     sys.path.insert(0, str(ROOT / "data"))
     return importlib.import_module(name)
 
@@ -313,10 +314,8 @@ class Run:
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
 
     def prepare_show(self, **data):
-        """data/show.py with all it needs to draw samples. None without that file."""
-        if (ROOT / "data" / "show.py").exists():
-            return import_ours("show").prepare(self, **data)
-        return None
+        """data/show.py with all it needs to draw samples."""
+        return None if STANDALONE else import_ours("show").prepare(self, **data)
 
     def say(self, line):
         """A line in the log and on the console, by rank 0."""
@@ -405,18 +404,6 @@ class Run:
                 dist.destroy_process_group()
             sys.exit(1 if problem else 0)
 
-    def load_state(self, model, muon, adam, loader):
-        """Put the saved state back to where it came from. The clock resumes where it was."""
-        set_model_state_dict(model, self.state["model"], options=FULL_STATE)
-        if muon:
-            muon.load_momentum_buffers(self.state["muon"])
-        adam.load_state_dict(self.state["adam"])
-        loader.load_state_dict(self.state["loader"])
-        vars(self).update(self.state["counters"])
-        self.bar.update(self.step)
-        self.say(f"resumed at step {self.step}; the learning rates are those of {self.config.num_steps} steps")
-        self.started = self.now()
-
     def result(self, model, eval_sha256, numbers):
         """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -478,28 +465,11 @@ def read_bin(path):
 
 def read_streams(config):
     """The training tokens, memory maps (N,) uint16, what meta.json says of them, and their sha256."""
+    if not STANDALONE:
+        import_ours("checks").check_streams(sys.modules[__name__], config)
     folder = ROOT / "data" / config.data
-    script = f"data/{folder.name}.py"
-    make = f"python {script} --objects" if folder.name == "scenes" else f"python {script}"
-    ours = folder.parent == ROOT / "data" and (ROOT / script).exists()
-    if not (folder / "meta.json").exists():
-        what = f"make it with `{make}`" if ours else "it should hold train*.bin, val*.bin and a meta.json"
-        raise Fault(f"no data in {folder}: {what}")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        vocab, document_start, encoding = (meta[key] for key in ("vocab", "document_start", "encoding"))
-        if not (isinstance(vocab, int) and 1 <= vocab <= 1 << 16 and isinstance(encoding, str)
-                and (document_start is None or isinstance(document_start, int))):
-            raise ValueError(f"meta.json says vocab {vocab}, document_start {document_start}, encoding {encoding}")
-        shards = [read_bin(path) for path in sorted(folder.glob("train*.bin"))]
-        if sum(map(len, shards)) < config.context + 2 and config.num_steps:
-            raise ValueError(f"{sum(map(len, shards))} training tokens are too few for --context={config.context}")
-        for shard in shards:
-            if int(shard.max()) >= vocab:
-                raise ValueError(f"token {shard.max()} of a vocabulary of {vocab}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        hint = f": our own set is made again with `{make}`, once it is moved away" if ours else ""
-        raise Fault(f"{folder} cannot be trained on ({error}){hint}") from None
+    meta = json.loads((folder / "meta.json").read_text())
+    shards = [read_bin(path) for path in sorted(folder.glob("train*.bin"))]
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(shard)
@@ -1004,7 +974,7 @@ def main(argv):
         loader = Loader(shards, config, run.device)
         step_flops = config.batch * config.context * flops_per_token(model, config)
     if run.options.resume:
-        run.load_state(model, muon, adam, loader)
+        import_ours("checkpoints").load_state(run, model, muon, adam, loader)
     while True:
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):

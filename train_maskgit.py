@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils import benchmark
 from tqdm import tqdm
@@ -98,19 +98,11 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
 }
 
 
-def check_config(config, run, modalities, tokens, labels, masked):
-    """What fields may be together, and with the validation set. Raises Fault for what they may not."""
+def check_config(config, run):
+    """What fields may be together. Raises Fault for what they may not."""
     run.slice(config.batch)  # can it be divided among the processes?
     if config.dim % config.head_dim:
         raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}")
-    length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
-    if math.isqrt(vocab) ** 2 != vocab:
-        raise Fault(f"{config.frozen} has a vocabulary of {vocab}, which is not a square: tokens are pairs of digits")
-    if tokens.shape[1] != length or not masked.any():
-        raise Fault(f"{config.frozen} has {tuple(tokens.shape)} tokens, {int(masked.sum())} are masked: rows are of "
-                    f"{length}, and one at least must be masked")
-    if int(tokens.max()) >= vocab or int(labels.max()) >= modalities["label"]["vocab"]:
-        raise Fault(f"{config.frozen} holds tokens or labels beyond its own vocabularies")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -120,6 +112,7 @@ def check_config(config, run, modalities, tokens, labels, masked):
 # The track's stop-watch: options, processes, clock, log, checkpoints and states. A record may not change it.
 HERE = Path(__file__).resolve()  # the repository is wherever data/frozen is: archived scripts run from their folder
 ROOT = next((folder for folder in HERE.parents if (folder / "data" / "frozen").exists()), HERE.parent)
+STANDALONE = not (ROOT / "data" / "show.py").exists()  # it trains and files its result without any other file of ours
 RULE = "=" * 100
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
@@ -172,7 +165,7 @@ def parse(key, text, kind):
 
 
 def import_ours(name):
-    """A module of data/. A script trains and files its result without; some options and the samples need one."""
+    """A module of data/, for checks and samples and for what some options ask for."""
     sys.path.insert(0, str(ROOT / "data"))
     return importlib.import_module(name)
 
@@ -303,10 +296,8 @@ class Run:
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
 
     def prepare_show(self, **data):
-        """data/show.py with all it needs to draw samples. None without that file."""
-        if (ROOT / "data" / "show.py").exists():
-            return import_ours("show").prepare(self, **data)
-        return None
+        """data/show.py with all it needs to draw samples."""
+        return None if STANDALONE else import_ours("show").prepare(self, **data)
 
     def say(self, line):
         """A line in the log and on the console, by rank 0."""
@@ -454,32 +445,18 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
+RECIPE = ("name", "version", "size", "num", "seed", "tokenizer")  # hashed instead of tokens: rounding differs
 TEXT_LENGTH, TEXT_ROWS = 64, 2000  # bytes per row of --data=text, and its validation rows
 
 
-def read_shards(folder, modalities):
+def read_shards(config, modalities):
     """Training tokens (N, L) and labels (N,) uint16, memory maps, and the sha256 of how they were made."""
-    folder = ROOT / folder
-    size = 8 * math.isqrt(modalities["rgb"]["length"])
-    make = "python data/scenes.py --objects" if size == 64 else f"python data/scenes.py --objects --size={size}"
-    if not (folder / "meta.json").exists():
-        raise Fault(f"no training data in {folder}: our own is made with `{make}`")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["modalities"] != modalities:
-            raise ValueError("another vocabulary or length than the frozen validation set")
-        arrays = {m: np.load(folder / f"{m}.npy", mmap_mode="r", allow_pickle=False) for m in ("rgb", "label")}
-        for m, array in arrays.items():
-            if array.dtype != np.uint16 or array.shape != (meta["num"], modalities[m]["length"]):
-                raise ValueError(f"{m}.npy holds {array.dtype} {array.shape}")
-            if int(array.max()) >= modalities[m]["vocab"]:
-                raise ValueError(f"{m}.npy holds {array.max()} of a vocabulary of {modalities[m]['vocab']}")
-        recipe = {key: meta[key] for key in ("name", "version", "size", "num", "seed", "tokenizer")}
-    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
-        raise Fault(f"{folder} cannot be trained on ({error}): our own set is made again with `{make}`, once it is "
-                    "moved away") from None
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()  # not of the tokens: rounding differs
-    return arrays["rgb"], arrays["label"][:, 0], digest
+    if not STANDALONE:
+        import_ours("checks").check_objects(sys.modules[__name__], config, modalities)
+    tokens, labels = (np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in ("rgb", "label"))
+    meta = json.loads((ROOT / config.data / "meta.json").read_text())
+    recipe = {key: meta[key] for key in RECIPE}
+    return tokens, labels[:, 0], hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
 # --- copied: read bin ---
@@ -496,18 +473,10 @@ def read_bin(path):
 
 def read_text(split):
     """The bytes of data/shakespeare as rows (N, L) uint16, a memory map; what is over is left out."""
-    folder = ROOT / "data" / "shakespeare"
-    if not (folder / f"{split}.bin").exists():
-        raise Fault(f"no {split}.bin in {folder}: make it with `python data/shakespeare.py`")
-    try:
-        stream = read_bin(folder / f"{split}.bin")
-        rows = stream[:len(stream) // TEXT_LENGTH * TEXT_LENGTH].reshape(-1, TEXT_LENGTH)
-        if not len(rows) or int(rows.max()) > 255:
-            raise ValueError(f"{split}.bin is shorter than {TEXT_LENGTH} bytes, or tokens of it are no bytes")
-    except (OSError, ValueError) as error:
-        raise Fault(f"{folder} cannot be used ({error}): our own text is made again with `python data/shakespeare.py`, "
-                    "once it is moved away") from None
-    return rows
+    if not STANDALONE:
+        import_ours("checks").check_text(sys.modules[__name__], split)
+    stream = read_bin(ROOT / "data" / "shakespeare" / f"{split}.bin")
+    return stream[:len(stream) // TEXT_LENGTH * TEXT_LENGTH].reshape(-1, TEXT_LENGTH)
 
 
 def read_frozen_text():
@@ -522,15 +491,12 @@ def read_frozen_text():
 
 def read_train(config, modalities):
     """Training tokens (N, L), labels (N,) and the sha256 of how they were made."""
-    if config.data == "text":
-        tokens = read_text("train")
-        labels = np.zeros(len(tokens), np.uint16)
-        digest = "none"
-    else:
-        tokens, labels, digest = read_shards(config.data, modalities)
-    if config.batch > len(tokens):
-        raise Fault(f"--batch={config.batch} is more than the {len(tokens)} training examples there are")
-    return tokens, labels, digest
+    if config.data != "text":
+        return read_shards(config, modalities)
+    tokens = read_text("train")
+    if not STANDALONE:
+        import_ours("checks").check_batch(sys.modules[__name__], config, len(tokens), "examples")
+    return tokens, np.zeros(len(tokens), np.uint16), "none"
 
 
 # --- copied: loader ---
@@ -1001,7 +967,9 @@ def main(argv):
     run = Run("maskgit", argv)
     config = run.config
     *frozen, modalities, eval_sha256 = read_frozen_text() if config.data == "text" else read_frozen(config)
-    check_config(config, run, modalities, *frozen)
+    check_config(config, run)
+    if not STANDALONE:
+        import_ours("checks").check_frozen_objects(run.script, config, modalities, *frozen)
     if config.num_steps:
         tokens, labels, run.data_sha256 = read_train(config, modalities)
     rows = config.batch // run.world * modalities["rgb"]["length"]
@@ -1031,7 +999,7 @@ def main(argv):
         arrays = [torch.from_numpy(array.astype(np.int16)) for array in (tokens, labels)]
         loader = Loader(arrays, config.batch, config.seed, run.device)
     if run.options.resume:
-        run.load_state(model, muon, adam, loader)
+        import_ours("checkpoints").load_state(run, model, muon, adam, loader)
     while True:
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):

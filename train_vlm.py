@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils import benchmark
@@ -143,6 +143,7 @@ def check_config(config, run):
 # The track's stop-watch: options, processes, clock, log, checkpoints and states. A record may not change it.
 HERE = Path(__file__).resolve()  # the repository is wherever data/frozen is: archived scripts run from their folder
 ROOT = next((folder for folder in HERE.parents if (folder / "data" / "frozen").exists()), HERE.parent)
+STANDALONE = not (ROOT / "data" / "show.py").exists()  # it trains and files its result without any other file of ours
 RULE = "=" * 100
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
@@ -195,7 +196,7 @@ def parse(key, text, kind):
 
 
 def import_ours(name):
-    """A module of data/. A script trains and files its result without; some options and the samples need one."""
+    """A module of data/, for checks and samples and for what some options ask for."""
     sys.path.insert(0, str(ROOT / "data"))
     return importlib.import_module(name)
 
@@ -326,10 +327,8 @@ class Run:
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
 
     def prepare_show(self, **data):
-        """data/show.py with all it needs to draw samples. None without that file."""
-        if (ROOT / "data" / "show.py").exists():
-            return import_ours("show").prepare(self, **data)
-        return None
+        """data/show.py with all it needs to draw samples."""
+        return None if STANDALONE else import_ours("show").prepare(self, **data)
 
     def say(self, line):
         """A line in the log and on the console, by rank 0."""
@@ -506,37 +505,20 @@ def compiler_works(run):
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
+RECIPE = ("name", "version", "size", "num", "seed", "text")  # hashed instead of pixels: rounding differs
 IMAGE, PAD = -1, -2  # stand in token rows where a picture's tokens go, and after a row of a pretrained model's tokens
 
 
-def read_conversations(folder, frozen):
+def read_conversations(config, about):
     """Training pictures, a memory map (N, 3, S, S) uint8, tokens (N, L), answer marks (N, L), and the sha256 of how
-    they were made. frozen: what the validation set says of its tokens."""
-    folder, make = ROOT / folder, "python data/scenes.py --qa"
-    if not (folder / "meta.json").exists():
-        raise Fault(f"no training data in {folder}: our own is made with `{make}`")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        about, num = meta["modalities"]["qa"], meta["num"]
-        if any(about[key] != frozen[key] for key in ("vocab", "pad")):
-            raise ValueError("another vocabulary than the frozen validation set")
-        pixels, qa, answer = (np.load(folder / f"{m}.npy", "r", allow_pickle=False) for m in ("pixels", "qa", "answer"))
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape != (num, 3, *2 * pixels.shape[-1:]):
-            raise ValueError(f"pixels.npy holds {pixels.dtype} {pixels.shape}")
-        if qa.dtype != np.uint16 or qa.shape != (num, about["length"]):
-            raise ValueError(f"qa.npy holds {qa.dtype} {qa.shape}")
-        if answer.dtype != np.uint8 or answer.shape != qa.shape:
-            raise ValueError(f"answer.npy holds {answer.dtype} {answer.shape}")
-        if int(qa.max()) >= about["vocab"]:
-            raise ValueError(f"qa.npy holds token {qa.max()} of a vocabulary of {about['vocab']}")
-        if not (answer > 0).any(1).all():
-            raise ValueError(f"conversation {(answer > 0).any(1).argmin()} has no answer")
-        recipe = {key: meta[key] for key in ("name", "version", "size", "num", "seed", "text")}
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise Fault(f"{folder} cannot be trained on ({error}): our own set is made again with `{make}`, once it is "
-                    "moved away") from None
-    return (pixels, torch.from_numpy(qa.astype(np.int64)), torch.from_numpy(np.array(answer)),
-            hashlib.sha256(json.dumps(recipe).encode()).hexdigest())
+    they were made. about: what the validation set says of its tokens."""
+    if not STANDALONE:
+        import_ours("checks").check_conversations(sys.modules[__name__], config, about)
+    pixels, qa, answer = (np.load(ROOT / config.data / f"{m}.npy", "r") for m in ("pixels", "qa", "answer"))
+    meta = json.loads((ROOT / config.data / "meta.json").read_text())
+    recipe = {key: meta[key] for key in RECIPE}
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    return pixels, torch.from_numpy(qa.astype(np.int64)), torch.from_numpy(np.array(answer)), digest
 
 
 def measure(tokens, pad, config):
@@ -1146,7 +1128,7 @@ def main(argv):
     *frozen, about, eval_sha256 = read_frozen(config)
     vocab, pad = about["vocab"], about["pad"]
     if config.num_steps:
-        pixels, tokens, answer, run.data_sha256 = read_conversations(config.data, about)
+        pixels, tokens, answer, run.data_sha256 = read_conversations(config, about)
     if config.lm:  # its own tokens
         vocab, pad = backbones.vocab, PAD
         frozen[1:3] = backbones.convert(*frozen[1:3])
@@ -1185,7 +1167,7 @@ def main(argv):
     if config.num_steps:
         loader = Loader(torch.from_numpy(np.array(pixels)), tokens, answer, pad, config, run)
     if run.options.resume:
-        run.load_state(model, muon, adam, loader)
+        import_ours("checkpoints").load_state(run, model, muon, adam, loader)
     while True:
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):

@@ -7,6 +7,7 @@ import json
 
 import torch
 from safetensors import safe_open
+from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
 
 def read_checkpoint(script, path, config, given=()):
@@ -41,6 +42,8 @@ def load_weights(script, model, weights, path):
 def read_state(run):
     """What Run.save_state wrote of this run. It may go on for more steps than planned, or be evaluated more often."""
     script, path, config = run.script, run.options.resume, vars(run.config)
+    if not run.config.num_steps:
+        raise script.Fault("--resume continues a run: pass its --num_steps, or --load to evaluate a checkpoint")
     try:
         state = torch.load(script.ROOT / path, map_location="cpu", weights_only=True)
         saved, step = state["config"], state["counters"]["step"]
@@ -55,3 +58,20 @@ def read_state(run):
     if state["data_sha256"] != run.data_sha256:
         raise script.Fault(f"--resume={path} is of a run on other training data")
     return state
+
+
+def load_state(run, model, muon, adam, loader):
+    """Put what read_state found back to where it came from. The clock resumes where it was."""
+    state = run.state
+    set_model_state_dict(model, state["model"], options=run.script.FULL_STATE)
+    if muon:
+        muon.load_momentum_buffers(state["muon"])
+    adam.load_state_dict(state["adam"])
+    loader.load_state_dict(state["loader"])
+    vars(run).update(state["counters"])
+    run.bar.update(run.step)
+    planned, num_steps = state["config"]["num_steps"], run.config.num_steps
+    if planned != num_steps:
+        run.say(f"{planned} steps were planned, {num_steps} are now: from step {run.step} on the learning rates are those "
+                "of the longer run")
+    run.started = run.now()

@@ -139,7 +139,8 @@ DAMAGE = {
 def test_damaged_shards(monkeypatch, root, tiny, tmp_path, damage):
     spoil, message = DAMAGE[damage]
     write_shards(tmp_path / "shards", {m: np.load(tiny[0] / "train" / f"{m}.npy") for m in MODALITIES})
-    train_4m.read_shards(tmp_path / "shards", train_4m.read_frozen(train_4m.CONFIGS["cpu"])[2])  # all is well so far
+    config = dataclasses.replace(train_4m.CONFIGS["cpu"], data=str(tmp_path / "shards"))
+    train_4m.read_shards(config, train_4m.read_frozen(config)[2])  # all is well so far
     spoil(tmp_path / "shards")
     found = fault(monkeypatch, root, *tiny[1], f"--data={tmp_path}/shards")
     assert message in found and "made again with `python data/scenes.py`" in found and untouched(root)

@@ -193,7 +193,7 @@ def test_bad_states(tiny_4m, tmp_path, monkeypatch):
             run(f"--resume={path}")
     with pytest.raises(Fault, match="is of a run with --muon_lr=0.03: pass the same"):
         run(f"--resume={state}", "--muon_lr=0.01")
-    with pytest.raises(Fault, match="is at step 4, beyond --num_steps=0"):
+    with pytest.raises(Fault, match="--resume continues a run"):
         run(f"--resume={state}", "--num_steps=0")
     with pytest.raises(Fault, match="is at step 4, beyond --num_steps=3"):
         run(f"--resume={state}", "--num_steps=3")
@@ -208,6 +208,7 @@ def test_train_on(tiny_4m, tmp_path, monkeypatch, capsys):
     before = runs.footers(root)[-1]["train_seconds"]
     again = make_root(tmp_path / "again")
     test_train_4m.run_here(monkeypatch, again, [*argv, "--num_steps=10", "--eval_every=5", f"--resume={state}"])
-    assert "resumed at step 4; the learning rates are those of 10 steps" in capsys.readouterr().out
+    assert "6 steps were planned, 10 are now: from step 4 on the learning rates are those of the longer run" in \
+        capsys.readouterr().out
     assert runs.footers(again)[-1]["steps"] == 10 and 0 < runs.footers(again)[-1]["train_seconds"]
     assert len(runs.losses(again)) == 2 and before > 0

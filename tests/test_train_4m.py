@@ -104,7 +104,7 @@ def test_layout(frozen, layout):
 
 
 def test_loader(tiny, frozen):
-    arrays, digest = train_4m.read_shards(tiny[0] / "train", frozen[2])
+    arrays, digest = train_4m.read_shards(dataclasses.replace(train_4m.CONFIGS["cpu"], data=str(tiny[0] / "train")), frozen[2])
     assert len(digest) == 64
     rows = torch.from_numpy(np.concatenate(arrays, 1).astype(np.int64))
     loader, again, other = (train_4m.Loader([rows], 50, seed, torch.device("cpu")) for seed in (3, 3, 4))

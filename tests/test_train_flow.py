@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import checkpoints
+import checks
 import leaderboard
 import ranks
 import runs
@@ -377,15 +378,15 @@ def test_damaged_validation_sets(tiny, monkeypatch, tmp_path):
         with np.load(tiny[0] / name) as arrays:
             np.savez(tmp_path / "own.npz", **{**arrays, **changes})
         with pytest.raises(Fault) as caught:
-            train_flow.check_frozen(dataclasses.replace(config, **{key: str(tmp_path / "own.npz")}))
+            checks.check_frozen_images(train_flow, dataclasses.replace(config, **{key: str(tmp_path / "own.npz")}))
         assert f"{tmp_path}/own.npz cannot be evaluated on" in str(caught.value)
         assert "no part of the repository" in str(caught.value) and "git checkout" not in str(caught.value)
         return str(caught.value)
 
     paths = {"frozen": f"{tiny[0]}/objects.npz", "frozen_draws": f"{tiny[0]}/draws.npz"}
     config = dataclasses.replace(train_flow.CONFIGS["cpu"], **paths)
-    train_flow.check_frozen(config)
-    train_flow.check_frozen(train_flow.CONFIGS["gpu"])
+    checks.check_frozen_images(train_flow, config)
+    checks.check_frozen_images(train_flow, train_flow.CONFIGS["gpu"])
     assert "the images are int64" in refused("frozen", pixels32=np.zeros((100, 3, 32, 32), int))
     assert "the labels go from 30 to 30" in refused("frozen", label=np.full((100, 1), 30))
     assert "draws are not of these 100 images" in refused("frozen_draws", index=np.full(100, 100))
@@ -395,7 +396,7 @@ def test_damaged_validation_sets(tiny, monkeypatch, tmp_path):
     for content in (b"", b"PK\x03\x04 not really", (tiny[0] / "draws.npz").read_bytes()[:-300]):
         (tmp_path / "own.npz").write_bytes(content)
         with pytest.raises(Fault, match="own.npz cannot be evaluated on .* no part of the repository"):
-            train_flow.check_frozen(dataclasses.replace(config, frozen=str(tmp_path / "own.npz")))
+            checks.check_frozen_images(train_flow, dataclasses.replace(config, frozen=str(tmp_path / "own.npz")))
 
 
 def test_other_data_than_the_validation_set(tiny, monkeypatch, tmp_path):

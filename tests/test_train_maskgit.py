@@ -472,7 +472,7 @@ def test_gpu_track():
                   torch.empty(2, 256, dtype=torch.bool))
     assert y.shape == (2, 256, 512) and sum(p.numel() for p in model.blocks.parameters()) == 8 * 12 * 512 ** 2
     with pytest.raises(Fault, match="our own is made with `python data/scenes.py --objects --size=128`"):
-        train_maskgit.read_shards("data/none", modalities)
+        train_maskgit.read_shards(dataclasses.replace(config, data="data/none"), modalities)
 
 
 def test_two_processes_are_the_same_run(tiny, tmp_path):
