@@ -403,18 +403,6 @@ class Run:
                 dist.destroy_process_group()
             sys.exit(1 if problem else 0)
 
-    def load_state(self, model, muon, adam, loader):
-        """Put the saved state back to where it came from. The clock resumes where it was."""
-        set_model_state_dict(model, self.state["model"], options=FULL_STATE)
-        if muon:
-            muon.load_momentum_buffers(self.state["muon"])
-        adam.load_state_dict(self.state["adam"])
-        loader.load_state_dict(self.state["loader"])
-        vars(self).update(self.state["counters"])
-        self.bar.update(self.step)
-        self.say(f"resumed at step {self.step}; the learning rates are those of {self.config.num_steps} steps")
-        self.started = self.now()
-
     def result(self, model, eval_sha256, numbers):
         """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -644,11 +632,6 @@ class Muon:
     def momentum_buffers(self):
         """The momentum of each stack, gathered: (matrices, rows, columns)."""
         return [self.gather(buffer)[0][:len(params)] for params, buffer in self.stacks]
-
-    def load_momentum_buffers(self, buffers):
-        for (params, shard), whole in zip(self.stacks, buffers):
-            first, last = (min(r * len(shard), len(params)) for r in (self.rank, self.rank + 1))
-            shard[:last - first] = whole[first:last].to(shard.device)
 # --- end: muon ---
 
 
@@ -928,8 +911,6 @@ class Output:
     scheme: str = ""  # "": maskgit for images, ar for texts
     steps: int = 8  # ar takes one step per token
     temperature: float = 1.0  # 0: always the likeliest token
-    anneal: str = "constant"  # or linear: the temperature falls to 0 at the last step
-    unmasking: str = "cosine"  # or linear: how many tokens are placed when
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     guidance: float = 1.0  # classifier-free: logits u + guidance * (c - u), u seeing only this modality's own tokens
@@ -952,7 +933,7 @@ def log_likelihood(model, tokens, known, dec_pos):
     return result
 
 
-def draw_tokens(model, layout, tokens, known, dec_pos, output, temperature, rng):
+def draw_tokens(model, layout, tokens, known, dec_pos, output, rng):
     """Sample ids (B, M) of a modality at dec_pos (B, M) given what is known (B, size), with their log-probabilities."""
     about = layout.modalities[output.modality]
     logits = predict(model, tokens, known, dec_pos)
@@ -963,8 +944,8 @@ def draw_tokens(model, layout, tokens, known, dec_pos, output, temperature, rng)
     logits[..., about["vocab"]:] = -math.inf
     if output.modality in layout.end:  # padding is never drawn
         logits[..., about["pad"]] = -math.inf
-    scores = sharpen(logits, temperature, output.top_k, output.top_p)
-    if temperature > 0:  # the Gumbel trick: argmax(logits / T + Gumbel noise) is a draw from the softmax
+    scores = sharpen(logits, output.temperature, output.top_k, output.top_p)
+    if output.temperature > 0:  # the Gumbel trick: argmax(logits / T + Gumbel noise) is a draw from the softmax
         noise = torch.rand(scores.shape, generator=rng, device=scores.device).clamp(1e-20, 1 - 1e-7)
         scores = scores - (-noise.log()).log()
     ids = scores.argmax(-1)
@@ -978,13 +959,11 @@ def generate_masked(model, layout, tokens, known, output, scheme, rng):
     priority = torch.rand(tokens.shape, generator=rng, device=tokens.device)
     steps = min(output.steps, total)
     for step in range(steps):
-        progress = (step + 1) / steps
-        share_left = math.cos(math.pi / 2 * progress) if output.unmasking == "cosine" else 1 - progress
+        share_left = math.cos(math.pi / 2 * (step + 1) / steps)  # few tokens at first and ever more
         place_now = left if step + 1 == steps else max(1, left - int(total * share_left + 1e-9))
         order = priority.masked_fill(~open_places, math.inf).argsort(1)
         places = order[:, :left if scheme == "maskgit" else place_now]
-        temperature = output.temperature * (1 - progress) if output.anneal == "linear" else output.temperature
-        ids, confidence = draw_tokens(model, layout, tokens, known, places, output, temperature, rng)
+        ids, confidence = draw_tokens(model, layout, tokens, known, places, output, rng)
         if scheme == "maskgit":
             best = confidence.topk(place_now, 1).indices
             places, ids = places.gather(1, best), ids.gather(1, best)
@@ -1000,11 +979,8 @@ def generate_ar(model, layout, tokens, known, output, rng):
     open_places = ~known & (layout.kind == MODALITIES.index(output.modality))
     columns = open_places.nonzero()[:, 1].view(len(tokens), -1)  # (B, places to fill), in order
     running = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # no end token yet
-    steps = columns.size(1)
-    for step, places in enumerate(columns.split(1, dim=1)):
-        progress = (step + 1) / steps
-        temperature = output.temperature * (1 - progress) if output.anneal == "linear" else output.temperature
-        ids, _ = draw_tokens(model, layout, tokens, known, places, output, temperature, rng)
+    for places in columns.split(1, dim=1):
+        ids, _ = draw_tokens(model, layout, tokens, known, places, output, rng)
         tokens.scatter_(1, places, ids)
         known.scatter_(1, places, running)
         running &= ids != end

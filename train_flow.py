@@ -14,7 +14,6 @@ Time runs from the data, t = 0, to noise, t = 1: z = (1 - t) x + t noise, and th
 import contextlib
 import copy
 import ctypes
-import dataclasses
 import hashlib
 import importlib
 import inspect
@@ -400,18 +399,6 @@ class Run:
                 dist.destroy_process_group()
             sys.exit(1 if problem else 0)
 
-    def load_state(self, model, muon, adam, loader):
-        """Put the saved state back to where it came from. The clock resumes where it was."""
-        set_model_state_dict(model, self.state["model"], options=FULL_STATE)
-        if muon:
-            muon.load_momentum_buffers(self.state["muon"])
-        adam.load_state_dict(self.state["adam"])
-        loader.load_state_dict(self.state["loader"])
-        vars(self).update(self.state["counters"])
-        self.bar.update(self.step)
-        self.say(f"resumed at step {self.step}; the learning rates are those of {self.config.num_steps} steps")
-        self.started = self.now()
-
     def result(self, model, eval_sha256, numbers):
         """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -608,11 +595,6 @@ class Muon:
     def momentum_buffers(self):
         """The momentum of each stack, gathered: (matrices, rows, columns)."""
         return [self.gather(buffer)[0][:len(params)] for params, buffer in self.stacks]
-
-    def load_momentum_buffers(self, buffers):
-        for (params, shard), whole in zip(self.stacks, buffers):
-            first, last = (min(r * len(shard), len(params)) for r in (self.rank, self.rank + 1))
-            shard[:last - first] = whole[first:last].to(shard.device)
 # --- end: muon ---
 
 
@@ -805,34 +787,16 @@ def train_step(step, batch, rng, errors_of, model, muon, adam, config, run):
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 
-SOLVERS = {"euler": 1, "midpoint": 2, "heun": 2}  # network evaluations per step
-
-
 @torch.no_grad()
-def draw_pairs(model, n, seed, device):
-    """For reflow (arXiv:2209.03003): n images of bytes (n, 3, S, S) that the model draws, their labels (n,), and the
-    noise (n, 3, S, S) that each came from. Between the two of a pair the path is to be straight."""
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.randint(model.classes, (n,), generator=rng).to(device)
-    noise = torch.randn(n, 3, model.side, model.side, generator=rng).to(device)
-    parts = list(zip(labels.split(250), noise.split(250)))
-    made = [sample(model, label, noise=z) for label, z in tqdm(parts, desc="pairs", leave=False)]
-    return ((torch.cat(made) + 1) * 127.5).round().byte(), labels, noise
-
-
-@torch.no_grad()
-def sample(model, labels, steps=25, solver="heun", shift=1.0, guidance=1.0, interval=(0.0, 1.0), noise=None, seed=0,
-           return_trajectory=False):
+def sample(model, labels, steps=25, solver="heun", guidance=1.0, noise=None, seed=0, return_trajectory=False):
     """Images (B, 3, S, S) in [-1, 1] for labels (B,), by following the velocity from noise, t = 1, to t = 0.
 
-    labels: model.classes is no label. shift: above 1 takes smaller steps near noise (arXiv:2403.03206). guidance:
-    v = u + guidance * (c - u), u not knowing the label, at times inside `interval` (arXiv:2404.07724). noise
-    (B, 3, S, S): where to start. return_trajectory: also the list of (t, z) on the way. Raises Fault for a solver or
-    label there is not.
+    labels: model.classes is no label. solver: heun evaluates the network twice per step, euler once. guidance:
+    v = u + guidance * (c - u), u not knowing the label. noise (B, 3, S, S): where to start. return_trajectory: also the
+    list of (t, z) on the way. Raises Fault for a solver or label there is not.
     """
-    if solver not in SOLVERS or steps < 1 or shift <= 0:
-        raise Fault(f"solver {solver!r}, {steps} steps, shift {shift}: solvers are {', '.join(SOLVERS)}, steps at "
-                    "least 1, shift above 0")
+    if solver not in ("euler", "heun") or steps < 1:
+        raise Fault(f"solver {solver!r}, {steps} steps: solvers are euler and heun, steps at least 1")
     if bool(((labels < 0) | (labels > model.classes)).any()):
         raise Fault(f"labels are from 0 to {model.classes}, which is no label")
     if noise is None:
@@ -842,20 +806,17 @@ def sample(model, labels, steps=25, solver="heun", shift=1.0, guidance=1.0, inte
     def velocity(z, t):
         times = torch.full((len(z),), t, device=z.device)
         v = model(z, times, labels)
-        if guidance == 1 or not interval[0] <= t <= interval[1]:
+        if guidance == 1:
             return v
         u = model(z, times, torch.full_like(labels, model.classes))
         return u + guidance * (v - u)
 
-    even = [1 - i / steps for i in range(steps + 1)]
-    times = [shift * t / (1 + (shift - 1) * t) for t in even]
     z = noise.to(labels.device)
     trajectory = [(1.0, z)]
-    for t, next_t in zip(times, times[1:]):
+    for i in range(steps):
+        t, next_t = 1 - i / steps, 1 - (i + 1) / steps
         v = velocity(z, t)
-        if solver == "midpoint":
-            v = velocity(z + (next_t - t) / 2 * v, (t + next_t) / 2)
-        elif solver == "heun" and next_t > 0:  # at t = 0 there is no noise to be seen: the last step is Euler's
+        if solver == "heun" and next_t > 0:  # at t = 0 there is no noise to be seen: the last step is Euler's
             v = (v + velocity(z + (next_t - t) * v, next_t)) / 2
         z = z + (next_t - t) * v
         trajectory.append((next_t, z))
@@ -956,7 +917,8 @@ def main(argv):
     if config.num_steps:
         if config.reflow:
             with run.autocast():
-                tensors = draw_pairs(model, config.reflow, config.seed, run.device)
+                draw_pairs = import_ours("reflow").draw_pairs
+                tensors = draw_pairs(run.script, model, config.reflow, config.seed, run.device)
         else:
             tensors = [torch.from_numpy(np.array(array)) for array in arrays]
         loader = Loader(tensors, config.batch, config.seed, run.device)

@@ -10,7 +10,6 @@ embeddings of the last few tokens. Times against the baseline, record #1, are in
 """
 import contextlib
 import copy
-import dataclasses
 import hashlib
 import importlib
 import inspect
@@ -451,7 +450,6 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
-# --- copied: read bin ---
 def read_bin(path):
     """The tokens of a .bin file in modded-nanogpt's format, a memory map (N,) uint16."""
     header = np.fromfile(path, np.int32, 256)
@@ -460,7 +458,6 @@ def read_bin(path):
     if path.stat().st_size != 1024 + 2 * int(header[2]):
         raise ValueError(f"{path.name} should hold {header[2]} tokens and is {path.stat().st_size} bytes long")
     return np.memmap(path, np.uint16, "r", offset=1024, shape=(int(header[2]),))
-# --- end: read bin ---
 
 
 def read_streams(config):
@@ -572,11 +569,6 @@ class Muon:
     def momentum_buffers(self):
         """The momentum of each stack, gathered: (matrices, rows, columns)."""
         return [self.gather(buffer)[0][:len(params)] for params, buffer in self.stacks]
-
-    def load_momentum_buffers(self, buffers):
-        for (params, shard), whole in zip(self.stacks, buffers):
-            first, last = (min(r * len(shard), len(params)) for r in (self.rank, self.rank + 1))
-            shard[:last - first] = whole[first:last].to(shard.device)
 # --- end: muon ---
 
 
@@ -869,11 +861,6 @@ class KVCache:
         self.blocks[layer] = k, v
         self.length = k.size(2)
         return k, v
-
-    def truncate(self, length):
-        """Back to where only the first `length` tokens were read."""
-        self.length = min(self.length, length)
-        self.blocks = {layer: (k[:, :, :length], v[:, :, :length]) for layer, (k, v) in self.blocks.items()}
 
 
 def read_tokens(model, tokens, cache):

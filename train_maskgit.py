@@ -10,7 +10,6 @@ in records/README.md.
 """
 import contextlib
 import copy
-import dataclasses
 import hashlib
 import importlib
 import inspect
@@ -386,18 +385,6 @@ class Run:
                 dist.destroy_process_group()
             sys.exit(1 if problem else 0)
 
-    def load_state(self, model, muon, adam, loader):
-        """Put the saved state back to where it came from. The clock resumes where it was."""
-        set_model_state_dict(model, self.state["model"], options=FULL_STATE)
-        if muon:
-            muon.load_momentum_buffers(self.state["muon"])
-        adam.load_state_dict(self.state["adam"])
-        loader.load_state_dict(self.state["loader"])
-        vars(self).update(self.state["counters"])
-        self.bar.update(self.step)
-        self.say(f"resumed at step {self.step}; the learning rates are those of {self.config.num_steps} steps")
-        self.started = self.now()
-
     def result(self, model, eval_sha256, numbers):
         """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -446,7 +433,6 @@ class Run:
 # Data
 
 RECIPE = ("name", "version", "size", "num", "seed", "tokenizer")  # hashed instead of tokens: rounding differs
-TEXT_LENGTH, TEXT_ROWS = 64, 2000  # bytes per row of --data=text, and its validation rows
 
 
 def read_shards(config, modalities):
@@ -457,46 +443,6 @@ def read_shards(config, modalities):
     meta = json.loads((ROOT / config.data / "meta.json").read_text())
     recipe = {key: meta[key] for key in RECIPE}
     return tokens, labels[:, 0], hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
-
-
-# --- copied: read bin ---
-def read_bin(path):
-    """The tokens of a .bin file in modded-nanogpt's format, a memory map (N,) uint16."""
-    header = np.fromfile(path, np.int32, 256)
-    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-        raise ValueError(f"{path.name} is not a .bin token file")
-    if path.stat().st_size != 1024 + 2 * int(header[2]):
-        raise ValueError(f"{path.name} should hold {header[2]} tokens and is {path.stat().st_size} bytes long")
-    return np.memmap(path, np.uint16, "r", offset=1024, shape=(int(header[2]),))
-# --- end: read bin ---
-
-
-def read_text(split):
-    """The bytes of data/shakespeare as rows (N, L) uint16, a memory map; what is over is left out."""
-    if not STANDALONE:
-        import_ours("checks").check_text(sys.modules[__name__], split)
-    stream = read_bin(ROOT / "data" / "shakespeare" / f"{split}.bin")
-    return stream[:len(stream) // TEXT_LENGTH * TEXT_LENGTH].reshape(-1, TEXT_LENGTH)
-
-
-def read_frozen_text():
-    """What read_frozen returns, of a text: rows without labels, and seeded masks."""
-    tokens = torch.from_numpy(read_text("val")[:TEXT_ROWS].astype(np.int64))
-    rng = torch.Generator().manual_seed(0)
-    masked = draw_masks(*tokens.shape, rng)
-    masked = masked[torch.randperm(len(masked), generator=rng)]  # rows with few masked tokens come first
-    modalities = {"rgb": {"length": TEXT_LENGTH, "vocab": 256}, "label": {"length": 1, "vocab": 1}}
-    return tokens, torch.zeros(len(tokens), dtype=torch.long), masked, modalities, "none"
-
-
-def read_train(config, modalities):
-    """Training tokens (N, L), labels (N,) and the sha256 of how they were made."""
-    if config.data != "text":
-        return read_shards(config, modalities)
-    tokens = read_text("train")
-    if not STANDALONE:
-        import_ours("checks").check_batch(sys.modules[__name__], config, len(tokens), "examples")
-    return tokens, np.zeros(len(tokens), np.uint16), "none"
 
 
 # --- copied: loader ---
@@ -608,11 +554,6 @@ class Muon:
     def momentum_buffers(self):
         """The momentum of each stack, gathered: (matrices, rows, columns)."""
         return [self.gather(buffer)[0][:len(params)] for params, buffer in self.stacks]
-
-    def load_momentum_buffers(self, buffers):
-        for (params, shard), whole in zip(self.stacks, buffers):
-            first, last = (min(r * len(shard), len(params)) for r in (self.rank, self.rank + 1))
-            shard[:last - first] = whole[first:last].to(shard.device)
 # --- end: muon ---
 
 
@@ -805,55 +746,6 @@ def train_step(step, tokens, labels, rng, model, muon, adam, config, run):
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 
-SCHEDULES, ORDERS = ("constant", "cosine", "exponential"), ("confidence", "random", "halton")
-
-
-def share_masked(schedule, progress):
-    """Share of the tokens that is still masked at a progress of 0 to 1."""
-    if schedule == "constant":
-        return 1 - progress
-    if schedule == "cosine":
-        return math.cos(math.pi / 2 * progress)
-    return 1 - math.expm1(3 * progress) / math.expm1(3)
-
-
-def radical_inverse(i, base):
-    """The digits of i in a base, mirrored at the point: a number from 0 to 1."""
-    value, scale = 0.0, 1.0
-    while i:
-        scale /= base
-        value += i % base * scale
-        i //= base
-    return value
-
-
-def halton_order(side):
-    """The cells of a grid (side * side,) in the order of the 2-D Halton sequence, which spreads them evenly
-    (arXiv:2503.17076)."""
-    cells, i = {}, 1  # a dict keeps the first time of each
-    while len(cells) < side * side:
-        row, column = int(radical_inverse(i, 2) * side), int(radical_inverse(i, 3) * side)
-        cells.setdefault(row * side + column)
-        i += 1
-    return torch.tensor(list(cells))
-
-
-# --- copied: sharpen ---
-def sharpen(logits, temperature, top_k, top_p):
-    """Logits (..., V) of what is drawn: at a temperature, the top_k likeliest, of them the fewest that hold top_p."""
-    logits = logits / max(temperature, 1e-4)
-    if top_k:
-        least = logits.topk(min(top_k, logits.size(-1)))[0][..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1:
-        ranked, order = logits.softmax(-1).sort(-1, descending=True)
-        cut = ranked.cumsum(-1) - ranked >= top_p
-        cut[..., 0] = False  # the likeliest token always stays
-        logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -math.inf)
-    return logits
-# --- end: sharpen ---
-
-
 def gumbel(shape, rng):
     """Gumbel noise: argmax(logits + noise) is a draw from the softmax."""
     uniform = torch.rand(shape, generator=rng, device=rng.device).clamp(1e-20, 1 - 1e-7)
@@ -871,40 +763,35 @@ def predict(model, tokens, labels, masked, guidance):
 
 
 @torch.no_grad()
-def generate(model, labels, tokens=None, masked=None, steps=12, schedule="cosine", order="halton", noise=4.5,
-             temperature=1.0, top_k=0, top_p=1.0, guidance=1.0, seed=0, return_history=False):
+def generate(model, labels, tokens=None, masked=None, steps=12, order=None, noise=4.5, cosine=True, temperature=1.0,
+             guidance=1.0, seed=0, return_history=False):
     """Fill in tokens (B, L) where masked (B, L), everywhere if they are None, for labels (B,): new tokens (B, L).
 
-    order: "confidence" keeps the likeliest draws, their log-probabilities blurred by Gumbel noise times `noise`, which
-    falls to 0; "random" and "halton" fix the places beforehand. guidance: logits u + guidance * (c - u), u not knowing
-    the label. return_history: also a list of (tokens, masked) after each step. Fault for what a setting may not be.
+    order (L,): the places one after another; None keeps the likeliest draws first, their log-probabilities blurred by
+    Gumbel noise times `noise`, which falls to 0. cosine: few places at first and ever more; False: as many in each step.
+    guidance: see predict. return_history: also a list of (tokens, masked) after each step.
     """
-    if schedule not in SCHEDULES or order not in ORDERS or steps < 1:
-        raise Fault(f"schedule {schedule!r}, order {order!r}, {steps} steps: schedules are {', '.join(SCHEDULES)}, "
-                    f"orders are {', '.join(ORDERS)}, steps at least 1")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise Fault(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: temperature and top_k are at least 0, "
-                    "top_p is above 0 and at most 1")
+    if steps < 1:
+        raise Fault(f"{steps} steps: there is at least 1")
     B, L, device = len(labels), model.length, labels.device
     rng = torch.Generator(device).manual_seed(seed)
     tokens = torch.zeros(B, L, dtype=torch.long, device=device) if tokens is None else tokens.clone()
     masked = torch.ones(B, L, dtype=torch.bool, device=device) if masked is None else masked.clone()
     total = masked.sum(1, keepdim=True)
     history = []
-    rank = torch.rand(B, L, generator=rng, device=device).argsort(1).argsort(1).float()  # when a place is filled in
-    if order == "halton" and math.isqrt(L) ** 2 == L:
-        rank = halton_order(math.isqrt(L)).argsort().to(device).float().expand(B, L)
+    if order is not None:
+        rank = order.argsort().to(device).float().expand(B, L)  # when a place is filled in
     for step in range(steps):
         progress = (step + 1) / steps
-        logits = sharpen(predict(model, tokens, labels, masked, guidance), temperature, top_k, top_p)
+        logits = predict(model, tokens, labels, masked, guidance) / max(temperature, 1e-4)
         ids = (logits + gumbel(logits.shape, rng)).argmax(-1)
         tokens = tokens.masked_scatter(masked, ids)
-        if order == "confidence":
+        if order is None:
             confidence = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
             confidence += noise * (1 - progress) * gumbel(ids.shape, rng)
             rank = torch.zeros(B, L, device=device).masked_scatter(masked, -confidence)
-        left = (total * share_masked(schedule, progress)).long()
-        left = left.clamp(max=masked.sum(1, keepdim=True) - 1)  # at least one place per step
+        share = math.cos(math.pi / 2 * progress) if cosine else 1 - progress
+        left = (total * share).long().clamp(max=masked.sum(1, keepdim=True) - 1)  # at least one place per step
         if step + 1 == steps:
             left = torch.zeros_like(left)
         ranked = rank.masked_fill(~masked, -math.inf)  # the last `left` of a row stay masked
@@ -966,12 +853,17 @@ def flops_per_row(model, config):
 def main(argv):
     run = Run("maskgit", argv)
     config = run.config
-    *frozen, modalities, eval_sha256 = read_frozen_text() if config.data == "text" else read_frozen(config)
+    if config.data == "text":
+        *frozen, modalities, eval_sha256 = import_ours("text_rows").read_frozen(run.script)
+    else:
+        *frozen, modalities, eval_sha256 = read_frozen(config)
     check_config(config, run)
     if not STANDALONE:
         import_ours("checks").check_frozen_objects(run.script, config, modalities, *frozen)
-    if config.num_steps:
-        tokens, labels, run.data_sha256 = read_train(config, modalities)
+    if config.num_steps and config.data == "text":
+        tokens, labels, run.data_sha256 = import_ours("text_rows").read_train(run.script, config)
+    elif config.num_steps:
+        tokens, labels, run.data_sha256 = read_shards(config, modalities)
     rows = config.batch // run.world * modalities["rgb"]["length"]
     run.choose_precision(rows, config.dim, config.mlp_ratio * config.dim)
     torch.manual_seed(config.seed)

@@ -12,7 +12,6 @@ projections, compiled blocks. Times against the baseline, record #1, are in reco
 import contextlib
 import copy
 import ctypes
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -417,18 +416,6 @@ class Run:
                 dist.destroy_process_group()
             sys.exit(1 if problem else 0)
 
-    def load_state(self, model, muon, adam, loader):
-        """Put the saved state back to where it came from. The clock resumes where it was."""
-        set_model_state_dict(model, self.state["model"], options=FULL_STATE)
-        if muon:
-            muon.load_momentum_buffers(self.state["muon"])
-        adam.load_state_dict(self.state["adam"])
-        loader.load_state_dict(self.state["loader"])
-        vars(self).update(self.state["counters"])
-        self.bar.update(self.step)
-        self.say(f"resumed at step {self.step}; the learning rates are those of {self.config.num_steps} steps")
-        self.started = self.now()
-
     def result(self, model, eval_sha256, numbers):
         """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -675,11 +662,6 @@ class Muon:
     def momentum_buffers(self):
         """The momentum of each stack, gathered: (matrices, rows, columns)."""
         return [self.gather(buffer)[0][:len(params)] for params, buffer in self.stacks]
-
-    def load_momentum_buffers(self, buffers):
-        for (params, shard), whole in zip(self.stacks, buffers):
-            first, last = (min(r * len(shard), len(params)) for r in (self.rank, self.rank + 1))
-            shard[:last - first] = whole[first:last].to(shard.device)
 # --- end: muon ---
 
 

@@ -60,12 +60,19 @@ def read_state(run):
     return state
 
 
+def load_momentum(muon, buffers):
+    """Give a Muon its rank's part of what Muon.momentum_buffers gathered, of any number of ranks."""
+    for (params, shard), whole in zip(muon.stacks, buffers):
+        first, last = (min(r * len(shard), len(params)) for r in (muon.rank, muon.rank + 1))
+        shard[:last - first] = whole[first:last].to(shard.device)
+
+
 def load_state(run, model, muon, adam, loader):
     """Put what read_state found back to where it came from. The clock resumes where it was."""
     state = run.state
     set_model_state_dict(model, state["model"], options=run.script.FULL_STATE)
     if muon:
-        muon.load_momentum_buffers(state["muon"])
+        load_momentum(muon, state["muon"])
     adam.load_state_dict(state["adam"])
     loader.load_state_dict(state["loader"])
     vars(run).update(state["counters"])

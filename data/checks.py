@@ -81,20 +81,6 @@ def check_frozen_objects(script, config, modalities, tokens, labels, masked):
         raise script.Fault(f"{config.frozen} holds tokens or labels beyond its own vocabularies")
 
 
-def check_text(script, split):
-    """data/shakespeare is there, and bytes in rows."""
-    folder, make = script.ROOT / "data" / "shakespeare", "python data/shakespeare.py"
-    if not (folder / f"{split}.bin").exists():
-        raise script.Fault(f"no {split}.bin in {folder}: make it with `{make}`")
-    try:
-        stream = script.read_bin(folder / f"{split}.bin")
-        if len(stream) < script.TEXT_LENGTH or int(stream.max()) > 255:
-            raise ValueError(f"{split}.bin is shorter than {script.TEXT_LENGTH} bytes, or tokens of it are no bytes")
-    except (OSError, ValueError) as error:
-        raise script.Fault(f"{folder} cannot be used ({error}): our own text is made again with `{make}`, once it is "
-                           "moved away") from None
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Flow
 

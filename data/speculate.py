@@ -19,6 +19,12 @@ def load_draft(script, path, config, meta, device):
     return draft
 
 
+def truncate(cache, length):
+    """Take a KVCache back to where only the first `length` tokens were read."""
+    cache.length = min(cache.length, length)
+    cache.blocks = {layer: (k[:, :, :length], v[:, :, :length]) for layer, (k, v) in cache.blocks.items()}
+
+
 @torch.no_grad()
 def speculate(script, model, draft, tokens, options, seed=0):
     """Continue tokens (1, T): yields chunks (1, n) of options.sample_tokens in all, distributed as generate's.
@@ -44,8 +50,8 @@ def speculate(script, model, draft, tokens, options, seed=0):
         residual = (p[n] - q[n]).clamp(min=0) if n < options.ahead else p[n]
         new = torch.multinomial(residual[None], 1, generator=rng)
         tokens = torch.cat([tokens[:, :known + n], new], 1)
-        model_cache.truncate(known + n)
-        draft_cache.truncate(known + n)
+        truncate(model_cache, known + n)
+        truncate(draft_cache, known + n)
         yield tokens[:, known:][:, :left]
         left -= n + 1
 

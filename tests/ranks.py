@@ -8,6 +8,7 @@ import zlib
 import torch
 import torch.distributed as dist
 
+import checkpoints
 import train_4m
 
 
@@ -70,7 +71,7 @@ def muon_steps(path):
         if step == 2 and world > 1:  # a state goes through any number of ranks
             kept = muon.momentum_buffers()
             muon = train_4m.Muon(params, 0.9, rank, world, torch.float32)
-            muon.load_momentum_buffers(kept)
+            checkpoints.load_momentum(muon, kept)
         for i, p in enumerate((*params, *rest)):
             whole = torch.randn(p.shape, generator=rng)
             parts = torch.randn(world, *p.shape, generator=torch.Generator().manual_seed(i))

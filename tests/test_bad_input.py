@@ -241,6 +241,7 @@ def test_log_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     run = train_4m.Run("4m", ["--track=cpu"])
     run.precision = "fp32"
+    monkeypatch.setattr(run, "prepare_show", lambda: None)
     run.prepare(None)
     log, = (tmp_path / "logs").iterdir()
     assert json.loads(log.read_text().split(train_4m.RULE + "\n")[-2])["git"] is None
