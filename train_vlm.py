@@ -21,7 +21,6 @@ import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -35,10 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils import benchmark
@@ -145,7 +141,6 @@ ROOT = next((folder for folder in HERE.parents if (folder / "data" / "frozen").e
 STANDALONE = not (ROOT / "data" / "show.py").exists()  # it trains and files its result without any other file of ours
 RULE = "=" * 100
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
 
 
 class Fault(Exception):
@@ -196,6 +191,8 @@ def parse(key, text, kind):
 
 def import_ours(name):
     """A module of data/, for checks and samples and for what some options ask for."""
+    if STANDALONE:
+        raise Fault(f"this needs data/{name}.py, which is not beside this script")
     sys.path.insert(0, str(ROOT / "data"))
     return importlib.import_module(name)
 
@@ -235,31 +232,14 @@ def frozen_sha256(*paths):
     return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
 
 
-def model_sha256():
-    """Hash of this script's Model section: by another one a checkpoint's weights may mean other things."""
-    return hashlib.sha256(HERE.read_text().partition("\n# Model\n")[2].partition("\n# Loss\n")[0].encode()).hexdigest()
-
-
-def write_safely(path, save, *content):
-    """Write a file and then rename it: a full disk leaves what was there. Returns what went wrong, or ""."""
-    part = path.with_name(path.name + ".part")
-    try:
-        save(content[0], part, *content[1:])
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        return f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is kept"
-    return ""
-
-
 class Run:
     """Everything around the model: processes, device, precision, clock, log, progress bar, checkpoints, states."""
 
     def __init__(self, task, argv):
         self.task, self.script = task, sys.modules[__name__]
         self.config, self.options, self.given = read_options(argv)
+        if STANDALONE and (self.options.save or self.options.save_every):
+            raise Fault("--save and --save_every need data/checkpoints.py")
         if self.options.load:
             read_checkpoint = import_ours("checkpoints").read_checkpoint
             self.weights, self.config = read_checkpoint(self.script, self.options.load, self.config, self.given)
@@ -273,7 +253,7 @@ class Run:
         self.step = self.tokens = self.flops = self.seconds = 0  # so far; seconds of training alone
         self.compile_seconds = self.graphs = 0
         self.data_sha256 = "none"
-        self.file, self.signals, self.failed = None, [], False
+        self.file, self.failed = None, False
 
     def slice(self, batch):
         """This rank's part of a global batch."""
@@ -346,13 +326,8 @@ class Run:
         self.graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # that torch.compile has made so far
 
     def start(self):
-        """Start the clock and the bar. SIGTERM, as SLURM sends it, and Ctrl-C save the state; a second one ends it."""
-        def stop(number, frame):
-            self.signals.append(number)
-            signal.signal(number, signal.default_int_handler)
-
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+        """Start the clock and the bar. From here on SIGTERM and Ctrl-C save the state."""
+        self.saver = None if STANDALONE else import_ours("checkpoints").Saver(self)
         self.bar = tqdm(total=self.config.num_steps, disable=self.rank > 0, unit="step", dynamic_ncols=True)
         self.started = self.now()
 
@@ -388,38 +363,10 @@ class Run:
         self.say(f"step:{self.step}/{self.config.num_steps} val_loss:{val_loss:.4f} train_time:{milliseconds:.0f}ms "
                  f"step_avg:{milliseconds / max(1, self.step):.2f}ms")
 
-    def next_action(self):
-        """After a step: "stop" once a signal has reached any rank, "save" every save_every steps, else ""."""
-        if self.step == self.config.num_steps:
-            return ""
-        stop = bool(self.signals) and self.world == 1
-        if self.world > 1 and self.step % 10 == 0:  # ranks hear of a signal at different steps: here they agree
-            flag = torch.tensor(len(self.signals), device=self.device)
-            dist.all_reduce(flag)
-            stop = flag.item() > 0
-        due = self.options.save_every and self.step % self.options.save_every == 0
-        return "stop" if stop else "save" if due else ""
-
-    def save_state(self, action, model, muon, adam, loader):
-        """Save all that the rest of the run depends on, for any number of processes. "stop" then ends this one."""
-        with self.paused():
-            counters = {name: getattr(self, name) for name in ("step", "tokens", "flops", "seconds")}
-            state = {"config": vars(self.config), "data_sha256": self.data_sha256, "counters": counters,
-                     "model": get_model_state_dict(model, options=FULL_STATE), "adam": adam.state_dict(),
-                     "muon": muon.momentum_buffers() if muon else [], "loader": loader.state_dict()}
-            path = ROOT / (self.options.resume or f"checkpoints/{self.run_id}.state.pt")
-            problem = write_safely(path, torch.save, state) if self.rank == 0 else ""
-            self.say(problem or f"state of step {self.step} in {path}")
-        if action == "stop":
-            self.say(f"stopped: continue with the same command and --resume={path}")
-            if self.world > 1:
-                dist.destroy_process_group()
-            sys.exit(1 if problem else 0)
-
     def result(self, model, eval_sha256, numbers):
         """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.saver:
+            self.saver.close()
         self.bar.close()
         self.check(self.val_loss)
         seconds, tokens = max(self.seconds, 1e-9), int(self.tokens)
@@ -437,12 +384,7 @@ class Run:
                   "overrides": " ".join(f"--{key}={value}" for key, value in self.given.items()) or "none"}
         if self.rank == 0:
             if self.options.save:
-                path = ROOT / "checkpoints" / f"{self.run_id}.safetensors"
-                half = {name: value.half().contiguous().cpu() for name, value in model.state_dict().items()}
-                about = {"config": json.dumps(vars(self.config)), "model_sha256": model_sha256()}
-                problem = write_safely(path, save_file, half, about)
-                self.failed = bool(problem)
-                self.say(problem or f"weights in {path}")
+                self.failed = not import_ours("checkpoints").save_weights(self, model)
             for key, value in footer.items():
                 self.say(f"{key}: {value}")
             with open(ROOT / "records" / "runs.jsonl", "a") as file:
@@ -1161,8 +1103,8 @@ def main(argv):
         batch = loader()
         loss = train_step(run.step, batch, model, muon, adam, config, run)
         run.progress(loss, config.batch * config.seq_len, flops_per_step(model, config, batch["pictures"]))
-        if action := run.next_action():
-            run.save_state(action, model, muon, adam, loader)
+        if run.saver:
+            run.saver.after_step(model, muon, adam, loader)
 
     numbers = {"pictures": loader.pictures if loader else 0}
     numbers |= {f"accuracy_{name}": round(value, 4) for name, value in accuracy.items()}

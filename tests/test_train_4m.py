@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import checkpoints
 import eval_masks
 import leaderboard
 import ranks
@@ -675,7 +676,7 @@ def test_a_result_outlives_its_samples(tiny, tmp_path, monkeypatch, capsys):
 
 def test_a_checkpoint_of_other_code_is_named(finished, tiny, tmp_path, monkeypatch, capsys):
     checkpoint, = (finished[0] / "checkpoints").iterdir()
-    monkeypatch.setattr(train_4m, "model_sha256", lambda: "another")
+    monkeypatch.setattr(checkpoints, "model_sha256", lambda script: "another")
     run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, *tiny[1], f"--load={checkpoint}", "--num_steps=0"])
     assert "was written by another Model section than this one" in capsys.readouterr().out
 

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import backbones as hub
+import checkpoints
 import leaderboard
 import runs
 import show_vlm
@@ -577,14 +578,14 @@ def test_resume(tiny, tmp_path, monkeypatch, capsys):
     argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=9", "--save=true", "--save_every=7"]
     whole, cut = make_root(tmp_path / "whole"), make_root(tmp_path / "cut")
     run_here(monkeypatch, whole, argv)
-    plain = train_vlm.Run.save_state
+    plain = checkpoints.Saver.save
 
-    def save_state(run, *rest):
-        plain(run, *rest)
-        if run.step == 14:
+    def save(saver, *rest):
+        plain(saver, *rest)
+        if saver.run.step == 14:
             raise CutOff
     with monkeypatch.context() as patch, pytest.raises(CutOff):
-        patch.setattr(train_vlm.Run, "save_state", save_state)
+        patch.setattr(checkpoints.Saver, "save", save)
         run_here(patch, cut, argv)
     assert not (cut / "records/runs.jsonl").exists()
     state, = (cut / "checkpoints").glob("*.state.*")
