@@ -149,7 +149,8 @@ def read_state(run):
         raise script.Fault("--resume continues a run: pass its --num_steps, or --load to evaluate a checkpoint")
     try:
         state = torch.load(script.ROOT / path, map_location="cpu", weights_only=True)
-        saved, step = state["config"], state["counters"]["step"]
+        saved = state["config"]
+        state["counters"] = {name: state["counters"][name] for name in COUNTERS}
     except Exception as error:  # torch.load raises many kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise script.Fault(f"--resume={path} is not the state of a run ({reason})") from None
@@ -158,7 +159,7 @@ def read_state(run):
         raise script.Fault(f"--resume={path} is of a run with {' '.join(different)}: pass the same")
     if state["data_sha256"] != run.data_sha256:
         raise script.Fault(f"--resume={path} is of a run on other training data")
-    if step > run.config.num_steps:
+    if (step := state["counters"]["step"]) > run.config.num_steps:
         raise script.Fault(f"--resume={path} is at step {step}, beyond --num_steps={run.config.num_steps}")
     return state
 

@@ -436,8 +436,7 @@ def test_draws_follow_the_distribution(layout, monkeypatch, settings):
     expected[allowed] = p[allowed] / p[allowed].sum()
     tokens, rng = torch.zeros(100, layout.size, dtype=torch.long), torch.Generator().manual_seed(0)
     places = torch.arange(64).expand(100, -1)
-    drawn = [train_4m.draw_tokens(None, layout, tokens, tokens > 0, places, output, output.temperature, rng)
-             for _ in range(3)]
+    drawn = [train_4m.draw_tokens(None, layout, tokens, tokens > 0, places, output, rng) for _ in range(3)]
     ids, confidence = (torch.cat(part) for part in zip(*drawn))
     share = torch.bincount(ids.flatten(), minlength=12) / ids.numel()
     assert (share - expected).abs().max() < 0.015
