@@ -165,7 +165,8 @@ def read_options(argv):
     track = given.get("track", "gpu" if torch.cuda.is_available() else "cpu")
     if track not in CONFIGS:
         raise Fault(f"--track={track} is not one of {', '.join(CONFIGS)}")
-    config, options = copy.copy(CONFIGS[track]), Options()
+    config = copy.copy(CONFIGS[track])
+    options = Options()
     for key, text in given.items():
         part = options if key in vars(options) else config
         if key not in vars(part):
@@ -236,10 +237,11 @@ class Run:
     """Everything around the model: processes, device, precision, clock, log, progress bar, checkpoints, states."""
 
     def __init__(self, task, argv):
-        self.task, self.script = task, sys.modules[__name__]
+        self.task = task
+        self.script = sys.modules[__name__]
         self.config, self.options, self.given = read_options(argv)
         if STANDALONE and (self.options.save or self.options.save_every):
-            raise Fault("--save and --save_every need data/checkpoints.py")
+            raise Fault("--save and --save_every need data/checkpoints.py, which is not beside this script")
         if self.options.load:
             read_checkpoint = import_ours("checkpoints").read_checkpoint
             self.weights, self.config = read_checkpoint(self.script, self.options.load, self.config, self.given)
@@ -251,9 +253,10 @@ class Run:
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.step = self.tokens = self.flops = self.seconds = 0  # so far; seconds of training alone
-        self.compile_seconds = self.graphs = 0
+        self.compile_seconds = self.graphs = 0  # of the warm-up
         self.data_sha256 = "none"
-        self.file, self.failed = None, False
+        self.file = None  # the log, of rank 0
+        self.failed = False  # weights or samples
 
     def slice(self, batch):
         """This rank's part of a global batch."""
@@ -319,7 +322,8 @@ class Run:
     def warm_up(self, model):
         """For untimed steps on dummy data: afterwards the weights are what they were before."""
         self.say(f"warming up in {self.precision} on {hardware(self.device)}")
-        start, weights = time.perf_counter(), copy.deepcopy(model.state_dict())
+        start = time.perf_counter()
+        weights = copy.deepcopy(model.state_dict())
         yield
         model.load_state_dict(weights)
         self.compile_seconds = time.perf_counter() - start
@@ -359,7 +363,8 @@ class Run:
             raise Fault(f"the loss is {loss} at step {self.step}: lower the learning rate")
 
     def evaluation(self, val_loss):
-        self.val_loss, milliseconds = val_loss, 1000 * self.seconds
+        self.val_loss = val_loss
+        milliseconds = 1000 * self.seconds
         self.say(f"step:{self.step}/{self.config.num_steps} val_loss:{val_loss:.4f} train_time:{milliseconds:.0f}ms "
                  f"step_avg:{milliseconds / max(1, self.step):.2f}ms")
 
@@ -369,7 +374,8 @@ class Run:
             self.saver.close()
         self.bar.close()
         self.check(self.val_loss)
-        seconds, tokens = max(self.seconds, 1e-9), int(self.tokens)
+        seconds = max(self.seconds, 1e-9)
+        tokens = int(self.tokens)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - self.graphs
         footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
                   "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
