@@ -10,16 +10,14 @@ in records/README.md.
 """
 import contextlib
 import copy
-import dataclasses
 import hashlib
+import importlib
 import inspect
 import json
 import math
 import os
 import platform
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -32,10 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils import benchmark
 from tqdm import tqdm
@@ -98,19 +93,11 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
 }
 
 
-def check_config(config, run, modalities, tokens, labels, masked):
-    """What fields may be together, and with the validation set. Raises Fault for what they may not."""
+def check_config(config, run):
+    """What fields may be together. Raises Fault for what they may not."""
     run.slice(config.batch)  # can it be divided among the processes?
     if config.dim % config.head_dim:
         raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}")
-    length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
-    if math.isqrt(vocab) ** 2 != vocab:
-        raise Fault(f"{config.frozen} has a vocabulary of {vocab}, which is not a square: tokens are pairs of digits")
-    if tokens.shape[1] != length or not masked.any():
-        raise Fault(f"{config.frozen} has {tuple(tokens.shape)} tokens, {int(masked.sum())} are masked: rows are of "
-                    f"{length}, and one at least must be masked")
-    if int(tokens.max()) >= vocab or int(labels.max()) >= modalities["label"]["vocab"]:
-        raise Fault(f"{config.frozen} holds tokens or labels beyond its own vocabularies")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -120,82 +107,93 @@ def check_config(config, run, modalities, tokens, labels, masked):
 # The track's stop-watch: options, processes, clock, log, checkpoints and states. A record may not change it.
 HERE = Path(__file__).resolve()  # the repository is wherever data/frozen is: archived scripts run from their folder
 ROOT = next((folder for folder in HERE.parents if (folder / "data" / "frozen").exists()), HERE.parent)
+STANDALONE = not (ROOT / "data" / "show.py").exists()  # it trains and files its result without any other file of ours
 RULE = "=" * 100
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
 
 
 class Fault(Exception):
     """User error, reported in one line without a traceback."""
 
+    def __str__(self):
+        return " ".join(super().__str__().split())[:500]  # libraries' errors, which it may quote, can be pages long
+
 
 def read_options(argv):
     """--field=value arguments -> the track's Config, the Options, and {field: value} as given."""
     if "--help" in argv or "-h" in argv:
-        print(__doc__, inspect.getsource(Config), inspect.getsource(Options), inspect.getsource(check_config), sep="\n")
+        print(__doc__, *map(inspect.getsource, (Config, Options, check_config)), sep="\n")
         print("Numbers are at least 0, and", *(f"{key} in {limits}" for key, limits in LIMITS.items()), sep="\n    ")
         sys.exit()
     given = {}
     for argument in argv:
-        key, equals, value = argument.removeprefix("--").partition("=")
+        key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
             raise Fault(f"arguments look like --field=value, not {argument!r}; --help lists the fields")
-        given[key] = value
+        given[key] = text
     track = given.get("track", "gpu" if torch.cuda.is_available() else "cpu")
     if track not in CONFIGS:
         raise Fault(f"--track={track} is not one of {', '.join(CONFIGS)}")
-    config, options = copy.copy(CONFIGS[track]), Options()
-    for key, value in given.items():
-        target = next((part for part in (config, options) if key in vars(part)), None)
-        if target is None:
+    config = copy.copy(CONFIGS[track])
+    options = Options()
+    for key, text in given.items():
+        part = options if key in vars(options) else config
+        if key not in vars(part):
             raise Fault(f"there is no field --{key}; --help lists the fields")
-        kind = type(getattr(target, key))
-        try:
-            parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-        except (ValueError, KeyError):
-            raise Fault(f"--{key}={value} is not of type {kind.__name__}") from None
-        if kind is str and parsed not in LIMITS.get(key, [parsed]):
-            raise Fault(f"--{key}={value} is not one of {', '.join(LIMITS[key])}")
-        if kind in (int, float):
-            least, most = LIMITS.get(key, (0, math.inf))
-            if not least <= parsed <= most or not math.isfinite(parsed):
-                raise Fault(f"--{key}={value} is not a number from {least} to {most}")
-        setattr(target, key, parsed)
-    if options.resume and not config.num_steps:
-        raise Fault("--resume continues a run: pass its --num_steps, or --load to evaluate a checkpoint")
+        setattr(part, key, parse(key, text, type(getattr(part, key))))
     return config, options, given
+
+
+def parse(key, text, kind):
+    """A field's value from its text: of its type, and what LIMITS allow."""
+    try:
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise Fault(f"--{key}={text} is not of type {kind.__name__}") from None
+    if kind is str and value not in LIMITS.get(key, [value]):
+        raise Fault(f"--{key}={text} is not one of {', '.join(LIMITS[key])}")
+    if kind in (int, float):
+        least, most = LIMITS.get(key, (0, math.inf))
+        if not least <= value <= most or not math.isfinite(value):
+            raise Fault(f"--{key}={text} is not a number from {least} to {most}")
+    return value
+
+
+def import_ours(name):
+    """A module of data/, for checks and samples and for what some options ask for."""
+    if STANDALONE:
+        raise Fault(f"this needs data/{name}.py, which is not beside this script")
+    sys.path.insert(0, str(ROOT / "data"))
+    return importlib.import_module(name)
 
 
 def hardware(device):
     """The machine as its user would name it."""
     if device.type == "cuda":
         return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        info = Path("/proc/cpuinfo").read_text()
-        name = info.partition("model name\t: ")[2].partition("\n")[0] or name
-        name += " (AMX)" if "amx_bf16" in info else " (AVX512-BF16)" if "avx512_bf16" in info else ""
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
+    if "amx_bf16" in info:
+        name += " (AMX)"
+    elif "avx512_bf16" in info:
+        name += " (AVX512-BF16)"
     return f"{torch.get_num_threads()} cores of {name}"
 
 
 def peak_memory_mib(device):
-    """Most memory in use so far: the allocator's on CUDA, the process's elsewhere, 0 where no one counts it."""
+    """Most memory in use so far: the allocator's on CUDA, the process's on Linux, 0 elsewhere."""
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 2 ** (20 if sys.platform == "darwin" else 10))
+        return torch.cuda.max_memory_allocated() >> 20
+    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else "VmHWM: 0 kB"
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) >> 10
 
 
-def matmul_flops(device, dtype, rows, dim, hidden, seconds=0.1):
+def matmul_flops(device, dtype, rows, dim, hidden):
     """Measured FLOP/s of products (rows, dim) x (dim, hidden) in dtype."""
     a = torch.randn(rows, dim, device=device, dtype=dtype)
     b = torch.randn(hidden, dim, device=device, dtype=dtype)
     timer = benchmark.Timer("F.linear(a, b)", globals={"F": F, "a": a, "b": b}, num_threads=torch.get_num_threads())
-    return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=seconds).median
+    return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=0.1).median
 
 
 def frozen_sha256(*paths):
@@ -204,81 +202,30 @@ def frozen_sha256(*paths):
     return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
 
 
-def model_sha256():
-    """Hash of this script's Model section: by another one a checkpoint's weights may mean other things."""
-    return hashlib.sha256(HERE.read_text().partition("\n# Model\n")[2].partition("\n# Loss\n")[0].encode()).hexdigest()
-
-
-def write_safely(path, save):
-    """save(a temporary path), then rename it: a full disk leaves what was there. Returns what went wrong, or ""."""
-    part = path.with_name(path.name + ".part")
-    try:
-        save(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        return f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is kept"
-    return ""
-
-
-def read_checkpoint(path, config, given):
-    """Weights that a run saved, and config with the architecture that they are for."""
-    try:
-        with safe_open(ROOT / path, "pt") as file:
-            about = file.metadata() or {}
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}
-        saved = json.loads(about["config"])
-        architecture = {key: saved[key] for key in ARCHITECTURE}
-    except Exception as error:  # safetensors raises its own kinds
-        raise Fault(f"{path} is not a checkpoint of this script ({type(error).__name__}: {error})") from None
-    if other := [key for key in ARCHITECTURE if key in given and getattr(config, key) != saved[key]]:
-        raise Fault(f"{path} was trained with --{other[0]}={saved[other[0]]}: leave it out, the checkpoint has its own")
-    if about.get("model_sha256", model_sha256()) != model_sha256():
-        print(f"{HERE.name}: {path} was written by another Model section than this one: its results may differ")
-    return weights, dataclasses.replace(config, **architecture)
-
-
-def load_weights(model, weights, path):
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise Fault(f"{path} does not fit this model: {' '.join(str(error).split())[:200]}") from None
-
-
-class Clock:
-    """Training time in seconds: what passes between go and pause. CUDA is synchronised at both."""
-
-    def __init__(self, device):
-        self.seconds = 0.0
-        self.sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def go(self):
-        self.sync()
-        self.start = time.perf_counter()
-
-    def pause(self):
-        self.sync()
-        self.seconds += time.perf_counter() - self.start
-
-
 class Run:
     """Everything around the model: processes, device, precision, clock, log, progress bar, checkpoints, states."""
 
-    def __init__(self, task, config, options, given):
-        self.task, self.config, self.options, self.given = task, config, options, given
+    def __init__(self, task, argv):
+        self.task = task
+        self.script = sys.modules[__name__]
+        self.config, self.options, self.given = read_options(argv)
+        if STANDALONE and (self.options.save or self.options.save_every):
+            raise Fault("--save and --save_every need data/checkpoints.py, which is not beside this script")
+        if self.options.load:
+            read_checkpoint = import_ours("checkpoints").read_checkpoint
+            self.weights, self.config = read_checkpoint(self.script, self.options.load, self.config, self.given)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        if cuda:
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-        self.clock = Clock(self.device)
-        self.file, self.signals, self.failed = None, [], False
-        self.step, self.tokens, self.flops, self.loading, self.val_loss = 0, 0, 0.0, 0.0, math.nan
-        self.data_sha256, self.compile_seconds, self.graphs = "none", 0.0, 0
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.step = self.tokens = self.flops = self.seconds = 0  # so far; seconds of training alone
+        self.compile_seconds = self.graphs = 0  # of the warm-up
+        self.data_sha256 = "none"
+        self.file = None  # the log, of rank 0
+        self.failed = False  # weights or samples
 
     def slice(self, batch):
         """This rank's part of a global batch."""
@@ -289,29 +236,29 @@ class Run:
     def choose_precision(self, rows, dim, hidden):
         """Set precision and the peak in FLOP/s that MFU is relative to. A product of the model is (rows, dim, hidden).
 
-        auto on a CPU is what multiplies matrices of this shape faster: bf16 with AMX by far, fp32 on most others, where
-        bf16 can take seven times as long. On CUDA it is bf16 from compute capability 8.0 on.
+        auto is what multiplies such matrices faster: bf16 on a GPU of compute capability 8.0 and on a CPU with AMX by
+        far, fp32 on most others, where bf16 can take seven times as long.
         """
-        self.precision = self.options.precision
+        shape = (rows, dim, hidden)
         if self.device.type == "cuda":
-            if self.precision == "auto":
-                self.precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-            dtype = PRECISIONS[self.precision]
-            self.peak = matmul_flops(self.device, dtype, 8192, 8192, 8192, 0.5)  # smaller ones leave it idle
-            return
-        flops = {name: matmul_flops(self.device, dtype, rows, dim, hidden) for name, dtype in PRECISIONS.items()}
-        if self.precision == "auto":
-            self.precision = max(flops, key=flops.get)
-        decision = [self.precision, max(flops.values())]
+            shape = (8192, 8192, 8192)  # smaller ones leave it idle
+        flops = {name: matmul_flops(self.device, dtype, *shape) for name, dtype in PRECISIONS.items()}
+        decision = [max(flops, key=flops.get), max(flops.values())]
         if self.world > 1:  # one run, one precision
             dist.broadcast_object_list(decision)
-        self.precision, self.peak = decision
+        fastest, self.peak = decision
+        self.precision = fastest if self.options.precision == "auto" else self.options.precision
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def open_log(self):
-        """Rank 0's log file: the source and the settings, then lines that also reach the console through say."""
+    def prepare(self, model, **show_data):
+        """Before the clock: load weights, open what samples will need and the state to resume from, and the log."""
+        if self.options.load:
+            import_ours("checkpoints").load_weights(self.script, model, self.weights, self.options.load)
+        self.samples = self.prepare_show(**show_data)
+        if self.options.resume:
+            self.state = import_ours("checkpoints").read_state(self)
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.task}-{self.config.track}-{self.config.seed}"
         if self.rank:
             return
@@ -323,174 +270,96 @@ class Run:
             self.file = open(ROOT / "logs" / f"{self.run_id}.txt", "x", buffering=1)
         except OSError as error:
             raise Fault(f"cannot write the log: {error}") from None
-        git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
-                                                     text=True).stdout.strip()
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
         settings = {"config": vars(self.config), "options": vars(self.options), "argv": sys.argv[1:],
                     "overrides": self.given, "python": platform.python_version(), "torch": torch.__version__,
                     "cuda": torch.version.cuda, "threads": torch.get_num_threads(), "hardware": hardware(self.device),
                     "precision": self.precision, "git": git or None}
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
-        if self.precision == "fp32" and self.device.type == "cuda":
-            self.say("precision: fp32, because bf16 needs a GPU of compute capability 8.0 or was not asked for")
+
+    def prepare_show(self, **data):
+        """data/show.py with all it needs to draw samples."""
+        return None if STANDALONE else import_ours("show").prepare(self, **data)
 
     def say(self, line):
+        """A line in the log and on the console, by rank 0."""
         if self.file:
             self.file.write(line + "\n")
             tqdm.write(line)
 
-    def count_graphs(self):
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]  # that torch.compile has made so far
-
     @contextlib.contextmanager
     def warm_up(self, model):
         """For untimed steps on dummy data: afterwards the weights are what they were before."""
-        if self.rank == 0:
-            tqdm.write(f"warming up in {self.precision} on {hardware(self.device)}")
-        start, weights = time.perf_counter(), copy.deepcopy(model.state_dict())
+        self.say(f"warming up in {self.precision} on {hardware(self.device)}")
+        start = time.perf_counter()
+        weights = copy.deepcopy(model.state_dict())
         yield
         model.load_state_dict(weights)
         self.compile_seconds = time.perf_counter() - start
-        self.graphs = self.count_graphs()
+        self.graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # that torch.compile has made so far
 
     def start(self):
-        """Start the clock and the bar. SIGTERM, as SLURM sends it, and Ctrl-C save the state; a second one ends it."""
-        def stop(number, frame):
-            self.signals.append(number)
-            signal.signal(number, signal.default_int_handler)
-
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+        """Start the clock and the bar. From here on SIGTERM and Ctrl-C save the state."""
+        self.saver = None if STANDALONE else import_ours("checkpoints").Saver(self)
         self.bar = tqdm(total=self.config.num_steps, disable=self.rank > 0, unit="step", dynamic_ncols=True)
-        self.clock.go()
+        self.started = self.now()
 
-    def fetch(self, loader):
-        """The loader's next batch. The time it takes is training time, and counted apart as well."""
-        start = time.perf_counter()
-        batch = loader()
-        self.loading += time.perf_counter() - start
-        return batch
+    def now(self):
+        """Seconds, once the device has done all that it was given."""
+        torch.get_device_module(self.device).synchronize()
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """For evaluations and saved states, which the clock does not count."""
+        self.seconds += self.now() - self.started
+        yield
+        self.started = self.now()
+
+    def progress(self, loss, tokens, flops):
+        """Count a step of so many tokens and FLOPs. Each tenth loss, this rank's part of it, is looked at."""
+        self.step += 1
+        self.tokens = self.tokens + tokens  # new on each step, as it may be a tensor
+        self.flops += flops
+        self.bar.update()
+        if self.step % 10 == 0:
+            self.check(loss.item())
+            self.bar.set_postfix(loss=f"{loss.item() * self.world:.3f}")
 
     def check(self, loss):
         """Abort on a non-finite loss."""
         if not math.isfinite(loss):
             raise Fault(f"the loss is {loss} at step {self.step}: lower the learning rate")
 
-    def progress(self, loss):
-        """Count a step whose loss, this rank's part of it, is a tensor. Each tenth is looked at."""
-        self.step += 1
-        if self.step % 10 == 0:
-            self.check(loss.item())
-            self.bar.set_postfix(loss=f"{loss.item() * self.world:.3f}")
-        self.bar.update(self.step - self.bar.n)
-
-    def pause(self):
-        """Pause the clock for an evaluation."""
-        self.clock.pause()
-        self.bar.set_description("evaluating")
-
-    def go(self):
-        self.bar.set_description("")
-        self.clock.go()
-
     def evaluation(self, val_loss):
-        self.val_loss, milliseconds = val_loss, 1000 * self.clock.seconds
+        self.val_loss = val_loss
+        milliseconds = 1000 * self.seconds
         self.say(f"step:{self.step}/{self.config.num_steps} val_loss:{val_loss:.4f} train_time:{milliseconds:.0f}ms "
                  f"step_avg:{milliseconds / max(1, self.step):.2f}ms")
 
-    def next_action(self):
-        """After a step: "stop" once a signal has reached any rank, "save" every save_every steps, else ""."""
-        stop = bool(self.signals)
-        if self.world > 1 and self.step % 10:  # ranks hear of it at different steps: they agree on each tenth
-            stop = False
-        elif self.world > 1:
-            flag = torch.tensor(float(stop), device=self.device)
-            dist.all_reduce(flag)
-            stop = bool(flag)
-        if self.step == self.config.num_steps:
-            return ""
-        due = self.options.save_every and self.step % self.options.save_every == 0
-        return "stop" if stop else "save" if due else ""
-
-    def save_state(self, action, model, muon, adam, loader):
-        """Save all that the rest of the run depends on, for any number of processes. "stop" then ends this one."""
-        self.clock.pause()
-        counters = {name: getattr(self, name) for name in ("step", "flops", "loading")}
-        state = {"config": vars(self.config), "data_sha256": self.data_sha256, "seconds": self.clock.seconds,
-                 "counters": counters | {"tokens": int(self.tokens)}, "adam": adam.state_dict(),
-                 "model": get_model_state_dict(model, options=FULL_STATE), "loader": loader.state_dict(),
-                 "muon": muon.momentum_buffers() if muon else []}
-        path = ROOT / (self.options.resume or f"checkpoints/{self.run_id}.state.pt")
-        problem = write_safely(path, lambda part: torch.save(state, part)) if self.rank == 0 else ""
-        self.say(problem or f"state of step {self.step} in {path}")
-        if action == "stop":
-            self.say(f"stopped: continue with the same command and --resume={path}")
-            if self.world > 1:
-                dist.destroy_process_group()
-            sys.exit(1 if problem else 0)
-        self.clock.go()
-
-    def read_state(self):
-        """What save_state wrote of this run. It may go on for more steps than planned, or be evaluated more often."""
-        path, config = self.options.resume, vars(self.config)
-        try:
-            state = torch.load(ROOT / path, map_location="cpu", weights_only=True)
-            saved, step = state["config"], state["counters"]["step"]
-        except Exception as error:  # torch.load raises many kinds
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise Fault(f"--resume={path} is not the state of a run ({reason})") from None
-        fixed = set(config) - {"num_steps", "eval_every", "target", "shard"}
-        if different := [f"--{key}={saved.get(key)}" for key in sorted(fixed) if saved.get(key) != config[key]]:
-            raise Fault(f"--resume={path} is of a run with {' '.join(different)}: pass the same")
-        if state["data_sha256"] != self.data_sha256:
-            raise Fault(f"--resume={path} is of a run on other training data")
-        if step > self.config.num_steps:
-            raise Fault(f"--resume={path} is at step {step}, beyond --num_steps={self.config.num_steps}")
-        return state
-
-    def load_state(self, state, model, muon, adam, loader):
-        """Put what read_state found back to where it came from. The clock resumes where it was."""
-        set_model_state_dict(model, state["model"], options=FULL_STATE)
-        if muon:
-            muon.load_momentum_buffers(state["muon"])
-        adam.load_state_dict(state["adam"])
-        loader.load_state_dict(state["loader"])
-        for name, value in state["counters"].items():
-            setattr(self, name, value)
-        planned, num_steps = state["config"]["num_steps"], self.config.num_steps
-        if planned != num_steps:
-            self.say(f"{planned} steps were planned, {num_steps} are now: from step {self.step} on the learning rates "
-                     "are those of the longer run")
-        self.bar.update(self.step)
-        self.clock.seconds = state["seconds"]
-        self.clock.go()
-
     def result(self, model, eval_sha256, numbers):
         """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.saver:
+            self.saver.close()
         self.bar.close()
         self.check(self.val_loss)
-        seconds, tokens = max(self.clock.seconds, 1e-9), int(self.tokens)
-        weights = get_model_state_dict(model, options=FULL_STATE)
+        seconds = max(self.seconds, 1e-9)
+        tokens = int(self.tokens)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - self.graphs
         footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
                   "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
                   "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
-                  "reached": self.val_loss <= self.config.target, "train_seconds": round(self.clock.seconds, 3),
-                  "compile_seconds": round(self.compile_seconds, 1), "recompiles": self.count_graphs() - self.graphs,
-                  "loader_share": round(self.loading / seconds, 4), "tokens_per_second": round(tokens / seconds),
+                  "reached": self.val_loss <= self.config.target, "train_seconds": round(self.seconds, 3),
+                  "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
+                  "tokens_per_second": round(tokens / seconds),
                   "mfu": round(self.flops / seconds / self.peak / self.world, 4),
                   "matmul_peak_tflops": round(self.peak / 1e12, 2), "peak_memory_mib": peak_memory_mib(self.device),
                   "data_sha256": self.data_sha256, "eval_sha256": eval_sha256,
                   "overrides": " ".join(f"--{key}={value}" for key, value in self.given.items()) or "none"}
         if self.rank == 0:
             if self.options.save:
-                path = ROOT / "checkpoints" / f"{self.run_id}.safetensors"
-                half = {name: value.half().contiguous().cpu() for name, value in weights.items()}
-                about = {"config": json.dumps(vars(self.config)), "model_sha256": model_sha256()}
-                problem = write_safely(path, lambda part: save_file(half, part, about))
-                self.failed = bool(problem)
-                self.say(problem or f"weights in {path}")
+                self.failed = not import_ours("checkpoints").save_weights(self, model)
             for key, value in footer.items():
                 self.say(f"{key}: {value}")
             with open(ROOT / "records" / "runs.jsonl", "a") as file:
@@ -499,25 +368,10 @@ class Run:
             dist.barrier()
             dist.destroy_process_group()
 
-    def prepare_show(self, **data):
-        """data/show.py with all it needs to draw samples, opened before the clock starts. None without that file."""
-        if not (ROOT / "data" / "show.py").exists():
-            return None
-        sys.path.insert(0, str(ROOT / "data"))
-        import show
-        return show.prepare(sys.modules[__name__], self, **data)
-
-    def show(self, prepared, model):
-        """Draw samples and measure their quality: whatever fails here is one sentence, the result is filed."""
-        if prepared and self.rank == 0:
-            try:
-                with self.autocast(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                    for key, value in prepared.show(model).items():
-                        self.say(f"{key}: {value}")
-                    prepared.chat(model)
-            except (Exception, KeyboardInterrupt) as error:
-                self.say(f"no samples ({type(error).__name__}: {error}); the result above is filed")
-                self.failed = True
+    def show(self, model):
+        """Draw samples and measure their quality, by rank 0. Exit code 1 if that, or saving the weights, failed."""
+        if self.samples and self.rank == 0:
+            self.samples.show(model)
         if self.failed:
             sys.exit(1)
 # --- end: run ---
@@ -526,83 +380,17 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
-TEXT_LENGTH, TEXT_ROWS = 64, 2000  # bytes per row of --data=text, and its validation rows
+RECIPE = ("name", "version", "size", "num", "seed", "tokenizer")  # hashed instead of tokens: rounding differs
 
 
-def read_shards(folder, modalities):
+def read_shards(config, modalities):
     """Training tokens (N, L) and labels (N,) uint16, memory maps, and the sha256 of how they were made."""
-    folder = ROOT / folder
-    size = 8 * math.isqrt(modalities["rgb"]["length"])
-    make = "python data/scenes.py --objects" if size == 64 else f"python data/scenes.py --objects --size={size}"
-    if not (folder / "meta.json").exists():
-        raise Fault(f"no training data in {folder}: our own is made with `{make}`")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["modalities"] != modalities:
-            raise ValueError("another vocabulary or length than the frozen validation set")
-        arrays = {m: np.load(folder / f"{m}.npy", mmap_mode="r", allow_pickle=False) for m in ("rgb", "label")}
-        for m, array in arrays.items():
-            if array.dtype != np.uint16 or array.shape != (meta["num"], modalities[m]["length"]):
-                raise ValueError(f"{m}.npy holds {array.dtype} {array.shape}")
-            if int(array.max()) >= modalities[m]["vocab"]:
-                raise ValueError(f"{m}.npy holds {array.max()} of a vocabulary of {modalities[m]['vocab']}")
-        recipe = {key: meta[key] for key in ("name", "version", "size", "num", "seed", "tokenizer")}
-    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
-        raise Fault(f"{folder} cannot be trained on ({error}): our own set is made again with `{make}`, once it is "
-                    "moved away") from None
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()  # not of the tokens: rounding differs
-    return arrays["rgb"], arrays["label"][:, 0], digest
-
-
-# --- copied: read bin ---
-def read_bin(path):
-    """The tokens of a .bin file in modded-nanogpt's format, a memory map (N,) uint16."""
-    header = np.fromfile(path, np.int32, 256)
-    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-        raise ValueError(f"{path.name} is not a .bin token file")
-    if path.stat().st_size != 1024 + 2 * int(header[2]):
-        raise ValueError(f"{path.name} should hold {header[2]} tokens and is {path.stat().st_size} bytes long")
-    return np.memmap(path, np.uint16, "r", offset=1024, shape=(int(header[2]),))
-# --- end: read bin ---
-
-
-def read_text(split):
-    """The bytes of data/shakespeare as rows (N, L) uint16, a memory map; what is over is left out."""
-    folder = ROOT / "data" / "shakespeare"
-    if not (folder / f"{split}.bin").exists():
-        raise Fault(f"no {split}.bin in {folder}: make it with `python data/shakespeare.py`")
-    try:
-        stream = read_bin(folder / f"{split}.bin")
-        rows = stream[:len(stream) // TEXT_LENGTH * TEXT_LENGTH].reshape(-1, TEXT_LENGTH)
-        if not len(rows) or int(rows.max()) > 255:
-            raise ValueError(f"{split}.bin is shorter than {TEXT_LENGTH} bytes, or tokens of it are no bytes")
-    except (OSError, ValueError) as error:
-        raise Fault(f"{folder} cannot be used ({error}): our own text is made again with `python data/shakespeare.py`, "
-                    "once it is moved away") from None
-    return rows
-
-
-def read_frozen_text():
-    """What read_frozen returns, of a text: rows without labels, and seeded masks."""
-    tokens = torch.from_numpy(read_text("val")[:TEXT_ROWS].astype(np.int64))
-    rng = torch.Generator().manual_seed(0)
-    masked = draw_masks(*tokens.shape, rng)
-    masked = masked[torch.randperm(len(masked), generator=rng)]  # rows with few masked tokens come first
-    modalities = {"rgb": {"length": TEXT_LENGTH, "vocab": 256}, "label": {"length": 1, "vocab": 1}}
-    return tokens, torch.zeros(len(tokens), dtype=torch.long), masked, modalities, "none"
-
-
-def read_train(config, modalities):
-    """Training tokens (N, L), labels (N,) and the sha256 of how they were made."""
-    if config.data == "text":
-        tokens = read_text("train")
-        labels = np.zeros(len(tokens), np.uint16)
-        digest = "none"
-    else:
-        tokens, labels, digest = read_shards(config.data, modalities)
-    if config.batch > len(tokens):
-        raise Fault(f"--batch={config.batch} is more than the {len(tokens)} training examples there are")
-    return tokens, labels, digest
+    if not STANDALONE:
+        import_ours("checks").check_objects(sys.modules[__name__], config, modalities)
+    tokens, labels = (np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in ("rgb", "label"))
+    meta = json.loads((ROOT / config.data / "meta.json").read_text())
+    recipe = {key: meta[key] for key in RECIPE}
+    return tokens, labels[:, 0], hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
 # --- copied: loader ---
@@ -714,11 +502,6 @@ class Muon:
     def momentum_buffers(self):
         """The momentum of each stack, gathered: (matrices, rows, columns)."""
         return [self.gather(buffer)[0][:len(params)] for params, buffer in self.stacks]
-
-    def load_momentum_buffers(self, buffers):
-        for (params, shard), whole in zip(self.stacks, buffers):
-            first, last = (min(r * len(shard), len(params)) for r in (self.rank, self.rank + 1))
-            shard[:last - first] = whole[first:last].to(shard.device)
 # --- end: muon ---
 
 
@@ -911,55 +694,6 @@ def train_step(step, tokens, labels, rng, model, muon, adam, config, run):
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 
-SCHEDULES, ORDERS = ("constant", "cosine", "exponential"), ("confidence", "random", "halton")
-
-
-def share_masked(schedule, progress):
-    """Share of the tokens that is still masked at a progress of 0 to 1."""
-    if schedule == "constant":
-        return 1 - progress
-    if schedule == "cosine":
-        return math.cos(math.pi / 2 * progress)
-    return 1 - math.expm1(3 * progress) / math.expm1(3)
-
-
-def radical_inverse(i, base):
-    """The digits of i in a base, mirrored at the point: a number from 0 to 1."""
-    value, scale = 0.0, 1.0
-    while i:
-        scale /= base
-        value += i % base * scale
-        i //= base
-    return value
-
-
-def halton_order(side):
-    """The cells of a grid (side * side,) in the order of the 2-D Halton sequence, which spreads them evenly
-    (arXiv:2503.17076)."""
-    cells, i = {}, 1  # a dict keeps the first time of each
-    while len(cells) < side * side:
-        row, column = int(radical_inverse(i, 2) * side), int(radical_inverse(i, 3) * side)
-        cells.setdefault(row * side + column)
-        i += 1
-    return torch.tensor(list(cells))
-
-
-# --- copied: sharpen ---
-def sharpen(logits, temperature, top_k, top_p):
-    """Logits (..., V) of what is drawn: at a temperature, the top_k likeliest, of them the fewest that hold top_p."""
-    logits = logits / max(temperature, 1e-4)
-    if top_k:
-        least = logits.topk(min(top_k, logits.size(-1)))[0][..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1:
-        ranked, order = logits.softmax(-1).sort(-1, descending=True)
-        cut = ranked.cumsum(-1) - ranked >= top_p
-        cut[..., 0] = False  # the likeliest token always stays
-        logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -math.inf)
-    return logits
-# --- end: sharpen ---
-
-
 def gumbel(shape, rng):
     """Gumbel noise: argmax(logits + noise) is a draw from the softmax."""
     uniform = torch.rand(shape, generator=rng, device=rng.device).clamp(1e-20, 1 - 1e-7)
@@ -977,40 +711,35 @@ def predict(model, tokens, labels, masked, guidance):
 
 
 @torch.no_grad()
-def generate(model, labels, tokens=None, masked=None, steps=12, schedule="cosine", order="halton", noise=4.5,
-             temperature=1.0, top_k=0, top_p=1.0, guidance=1.0, seed=0, return_history=False):
+def generate(model, labels, tokens=None, masked=None, steps=12, order=None, noise=4.5, cosine=True, temperature=1.0,
+             guidance=1.0, seed=0, return_history=False):
     """Fill in tokens (B, L) where masked (B, L), everywhere if they are None, for labels (B,): new tokens (B, L).
 
-    order: "confidence" keeps the likeliest draws, their log-probabilities blurred by Gumbel noise times `noise`, which
-    falls to 0; "random" and "halton" fix the places beforehand. guidance: logits u + guidance * (c - u), u not knowing
-    the label. return_history: also a list of (tokens, masked) after each step. Fault for what a setting may not be.
+    order (L,): the places one after another; None keeps the likeliest draws first, their log-probabilities blurred by
+    Gumbel noise times `noise`, which falls to 0. cosine: few places at first and ever more; False: as many in each step.
+    guidance: see predict. return_history: also a list of (tokens, masked) after each step.
     """
-    if schedule not in SCHEDULES or order not in ORDERS or steps < 1:
-        raise Fault(f"schedule {schedule!r}, order {order!r}, {steps} steps: schedules are {', '.join(SCHEDULES)}, "
-                    f"orders are {', '.join(ORDERS)}, steps at least 1")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise Fault(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: temperature and top_k are at least 0, "
-                    "top_p is above 0 and at most 1")
+    if steps < 1:
+        raise Fault(f"{steps} steps: there is at least 1")
     B, L, device = len(labels), model.length, labels.device
     rng = torch.Generator(device).manual_seed(seed)
     tokens = torch.zeros(B, L, dtype=torch.long, device=device) if tokens is None else tokens.clone()
     masked = torch.ones(B, L, dtype=torch.bool, device=device) if masked is None else masked.clone()
     total = masked.sum(1, keepdim=True)
     history = []
-    rank = torch.rand(B, L, generator=rng, device=device).argsort(1).argsort(1).float()  # when a place is filled in
-    if order == "halton" and math.isqrt(L) ** 2 == L:
-        rank = halton_order(math.isqrt(L)).argsort().to(device).float().expand(B, L)
+    if order is not None:
+        rank = order.argsort().to(device).float().expand(B, L)  # when a place is filled in
     for step in range(steps):
         progress = (step + 1) / steps
-        logits = sharpen(predict(model, tokens, labels, masked, guidance), temperature, top_k, top_p)
+        logits = predict(model, tokens, labels, masked, guidance) / max(temperature, 1e-4)
         ids = (logits + gumbel(logits.shape, rng)).argmax(-1)
         tokens = tokens.masked_scatter(masked, ids)
-        if order == "confidence":
+        if order is None:
             confidence = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
             confidence += noise * (1 - progress) * gumbel(ids.shape, rng)
             rank = torch.zeros(B, L, device=device).masked_scatter(masked, -confidence)
-        left = (total * share_masked(schedule, progress)).long()
-        left = left.clamp(max=masked.sum(1, keepdim=True) - 1)  # at least one place per step
+        share = math.cos(math.pi / 2 * progress) if cosine else 1 - progress
+        left = (total * share).long().clamp(max=masked.sum(1, keepdim=True) - 1)  # at least one place per step
         if step + 1 == steps:
             left = torch.zeros_like(left)
         ranked = rank.masked_fill(~masked, -math.inf)  # the last `left` of a row stay masked
@@ -1070,28 +799,28 @@ def flops_per_row(model, config):
 
 
 def main(argv):
-    config, options, given = read_options(argv)
-    run = Run("maskgit", config, options, given)
-    *frozen, modalities, eval_sha256 = read_frozen_text() if config.data == "text" else read_frozen(config)
-    if options.load:
-        weights, config = read_checkpoint(options.load, config, given)
-        run.config = config
-    check_config(config, run, modalities, *frozen)
-    if config.num_steps:
-        tokens, labels, run.data_sha256 = read_train(config, modalities)
+    run = Run("maskgit", argv)
+    config = run.config
+    if config.data == "text":
+        *frozen, modalities, eval_sha256 = import_ours("text_rows").read_frozen(run.script)
+    else:
+        *frozen, modalities, eval_sha256 = read_frozen(config)
+    check_config(config, run)
+    if not STANDALONE:
+        import_ours("checks").check_frozen_objects(run.script, config, modalities, *frozen)
+    if config.num_steps and config.data == "text":
+        tokens, labels, run.data_sha256 = import_ours("text_rows").read_train(run.script, config)
+    elif config.num_steps:
+        tokens, labels, run.data_sha256 = read_shards(config, modalities)
     rows = config.batch // run.world * modalities["rgb"]["length"]
     run.choose_precision(rows, config.dim, config.mlp_ratio * config.dim)
     torch.manual_seed(config.seed)
     model = MaskGIT(config, modalities).to(run.device)
     init_weights(model)
-    if options.load:
-        load_weights(model, weights, options.load)
     if run.device.type == "cuda":
         model.compile(fullgraph=True, dynamic=False)
     frozen = [part.to(run.device) for part in frozen]
-    samples = run.prepare_show(modalities=modalities, frozen=frozen)
-    state = run.read_state() if options.resume else None
-    run.open_log()
+    run.prepare(model, modalities=modalities, frozen=frozen)
 
     if config.num_steps:
         with run.warm_up(model):
@@ -1109,28 +838,24 @@ def main(argv):
     if config.num_steps:
         arrays = [torch.from_numpy(array.astype(np.int16)) for array in (tokens, labels)]
         loader = Loader(arrays, config.batch, config.seed, run.device)
-    if options.resume:
-        run.load_state(state, model, muon, adam, loader)
+    if run.options.resume:
+        import_ours("checkpoints").load_state(run, model, muon, adam, loader)
     while True:
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):
-            run.pause()
-            with run.autocast():
+            with run.paused(), run.autocast():
                 val_loss = evaluate(model, *frozen, config, run.rank, run.world)
-            run.evaluation(val_loss)
-            if last:
-                break
-            run.go()
-        tokens, labels = run.fetch(loader)
+                run.evaluation(val_loss)
+        if last:
+            break
+        tokens, labels = loader()
         loss = train_step(run.step, tokens.long(), labels.long(), loader.rng, model, muon, adam, config, run)
-        run.tokens += config.batch * model.length
-        run.flops += config.batch * flops_per_row(model, config)
-        run.progress(loss)
-        if action := run.next_action():
-            run.save_state(action, model, muon, adam, loader)
+        run.progress(loss, config.batch * model.length, config.batch * flops_per_row(model, config))
+        if run.saver:
+            run.saver.after_step(model, muon, adam, loader)
 
     run.result(model, eval_sha256, {})
-    run.show(samples, model)
+    run.show(model)
 
 
 # --- copied: start ---

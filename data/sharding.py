@@ -1,5 +1,6 @@
 """FSDP2 for train_4m.py --shard=true: weights, gradients and momentum of the blocks divided among the processes."""
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -21,6 +22,11 @@ def shard_blocks(model, blocks, world, device, dtype):
         block.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params={p for p in model.parameters() if p not in inside})
     register_fsdp_forward_method(model, "hidden")
+
+
+def whole_weights(model):
+    """The weights of a divided model, whole on every rank."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
 def sharded(Muon, orthogonalise):

@@ -13,34 +13,43 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 
 class Prepared:
     """show_<task>.Show of a run, and where its samples go."""
 
-    def __init__(self, task_show, script, run):
-        self.task_show, self.samples, self.run = task_show, script.ROOT / "samples", run
+    def __init__(self, task_show, run):
+        self.task_show, self.samples, self.run = task_show, run.script.ROOT / "samples", run
 
     def show(self, model):
-        """Draw samples: numbers for the footer, {name: value}."""
+        """Draw samples and measure their quality: whatever fails here is one sentence, the result is filed."""
+        model.eval()
+        try:
+            with self.run.autocast(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                self.draw(model)
+                if hasattr(self.task_show, "chat"):  # what needs somebody at the terminal comes last
+                    self.task_show.chat(model)
+        except (Exception, KeyboardInterrupt) as error:
+            self.run.say(f"no samples ({type(error).__name__}: {error}); the result above is filed")
+            self.run.failed = True
+
+    def draw(self, model):
+        """Samples into the run's folder and beside it, and quality numbers into the log."""
         folder = self.samples / self.run.run_id
         folder.mkdir(parents=True, exist_ok=True)
-        model.eval()
         numbers = self.task_show.show(model, folder)
         for path in sorted(folder.iterdir()):
             shutil.copy(path, self.samples / path.name)
             self.run.say(f"samples: {path}")
-        return numbers
-
-    def chat(self, model):
-        """What needs somebody at the terminal comes last."""
-        if hasattr(self.task_show, "chat"):
-            self.task_show.chat(model)
+        for key, value in numbers.items():
+            self.run.say(f"{key}: {value}")
 
 
-def prepare(script, run, **data):
-    """Open what showing a model of this script (a module) will need. Raises script.Fault for what is not there."""
+def prepare(run, **data):
+    """Open what showing the model of a run will need. Raises its script's Fault for what is not there."""
     module = importlib.import_module(f"show_{run.task}")
-    return Prepared(module.Show(script, run, **data), script, run)
+    return Prepared(module.Show(run.script, run, **data), run)
 
 
 def load_script(path):

@@ -17,12 +17,35 @@ PART = 240  # pictures drawn at once
 FIRST_ROWS = 12  # validation rows that are filled in
 
 
+def radical_inverse(i, base):
+    """The digits of i in a base, mirrored at the point: a number from 0 to 1."""
+    value, scale = 0.0, 1.0
+    while i:
+        scale /= base
+        value += i % base * scale
+        i //= base
+    return value
+
+
+def halton_order(side):
+    """The cells of a grid (side * side,) in the order of the 2-D Halton sequence, which spreads them evenly
+    (arXiv:2503.17076)."""
+    cells, i = {}, 1  # a dict keeps the first time of each
+    while len(cells) < side * side:
+        row, column = int(radical_inverse(i, 2) * side), int(radical_inverse(i, 3) * side)
+        cells.setdefault(row * side + column)
+        i += 1
+    return torch.tensor(list(cells))
+
+
 class Show:
     """Opened before the clock starts: tokenizer and judge; frozen is (tokens (N, L), labels (N,), masked (N, L))."""
 
     def __init__(self, script, run, modalities, frozen):
         self.script, self.device = script, run.device
         self.tokens, self.labels, self.masked = (part[:FIRST_ROWS] for part in frozen)
+        self.side = math.isqrt(modalities["rgb"]["length"])
+        self.order = halton_order(self.side)
         self.is_text = run.config.data == "text"
         if self.is_text:
             return
@@ -30,7 +53,6 @@ class Show:
         self.per_class = run.options.quality_pictures // len(self.classes)
         # a model that never, or always, saw labels has nothing to be guided by
         self.guidance = 2.0 if 0 < run.config.label_drop < 1 else 1.0
-        self.side = math.isqrt(modalities["rgb"]["length"])
         length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
         if self.side ** 2 != length or vocab != tokenizer.VOCAB:
             raise script.Fault(f"the tokenizer decodes squares of tokens out of {tokenizer.VOCAB}, and "
@@ -66,13 +88,13 @@ class Show:
     def generate(self, model, what, labels, *given, **settings):
         """What the script's generate returns; one task of the bar."""
         self.bar.set_postfix_str(f"{what}, {len(labels)} rows")
-        made = self.script.generate(model, labels, *given, **settings)
+        made = self.script.generate(model, labels, *given, order=self.order, **settings)
         self.bar.update()
         return made
 
     def text(self, model, path):
         """Rows from nothing and validation rows with gaps filled in, in a file and on the console."""
-        settings = {"steps": model.length, "schedule": "constant"}
+        settings = {"steps": model.length, "cosine": False}
         made = self.generate(model, "from nothing", self.labels, **settings)
         filled = self.generate(model, "filled in", self.labels, self.tokens, self.masked, **settings)
         gaps = self.tokens.masked_fill(self.masked, ord("_"))
@@ -100,7 +122,7 @@ class Show:
         masked = hidden.to(self.device).expand(4, -1)
         some = self.tokens[:pictures]
         for tokens, label, true in zip(some, self.labels, self.studio.pictures(some)):
-            made = self.script.generate(model, label.expand(4), tokens.expand(4, -1), masked)
+            made = self.script.generate(model, label.expand(4), tokens.expand(4, -1), masked, order=self.order)
             drawn = [(picture, "filled in") for picture in self.studio.pictures(made)]
             rows.append([(true * (1 - cover) + 0.15 * cover, "given"), *drawn, (true, "true")])
         self.bar.update()

@@ -8,13 +8,21 @@ import time
 
 import torch
 
+import checkpoints
+
 
 def load_draft(script, path, config, meta, device):
     """The smaller model of --draft, whatever its Config was. script: train_gpt.py as a module."""
-    weights, config = script.read_checkpoint(path, config, {})
+    weights, config = checkpoints.read_checkpoint(script, path, config)
     draft = script.GPT(config, meta).to(device).eval()
-    script.load_weights(draft, weights, path)
+    checkpoints.load_weights(script, draft, weights, path)
     return draft
+
+
+def truncate(cache, length):
+    """Take a KVCache back to where only the first `length` tokens were read."""
+    cache.length = min(cache.length, length)
+    cache.blocks = {layer: (k[:, :, :length], v[:, :, :length]) for layer, (k, v) in cache.blocks.items()}
 
 
 @torch.no_grad()
@@ -42,8 +50,8 @@ def speculate(script, model, draft, tokens, options, seed=0):
         residual = (p[n] - q[n]).clamp(min=0) if n < options.ahead else p[n]
         new = torch.multinomial(residual[None], 1, generator=rng)
         tokens = torch.cat([tokens[:, :known + n], new], 1)
-        model_cache.truncate(known + n)
-        draft_cache.truncate(known + n)
+        truncate(model_cache, known + n)
+        truncate(draft_cache, known + n)
         yield tokens[:, known:][:, :left]
         left -= n + 1
 

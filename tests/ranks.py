@@ -8,6 +8,7 @@ import zlib
 import torch
 import torch.distributed as dist
 
+import checkpoints
 import train_4m
 
 
@@ -39,15 +40,15 @@ def kill_rank_1(script):
 def wait_for_a_signal(script):
     """Have a script wait after its thirtieth step until a signal reaches this process, or another one of the run, which
     says so in a file."""
-    next_action = script.Run.next_action
+    next_action = checkpoints.Saver.next_action
 
-    def waits(run):
-        while run.step == 30 and not (run.signals or (script.ROOT / "signalled").exists()):
+    def waits(saver):
+        while saver.run.step == 30 and not (saver.signals or (script.ROOT / "signalled").exists()):
             time.sleep(0.01)
-        if run.signals:
+        if saver.signals:
             (script.ROOT / "signalled").touch()
-        return next_action(run)
-    script.Run.next_action = waits
+        return next_action(saver)
+    checkpoints.Saver.next_action = waits
 
 
 def break_compiler(script):
@@ -70,7 +71,7 @@ def muon_steps(path):
         if step == 2 and world > 1:  # a state goes through any number of ranks
             kept = muon.momentum_buffers()
             muon = train_4m.Muon(params, 0.9, rank, world, torch.float32)
-            muon.load_momentum_buffers(kept)
+            checkpoints.load_momentum(muon, kept)
         for i, p in enumerate((*params, *rest)):
             whole = torch.randn(p.shape, generator=rng)
             parts = torch.randn(world, *p.shape, generator=torch.Generator().manual_seed(i))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import checkpoints
 import runs
 import train_4m
 from test_train_4m import DIMS, SMALL, make_root, run_here, small_model, tiny, write_shards  # noqa: F401
@@ -138,7 +139,8 @@ DAMAGE = {
 def test_damaged_shards(monkeypatch, root, tiny, tmp_path, damage):
     spoil, message = DAMAGE[damage]
     write_shards(tmp_path / "shards", {m: np.load(tiny[0] / "train" / f"{m}.npy") for m in MODALITIES})
-    train_4m.read_shards(tmp_path / "shards", train_4m.read_frozen(train_4m.CONFIGS["cpu"])[2])  # all is well so far
+    config = dataclasses.replace(train_4m.CONFIGS["cpu"], data=str(tmp_path / "shards"))
+    train_4m.read_shards(config, train_4m.read_frozen(config)[2])  # all is well so far
     spoil(tmp_path / "shards")
     found = fault(monkeypatch, root, *tiny[1], f"--data={tmp_path}/shards")
     assert message in found and "made again with `python data/scenes.py`" in found and untouched(root)
@@ -183,7 +185,7 @@ def checkpoint(tmp_path_factory):
     weights = {name: p.half() for name, p in small_model(layout).state_dict().items()}
     config = dataclasses.replace(train_4m.CONFIGS["cpu"], **DIMS)
     save_file(weights, path, {"config": json.dumps(vars(config))})
-    found, again = train_4m.read_checkpoint(path, train_4m.CONFIGS["cpu"], {})
+    found, again = checkpoints.read_checkpoint(train_4m, path, train_4m.CONFIGS["cpu"])
     assert again == config and all(torch.equal(found[name], weights[name].float()) for name in weights)
     return path
 
@@ -237,8 +239,9 @@ def test_no_place_to_write(monkeypatch, root, tiny, folder):
 def test_log_without_git(monkeypatch, tmp_path):
     monkeypatch.setattr(train_4m, "ROOT", tmp_path)
     monkeypatch.setenv("PATH", "")
-    run = train_4m.Run("4m", train_4m.CONFIGS["cpu"], train_4m.Options(), {})
+    run = train_4m.Run("4m", ["--track=cpu"])
     run.precision = "fp32"
-    run.open_log()
+    monkeypatch.setattr(run, "prepare_show", lambda: None)
+    run.prepare(None)
     log, = (tmp_path / "logs").iterdir()
     assert json.loads(log.read_text().split(train_4m.RULE + "\n")[-2])["git"] is None

@@ -10,6 +10,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+import checkpoints
 import ranks
 import runs
 import test_train_4m
@@ -55,19 +56,18 @@ class CutOff(BaseException):
 def test_a_resumed_run_is_the_same_run(task, request, tmp_path, monkeypatch):
     """Cut off after the state of step 14 of 20, over an epoch's end, and resumed: the same weights bit by bit."""
     module = MODULES[task]
-    script = getattr(module, f"train_{task}")
     argv = [*module.SMALL, *arguments(task, request), "--num_steps=20", "--eval_every=9", "--save=true",
             "--save_every=7"]
     whole, cut = module.make_root(tmp_path / "whole"), module.make_root(tmp_path / "cut")
     module.run_here(monkeypatch, whole, argv)
-    plain, saved = script.Run.save_state, []
+    plain, saved = checkpoints.Saver.save, []
 
-    def save_state(run, *rest):
-        plain(run, *rest)
-        saved.append(run.step)
+    def save(saver, *rest):
+        plain(saver, *rest)
+        saved.append(saver.run.step)
         if len(saved) == 2:
             raise CutOff
-    monkeypatch.setattr(script.Run, "save_state", save_state)
+    monkeypatch.setattr(checkpoints.Saver, "save", save)
     with pytest.raises(CutOff):
         module.run_here(monkeypatch, cut, argv)
     assert saved == [7, 14] and not (cut / "records/runs.jsonl").exists()
@@ -160,10 +160,10 @@ def test_a_dead_process_ends_the_others(tiny_4m, tmp_path):
 
 
 def test_a_full_disk_keeps_the_state_before(tiny_4m, tmp_path, monkeypatch, capsys):
-    root, script = make_root(tmp_path / "root"), test_train_4m.train_4m
-    plain, kept, limits = script.Run.save_state, [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    root = make_root(tmp_path / "root")
+    plain, kept, limits = checkpoints.Saver.save, [], resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_state(*rest):
+    def save(*rest):
         if kept:  # no file may grow beyond 100 kB from here on
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
@@ -172,7 +172,7 @@ def test_a_full_disk_keeps_the_state_before(tiny_4m, tmp_path, monkeypatch, caps
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         path, = (root / "checkpoints").iterdir()
         kept.append(path.read_bytes())
-    monkeypatch.setattr(script.Run, "save_state", save_state)
+    monkeypatch.setattr(checkpoints.Saver, "save", save)
     test_train_4m.run_here(monkeypatch, root, [*SMALL, *tiny_4m[1], "--num_steps=12", "--save_every=4"])
     assert len(kept) == 2 and kept[0] == kept[1], "the first state, and nothing half-written beside it"
     out = capsys.readouterr().out

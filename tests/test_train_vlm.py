@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import backbones as hub
+import checkpoints
 import leaderboard
 import runs
 import show_vlm
@@ -601,14 +602,14 @@ def test_resume(tiny, tmp_path, monkeypatch, capsys):
     argv = [*SMALL, *tiny[1], "--num_steps=20", "--eval_every=9", "--save=true", "--save_every=7"]
     whole, cut = make_root(tmp_path / "whole"), make_root(tmp_path / "cut")
     run_here(monkeypatch, whole, argv)
-    plain = train_vlm.Run.save_state
+    plain = checkpoints.Saver.save
 
-    def save_state(run, *rest):
-        plain(run, *rest)
-        if run.step == 14:
+    def save(saver, *rest):
+        plain(saver, *rest)
+        if saver.run.step == 14:
             raise CutOff
     with monkeypatch.context() as patch, pytest.raises(CutOff):
-        patch.setattr(train_vlm.Run, "save_state", save_state)
+        patch.setattr(checkpoints.Saver, "save", save)
         run_here(patch, cut, argv)
     assert not (cut / "records/runs.jsonl").exists()
     state, = (cut / "checkpoints").glob("*.state.*")
@@ -622,7 +623,8 @@ def test_resume(tiny, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     on = make_root(tmp_path / "on")
     run_here(monkeypatch, on, [*argv, f"--resume={state}", "--num_steps=24"])
-    assert footer(on)["steps"] == 24 and "20 steps were planned, 24 are now" in capsys.readouterr().out
+    assert "20 steps were planned, 24 are now" in capsys.readouterr().out
+    assert footer(on)["steps"] == 24
     with pytest.raises(Fault, match="is of a run with --muon_lr=0.015: pass the same"):
         run_here(monkeypatch, on, [*argv, f"--resume={state}", "--muon_lr=0.01"])
 
@@ -631,8 +633,8 @@ def test_resume(tiny, tmp_path, monkeypatch, capsys):
 def test_signals_save_the_state(tiny, tmp_path, monkeypatch, capsys, number):
     handlers, plain = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], train_vlm.Run.progress
 
-    def progress(run, loss):
-        plain(run, loss)
+    def progress(run, *step):
+        plain(run, *step)
         if run.step == 3:
             os.kill(os.getpid(), number)
     root, argv = make_root(tmp_path / "root"), [*SMALL, *tiny[1], "--num_steps=6"]

@@ -1,0 +1,188 @@
+"""Weights and states on disk: what --save, --load, --save_every and --resume do, and what a signal has saved.
+
+From Python: weights, config = checkpoints.read_checkpoint(train_4m, "data/frozen/4m.safetensors", train_4m.CONFIGS["cpu"])
+"""
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
+COUNTERS = ("step", "tokens", "flops", "seconds")  # of a Run
+MAY_CHANGE = {"num_steps", "eval_every", "target", "shard"}  # fields of Config that a resumed run may have another of
+
+
+def write_safely(path, save, value, *more):
+    """save(value, a temporary path, *more), then rename: a full disk leaves what was there. What went wrong, or ""."""
+    part = path.with_name(path.name + ".part")
+    try:
+        save(value, part, *more)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        return f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is kept"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Weights
+
+def model_sha256(script):
+    """Hash of a script's Model section: by another one a checkpoint's weights may mean other things."""
+    code = script.HERE.read_text().partition("\n# Model\n")[2].partition("\n# Loss\n")[0]
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
+def save_weights(run, model):
+    """Write the weights of a model that is whole, in half precision, with what they need. Returns whether that worked."""
+    path = run.script.ROOT / "checkpoints" / f"{run.run_id}.safetensors"
+    half = {name: value.half().contiguous().cpu() for name, value in model.state_dict().items()}
+    about = {"config": json.dumps(vars(run.config)), "model_sha256": model_sha256(run.script)}
+    problem = write_safely(path, save_file, half, about)
+    run.say(problem or f"weights in {path}")
+    return not problem
+
+
+def read_checkpoint(script, path, config, given=()):
+    """Weights that a run of a script (a module) saved, and config with the architecture that they are for.
+
+    given: fields of config that were asked for. Raises script.Fault for what cannot be read, or is of other fields.
+    """
+    try:
+        with safe_open(script.ROOT / path, "pt") as file:
+            about = file.metadata()
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+        saved = json.loads(about["config"])
+        architecture = {key: saved[key] for key in script.ARCHITECTURE}
+    except Exception as error:  # safetensors raises its own kinds
+        raise script.Fault(f"{path} is not a checkpoint of this script ({type(error).__name__}: {error})") from None
+    for key, value in architecture.items():
+        if key in given and getattr(config, key) != value:
+            raise script.Fault(f"{path} was trained with --{key}={value}: leave it out, the checkpoint has its own")
+    if about.get("model_sha256", model_sha256(script)) != model_sha256(script):
+        print(f"{script.HERE.name}: {path} was written by another Model section than this one: its results may differ")
+    return weights, dataclasses.replace(config, **architecture)
+
+
+def load_weights(script, model, weights, path):
+    """Put the weights of a checkpoint into a model. Raises script.Fault for those of another one."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise script.Fault(f"{path} does not fit this model: {str(error)[:200]}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# States
+
+class Saver:
+    """Saves the state of a run whenever save_every or a signal says so.
+
+    SIGTERM, as SLURM sends it, and Ctrl-C also end the run; a second one does so at once.
+    """
+
+    def __init__(self, run):
+        self.run, self.signals = run, []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.signals.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    def close(self):
+        """Signals end the process again."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def after_step(self, model, muon, adam, loader):
+        if action := self.next_action():
+            self.save(action, model, muon, adam, loader)
+
+    def next_action(self):
+        """ "stop" once a signal has reached any rank, "save" every save_every steps, else ""."""
+        run = self.run
+        if run.step == run.config.num_steps:
+            return ""
+        stop = bool(self.signals) and run.world == 1
+        if run.world > 1 and run.step % 10 == 0:  # ranks hear of a signal at different steps: here they agree
+            flag = torch.tensor(len(self.signals), device=run.device)
+            dist.all_reduce(flag)
+            stop = flag.item() > 0
+        if stop:
+            return "stop"
+        due = run.options.save_every and run.step % run.options.save_every == 0
+        return "save" if due else ""
+
+    def save(self, action, model, muon, adam, loader):
+        """Save all that the rest of the run depends on, for any number of processes. "stop" then ends this one."""
+        run = self.run
+        with run.paused():
+            counters = {name: getattr(run, name) for name in COUNTERS}
+            state = {"config": vars(run.config), "data_sha256": run.data_sha256, "counters": counters,
+                     "model": get_model_state_dict(model, options=FULL_STATE), "adam": adam.state_dict(),
+                     "muon": muon.momentum_buffers() if muon else [], "loader": loader.state_dict()}
+            path = run.script.ROOT / (run.options.resume or f"checkpoints/{run.run_id}.state.pt")
+            problem = write_safely(path, torch.save, state) if run.rank == 0 else ""
+            run.say(problem or f"state of step {run.step} in {path}")
+        if action == "stop":
+            run.say(f"stopped: continue with the same command and --resume={path}")
+            if run.world > 1:
+                dist.destroy_process_group()
+            sys.exit(1 if problem else 0)
+
+
+def read_state(run):
+    """What a Saver wrote of this run. It may go on for more steps than planned, or be evaluated more often."""
+    script, path, config = run.script, run.options.resume, vars(run.config)
+    if not run.config.num_steps:
+        raise script.Fault("--resume continues a run: pass its --num_steps, or --load to evaluate a checkpoint")
+    try:
+        state = torch.load(script.ROOT / path, map_location="cpu", weights_only=True)
+        saved = state["config"]
+        state["counters"] = {name: state["counters"][name] for name in COUNTERS}
+    except Exception as error:  # torch.load raises many kinds
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise script.Fault(f"--resume={path} is not the state of a run ({reason})") from None
+    fixed = sorted(config.keys() - MAY_CHANGE)
+    if different := [f"--{key}={saved.get(key)}" for key in fixed if saved.get(key) != config[key]]:
+        raise script.Fault(f"--resume={path} is of a run with {' '.join(different)}: pass the same")
+    if state["data_sha256"] != run.data_sha256:
+        raise script.Fault(f"--resume={path} is of a run on other training data")
+    if (step := state["counters"]["step"]) > run.config.num_steps:
+        raise script.Fault(f"--resume={path} is at step {step}, beyond --num_steps={run.config.num_steps}")
+    return state
+
+
+def load_state(run, model, muon, adam, loader):
+    """Put what read_state found back to where it came from. The clock resumes where it was."""
+    state = run.state
+    set_model_state_dict(model, state["model"], options=FULL_STATE)
+    if muon:
+        load_momentum(muon, state["muon"])
+    adam.load_state_dict(state["adam"])
+    loader.load_state_dict(state["loader"])
+    vars(run).update(state["counters"])
+    run.bar.update(run.step)
+    planned, num_steps = state["config"]["num_steps"], run.config.num_steps
+    if planned != num_steps:
+        run.say(f"{planned} steps were planned, {num_steps} are now: from step {run.step} on the learning rates are those "
+                "of the longer run")
+    run.started = run.now()
+
+
+def load_momentum(muon, buffers):
+    """Give a Muon its rank's part of what Muon.momentum_buffers gathered, of any number of ranks."""
+    for (params, shard), whole in zip(muon.stacks, buffers):
+        first, last = (min(r * len(shard), len(params)) for r in (muon.rank, muon.rank + 1))
+        shard[:last - first] = whole[first:last].to(shard.device)

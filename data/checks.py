@@ -1,0 +1,195 @@
+"""What can be wrong with the data that a training script is pointed to, each found before the clock and said in a sentence.
+
+A script has its data checked here and then reads them without looking back; one that stands alone does without. script
+is its module, and what it cannot use raises its Fault.
+"""
+import contextlib
+import json
+import math
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def training_data(script, folder, make):
+    """Whatever goes wrong with a folder of training data becomes one sentence, with the command that makes our own."""
+    if not (folder / "meta.json").exists():
+        raise script.Fault(f"no training data in {folder}: our own is made with `{make}`")
+    try:
+        yield json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise script.Fault(f"{folder} cannot be trained on ({error}): our own set is made again with `{make}`, once it "
+                           "is moved away") from None
+
+
+def load(folder, name):
+    return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+
+def check_recipe(script, meta):
+    """meta.json says all that the hash of training data is taken of, or KeyError."""
+    for key in script.RECIPE:
+        meta[key]
+
+
+def check_batch(script, config, num, what):
+    if config.batch > num:
+        raise script.Fault(f"--batch={config.batch} is more than the {num} training {what} there are")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4M and MaskGIT
+
+def check_scenes(script, config, modalities):
+    side = math.isqrt(modalities["rgb"]["length"])
+    make = "python data/scenes.py" if side == 8 else f"python data/scenes.py --size={8 * side} --num=200000"
+    check_tokens(script, config, script.MODALITIES, modalities, make, "scenes")
+
+
+def check_objects(script, config, modalities):
+    side = math.isqrt(modalities["rgb"]["length"])
+    make = "python data/scenes.py --objects" if side == 8 else f"python data/scenes.py --objects --size={8 * side}"
+    check_tokens(script, config, ("rgb", "label"), modalities, make, "examples")
+
+
+def check_tokens(script, config, names, modalities, make, what):
+    """Aligned token arrays are whole, and of the validation set's vocabularies and lengths."""
+    folder = script.ROOT / config.data
+    with training_data(script, folder, make) as meta:
+        if meta["modalities"] != modalities:
+            raise ValueError("another vocabulary or length than the frozen validation set")
+        for name in names:
+            array, about = load(folder, name), modalities[name]
+            if array.dtype != np.uint16 or array.shape != (meta["num"], about["length"]):
+                raise ValueError(f"{name}.npy holds {array.dtype} {array.shape}")
+            if int(array.max()) >= about["vocab"]:
+                raise ValueError(f"{name}.npy holds token {array.max()} of a vocabulary of {about['vocab']}")
+        check_recipe(script, meta)
+    check_batch(script, config, meta["num"], what)
+
+
+def check_frozen_objects(script, config, modalities, tokens, labels, masked):
+    """A validation set is one that a MaskGIT can be evaluated on."""
+    length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
+    if math.isqrt(vocab) ** 2 != vocab:
+        raise script.Fault(f"{config.frozen} has a vocabulary of {vocab}, which is not a square: tokens are pairs of "
+                           "digits")
+    if tokens.shape[1] != length or not masked.any():
+        raise script.Fault(f"{config.frozen} has {tuple(tokens.shape)} tokens, {int(masked.sum())} are masked: rows "
+                           f"are of {length}, and one at least must be masked")
+    if int(tokens.max()) >= vocab or int(labels.max()) >= modalities["label"]["vocab"]:
+        raise script.Fault(f"{config.frozen} holds tokens or labels beyond its own vocabularies")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flow
+
+def check_images(script, config, classes, side):
+    """Training images and labels are whole, and of the validation set's size and classes."""
+    folder = script.ROOT / config.data
+    make = "python data/scenes.py --objects" if side == 32 else "python data/scenes.py --objects --size=128"
+    with training_data(script, folder, make) as meta:
+        images, labels = load(folder, config.pixels), load(folder, "label")
+        own_classes = meta["modalities"]["label"]["vocab"]
+        check_labelled(images, labels, own_classes)
+        if len(images) != meta["num"]:
+            raise ValueError(f"{len(images)} images, but meta.json speaks of {meta['num']}")
+        check_recipe(script, meta)
+    if own_classes != classes or images.shape[-1] != side:
+        raise script.Fault(f"{folder} has other classes or another size than the frozen validation set")
+    check_batch(script, config, len(images), "images")
+
+
+def check_labelled(images, labels, classes):
+    """Raises ValueError for arrays that are not images (N, 3, S, S) of bytes and their labels (N, 1) below classes."""
+    if images.dtype != np.uint8 or images.shape[1:] != (3, *(2 * images.shape[-1:])):
+        raise ValueError(f"the images are {images.dtype} {images.shape}, not uint8 (N, 3, S, S)")
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images), 1):
+        raise ValueError(f"the labels are {labels.dtype} {labels.shape}, not integers ({len(images)}, 1)")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"the labels go from {labels.min()} to {labels.max()}, but there are {classes} classes")
+
+
+def check_frozen_images(script, config):
+    """Validation files are such as read_frozen can use; says how each comes back."""
+    try:
+        name = config.frozen
+        with np.load(script.ROOT / name, allow_pickle=False) as arrays:
+            choices = [key for key in arrays if key.startswith("pixels")]
+            if choices and config.pixels not in choices:
+                raise script.Fault(f"--pixels={config.pixels} is not in {script.ROOT / name}: it has "
+                                   f"{', '.join(choices)}")
+            images, classes = arrays[config.pixels], json.loads(bytes(arrays["modalities"]))["label"]["vocab"]
+            check_labelled(images, arrays["label"], classes)
+        name = config.frozen_draws
+        with np.load(script.ROOT / name, allow_pickle=False) as arrays:
+            index, times, seeds = (arrays[key] for key in ("index", "t", "seed"))
+        if not len(index) == len(times) == len(seeds) or index.min() < 0 or index.max() >= len(images):
+            raise ValueError(f"its {len(index)} draws are not of these {len(images)} images")
+        if set((4 * times).astype(int)) != {0, 1, 2, 3} or seeds.min() < 0:
+            raise ValueError("times must be in all four quarters of 0 to 1, seeds at least 0")
+    except script.Fault:
+        raise
+    except Exception as error:  # numpy, zipfile and zlib have many kinds
+        path, reason = script.ROOT / name, f"cannot be evaluated on ({type(error).__name__}: {error})"
+        if isinstance(error, FileNotFoundError):
+            reason = "is missing"
+        if path.resolve().parent == (script.ROOT / "data" / "frozen").resolve():
+            raise script.Fault(f"{path} {reason}: it belongs to the repository (`git checkout {name}`)") from None
+        raise script.Fault(f"{path} {reason}: it is no part of the repository but made with its training data, for "
+                           "CIFAR-10 by `python data/cifar10.py`") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# VLM
+
+def check_conversations(script, config, about):
+    """Pictures, tokens and answer marks are whole, and of the validation set's vocabulary (about)."""
+    folder = script.ROOT / config.data
+    with training_data(script, folder, "python data/scenes.py --qa") as meta:
+        own, num = meta["modalities"]["qa"], meta["num"]
+        if any(own[key] != about[key] for key in ("vocab", "pad")):
+            raise ValueError("another vocabulary than the frozen validation set")
+        pixels, qa, answer = (load(folder, name) for name in ("pixels", "qa", "answer"))
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape != (num, 3, *2 * pixels.shape[-1:]):
+            raise ValueError(f"pixels.npy holds {pixels.dtype} {pixels.shape}")
+        if qa.dtype != np.uint16 or qa.shape != (num, own["length"]):
+            raise ValueError(f"qa.npy holds {qa.dtype} {qa.shape}")
+        if answer.dtype != np.uint8 or answer.shape != qa.shape:
+            raise ValueError(f"answer.npy holds {answer.dtype} {answer.shape}")
+        if int(qa.max()) >= own["vocab"]:
+            raise ValueError(f"qa.npy holds token {qa.max()} of a vocabulary of {own['vocab']}")
+        if not (answer > 0).any(1).all():
+            raise ValueError(f"conversation {(answer > 0).any(1).argmin()} has no answer")
+        check_recipe(script, meta)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# GPT
+
+def check_streams(script, config):
+    """A training stream is whole, long enough, and of the vocabulary that its meta.json says."""
+    data = script.ROOT / "data"
+    folder = data / config.data
+    code = data / f"{folder.name}.py"
+    make = f"python data/{code.name} --objects" if folder.name == "scenes" else f"python data/{code.name}"
+    ours = folder.parent == data and code.exists()
+    if not (folder / "meta.json").exists():
+        what = f"make it with `{make}`" if ours else "it should hold train*.bin, val*.bin and a meta.json"
+        raise script.Fault(f"no data in {folder}: {what}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        vocab, document_start, encoding = (meta[key] for key in ("vocab", "document_start", "encoding"))
+        if not (isinstance(vocab, int) and 1 <= vocab <= 1 << 16 and isinstance(encoding, str)
+                and (document_start is None or isinstance(document_start, int))):
+            raise ValueError(f"meta.json says vocab {vocab}, document_start {document_start}, encoding {encoding}")
+        shards = [script.read_bin(path) for path in sorted(folder.glob("train*.bin"))]
+        num = sum(map(len, shards))
+        if num < config.context + 2 and config.num_steps:
+            raise ValueError(f"{num} training tokens are too few for --context={config.context}")
+        for shard in shards:
+            if int(shard.max()) >= vocab:
+                raise ValueError(f"token {shard.max()} of a vocabulary of {vocab}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        hint = f": our own set is made again with `{make}`, once it is moved away" if ours else ""
+        raise script.Fault(f"{folder} cannot be trained on ({error}){hint}") from None
