@@ -401,7 +401,7 @@ def test_interrupted_shards_continue(shards, monkeypatch, capsys):
     check(objects, [questions.decode([row], [families]) for row, families in zip(arrays["qa"], arrays["family"])])
     rgb = raycaster.render(world.build(codes), compile=False)[0]["rgb"]
     assert np.abs(arrays["pixels"] - rgb.numpy() * 255).max() < 0.51
-    assert maker.check_shards(64, 12, 1, "cpu", "qa").endswith("texts equal, the same again: pixels 100.00 %")
+    assert maker.check_shards(64, 12, 1, "cpu", "qa").endswith("of pictures pixels 100.00 %")
 
 
 def test_finished_shards_are_verified(shards, capsys, monkeypatch):
