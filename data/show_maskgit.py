@@ -12,7 +12,7 @@ import tokenizer
 import world
 
 STEPS = (1, 4, 8, 16, 32, 64)  # numbers of network evaluations that the judge's numbers are taken at
-STEPS_PER_CLASS = 2  # pictures of each class for that
+TABLE_PER_CLASS = 2  # pictures of each class that are drawn for it
 FLOOR_STEPS = 16  # network evaluations of the pictures of a track's floors
 PART = 240  # pictures drawn at once
 FIRST_ROWS = 12  # validation rows that are filled in
@@ -147,7 +147,7 @@ class Show:
         """The judge's accuracy and Frechet distance: by the number of steps on few pictures, and a track's floors."""
         numbers = {}
         for steps in STEPS:
-            accuracy, distance = self.judged(model, steps, min(self.per_class, STEPS_PER_CLASS))
+            accuracy, distance = self.judged(model, steps, min(self.per_class, TABLE_PER_CLASS))
             numbers |= {f"accuracy_{steps}_steps": accuracy, f"frechet_{steps}_steps": distance}
         accuracy, distance = self.judged(model, FLOOR_STEPS, self.per_class)
         return numbers | {"quality_class_accuracy": accuracy, "quality_frechet": distance,
