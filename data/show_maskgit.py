@@ -157,7 +157,7 @@ class Show:
         """Class accuracy and Frechet distance of some pictures of each class; one task of the bar."""
         labels = self.classes.repeat(per_class)
         self.bar.set_postfix_str(f"{len(labels)} pictures in {steps} steps")
-        parts = [self.script.generate(model, part, steps=steps, guidance=self.guidance, seed=i)
+        parts = [self.script.generate(model, part, steps=steps, guidance=self.guidance, order=self.order, seed=i)
                  for i, part in enumerate(labels.split(PART))]
         pictures = F.avg_pool2d(self.studio.pictures(torch.cat(parts)), self.side // 8)  # the judge knows 64 pixels
         self.bar.update()
