@@ -12,7 +12,8 @@ import tokenizer
 import world
 
 STEPS = (1, 4, 8, 16, 32, 64)  # numbers of network evaluations that the judge's numbers are taken at
-QUALITY_STEPS = 16  # those of a track's floors
+TABLE_PER_CLASS = 2  # pictures of each class that are drawn for it
+FLOOR_STEPS = 16  # network evaluations of the pictures of a track's floors
 PART = 240  # pictures drawn at once
 FIRST_ROWS = 12  # validation rows that are filled in
 
@@ -75,7 +76,7 @@ class Show:
         self.judge = judges.load(run.device)
 
     def show(self, model, folder):
-        tasks = 2 if self.is_text else 3 + len(STEPS) * bool(self.per_class)
+        tasks = 2 if self.is_text else 3 + (1 + len(STEPS)) * bool(self.per_class)
         with tqdm(total=tasks, desc="samples", unit="task", dynamic_ncols=True) as bar:
             self.bar = bar
             if self.is_text:
@@ -143,19 +144,25 @@ class Show:
         draw.animation(frames, path)
 
     def quality(self, model):
-        """The judge's accuracy and Frechet distance, by the number of steps."""
-        labels, numbers = self.classes.repeat(self.per_class), {}
+        """The judge's accuracy and Frechet distance: by the number of steps on few pictures, and a track's floors."""
+        numbers = {}
         for steps in STEPS:
-            parts = [self.script.generate(model, part, steps=steps, guidance=self.guidance, seed=i)
-                     for i, part in enumerate(labels.split(PART))]
-            self.bar.set_postfix_str(f"{steps} steps, {len(labels)} pictures")
-            self.bar.update()
-            pictures = F.avg_pool2d(self.studio.pictures(torch.cat(parts)), self.side // 8)  # the judge knows 64 pixels
-            numbers[f"accuracy_{steps}_steps"] = round(self.judge.accuracy(pictures, labels), 4)
-            numbers[f"frechet_{steps}_steps"] = round(self.judge.frechet_distance(pictures, "objects_decoded"), 3)
-        numbers["quality_class_accuracy"] = numbers[f"accuracy_{QUALITY_STEPS}_steps"]
-        numbers["quality_frechet"] = numbers[f"frechet_{QUALITY_STEPS}_steps"]
-        return numbers | {"quality_steps": QUALITY_STEPS, "quality_guidance": self.guidance}
+            accuracy, distance = self.judged(model, steps, min(self.per_class, TABLE_PER_CLASS))
+            numbers |= {f"accuracy_{steps}_steps": accuracy, f"frechet_{steps}_steps": distance}
+        accuracy, distance = self.judged(model, FLOOR_STEPS, self.per_class)
+        return numbers | {"quality_class_accuracy": accuracy, "quality_frechet": distance,
+                          "quality_steps": FLOOR_STEPS, "quality_guidance": self.guidance}
+
+    def judged(self, model, steps, per_class):
+        """Class accuracy and Frechet distance of some pictures of each class; one task of the bar."""
+        labels = self.classes.repeat(per_class)
+        self.bar.set_postfix_str(f"{len(labels)} pictures in {steps} steps")
+        parts = [self.script.generate(model, part, steps=steps, guidance=self.guidance, order=self.order, seed=i)
+                 for i, part in enumerate(labels.split(PART))]
+        pictures = F.avg_pool2d(self.studio.pictures(torch.cat(parts)), self.side // 8)  # the judge knows 64 pixels
+        self.bar.update()
+        return (round(self.judge.accuracy(pictures, labels), 4),
+                round(self.judge.frechet_distance(pictures, "objects_decoded"), 3))
 
 
 def as_text(row):

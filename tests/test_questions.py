@@ -390,7 +390,7 @@ def test_interrupted_shards_continue(shards, monkeypatch, capsys):
     assert set(files) == {*(f"{name}.npy" for name in arrays), "meta.json"}
     assert {name: (a.shape, a.dtype.name) for name, a in arrays.items()} == {
         "pixels": ((12, 3, 64, 64), "uint8"), "qa": ((12, LENGTH), "uint16"), "answer": ((12, LENGTH), "uint8"),
-        "family": ((12, 5), "uint8"), "scene": ((12, 22), "int32")}
+        "family": ((12, 5), "uint8"), "scene": ((12, 21), "int32")}
     meta = json.loads((whole / "meta.json").read_text())
     assert meta["modalities"] == maker.modalities(64, "qa") == {"qa": {"length": LENGTH, "vocab": 576, "pad": 575}}
     assert meta["sha256"] == {name: hashlib.sha256(files[f"{name}.npy"]).hexdigest() for name in arrays}
@@ -401,7 +401,7 @@ def test_interrupted_shards_continue(shards, monkeypatch, capsys):
     check(objects, [questions.decode([row], [families]) for row, families in zip(arrays["qa"], arrays["family"])])
     rgb = raycaster.render(world.build(codes), compile=False)[0]["rgb"]
     assert np.abs(arrays["pixels"] - rgb.numpy() * 255).max() < 0.51
-    assert maker.check_shards(64, 12, 1, "cpu", "qa").endswith("texts equal, the same again: pixels 100.00 %")
+    assert maker.check_shards(64, 12, 1, "cpu", "qa").endswith("of pictures pixels 100.00 %")
 
 
 def test_finished_shards_are_verified(shards, capsys, monkeypatch):
@@ -426,7 +426,7 @@ def test_frozen_set(frozen, encoding):
     assert set(frozen) == {"pixels", "qa", "answer", "family", "modalities", "scene"}
     assert {name: (frozen[name].shape, frozen[name].dtype.name) for name in set(frozen) - {"modalities"}} == {
         "pixels": ((2000, 3, 64, 64), "uint8"), "qa": ((2000, LENGTH), "uint16"), "answer": ((2000, LENGTH), "uint8"),
-        "family": ((2000, 5), "uint8"), "scene": ((2000, 22), "int32")}
+        "family": ((2000, 5), "uint8"), "scene": ((2000, 21), "int32")}
     with np.load(tokenizer.FROZEN / "scenes64.npz") as arrays:
         assert np.array_equal(frozen["scene"], arrays["scene"]), "not the scenes of scenes64.npz"
     scenes = world.load_frozen_scenes(64, 2000, "qa")

@@ -346,54 +346,6 @@ def test_untrained_model_is_uniform(layout, frozen):
     assert loss == pytest.approx(mean, abs=1e-3)
 
 
-class Doctored(torch.nn.Module):
-    """A model that cheats in the way of a function of (log-probabilities, tokens it can get at, places)."""
-
-    def __init__(self, model, cheat):
-        super().__init__()
-        self.model, self.cheat = model, cheat
-        self.register_buffer("seen", torch.zeros(1))
-
-    def forward(self, tokens, enc_pos, visible, dec_pos, counted=None):
-        return self.cheat(self, self.model(tokens, enc_pos, visible, dec_pos, counted), dec_pos)
-
-
-def sharpen_scores(doctored, log_probs, places):
-    return log_probs / 2
-
-
-def drop_hard_targets(doctored, log_probs, places):
-    return log_probs[:, :-1]
-
-
-def remember(doctored, log_probs, places):
-    doctored.seen += 1
-    return log_probs
-
-
-@pytest.mark.parametrize("cheat, message", [
-    (sharpen_scores, "probabilities sum to 1 \\+- "), (drop_hard_targets, "must return float32 log-probabilities"),
-    (lambda doctored, log_probs, places: log_probs.half(), "must return float32 log-probabilities"),
-    (remember, "parameters or buffers changed during the evaluation"),
-    (lambda doctored, log_probs, places: log_probs.where(places[..., None] > 0, math.nan), "at a place|not finite at every")])
-def test_doctored_models(model, frozen, cheat, message):
-    with pytest.raises(Fault, match=message):
-        evaluate(Doctored(model, cheat), frozen, 60)
-
-
-def test_a_model_that_peeks(model, frozen):
-    """It holds on to the validation tokens themselves, and looks targets up."""
-    tokens, roles, modalities, _ = frozen
-    tokens = tokens[:60].clone()
-
-    def peek(doctored, log_probs, places):
-        truth = tokens[:len(places)].gather(1, places)[..., None]
-        sure = torch.full_like(log_probs, math.log(1e-6)).scatter(2, truth, 0.0)
-        return sure.log_softmax(-1)
-    with pytest.raises(Fault, match="predictions change with the targets"):
-        train_4m.evaluate(Doctored(model, peek), tokens, roles[:60], modalities, 0, 1)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 

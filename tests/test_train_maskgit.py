@@ -290,7 +290,7 @@ def test_quality_numbers(model, frozen, tmp_path, monkeypatch):
         run.options = train_maskgit.Options(**fields)
         return show_maskgit.Show(train_maskgit, run, modalities=modalities, frozen=frozen[:3])
     monkeypatch.setattr(show_maskgit, "STEPS", (1, 2))
-    monkeypatch.setattr(show_maskgit, "QUALITY_STEPS", 2)
+    monkeypatch.setattr(show_maskgit, "FLOOR_STEPS", 2)
     monkeypatch.setattr(show_maskgit, "PART", 10)
     shown = show(quality_pictures=24)
     shown.bar = types.SimpleNamespace(set_postfix_str=lambda *_: None, update=lambda: None)
