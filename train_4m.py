@@ -213,12 +213,6 @@ def matmul_flops(device, dtype, rows, dim, hidden):
     return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=0.1).median
 
 
-def frozen_sha256(*paths):
-    """One hash of this script's frozen evaluation code and of the files that it reads."""
-    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
-    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
-
-
 class Run:
     """Everything around the model: processes, device, precision, clock, log, progress bar, checkpoints, states."""
 
@@ -365,7 +359,8 @@ class Run:
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - self.graphs
         footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
                   "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
-                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens,
+                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
+                  "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "train_seconds": round(self.seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
@@ -973,6 +968,12 @@ def only(layout, tokens, *names):
 EVAL_BATCH = 64  # scenes that the model sees at once; the predictions for the first ones are checked
 
 
+def eval_sha256(*paths):
+    """One hash of this block and of the files that it reads."""
+    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
+    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
+
+
 def read_frozen(config):
     """Validation tokens (n, size), roles of their places (n, size), the modalities, and the sha256 of it all.
 
@@ -992,9 +993,7 @@ def read_frozen(config):
             raise ValueError(f"masks {roles.shape} for tokens {tokens.shape}")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Fault(f"the frozen validation set is damaged ({error}): `git checkout data/frozen`") from None
-    code = HERE.read_text().partition("# --- " "frozen: eval")[2].partition("# --- " "end: eval")[0]
-    digest = hashlib.sha256(b"".join([code.encode(), *(path.read_bytes() for path in paths)])).hexdigest()
-    return torch.from_numpy(tokens), torch.from_numpy(roles), modalities, digest
+    return torch.from_numpy(tokens), torch.from_numpy(roles), modalities, eval_sha256(*paths)
 
 
 def gather_places(chosen):
@@ -1029,14 +1028,14 @@ def check_predictions(model, tokens, role, log_probs, counted):
 
 
 def fingerprint(model):
-    """How many numbers parameters and buffers hold, and sums that change when they do."""
-    values = [*model.parameters(), *model.buffers()]
-    return sum(v.numel() for v in values), sum((v.double().sum() + v.double().square().sum()).item() for v in values)
+    """Shape, sum and absolute sum of every parameter and buffer."""
+    tensors = [tensor.double() for tensor in (*model.parameters(), *model.buffers())]
+    return [(tensor.shape, tensor.sum().item(), tensor.abs().sum().item()) for tensor in tensors]
 
 
 @torch.no_grad()
 def evaluate(model, tokens, roles, modalities, rank, world):
-    """The validation loss in nats, and by name: of either half of the scenes, and of each modality.
+    """The validation loss in nats and further numbers for the footer: of both halves of the scenes, of each modality.
 
     A half's loss is the mean over modalities of the mean cross-entropy at its targets, each predicted from the inputs
     alone; the validation loss is the mean of both. Ranks share the scenes, and all get the result. Fault if what the
@@ -1064,10 +1063,12 @@ def evaluate(model, tokens, roles, modalities, rank, world):
         raise Fault("the model's predictions are not finite at every target")
     if fingerprint(model) != before:
         raise Fault("the model's parameters or buffers changed during the evaluation")
-    course, whole = (total[0] / total[1]).view(2, K)
-    numbers = {"course": course.mean().item(), "whole": whole.mean().item()}
-    numbers |= dict(zip(modalities, ((course + whole) / 2).tolist()))
-    return (numbers["course"] + numbers["whole"]) / 2, numbers, time.perf_counter() - start
+    halves = (total[0] / total[1]).view(2, K)
+    course, whole = halves.mean(1).tolist()
+    numbers = {"val_loss_course": course, "val_loss_whole": whole}
+    numbers |= {f"val_loss_{m}": value for m, value in zip(modalities, halves.mean(0).tolist())}
+    seconds = round(time.perf_counter() - start, 3)
+    return (course + whole) / 2, {**{name: round(v, 4) for name, v in numbers.items()}, "eval_seconds": seconds}
 # --- end: eval ---
 
 
@@ -1086,7 +1087,7 @@ def flops_per_scene(model, config, inputs, targets):
 def main(argv):
     run = Run("4m", argv)
     config = run.config
-    val_tokens, val_roles, modalities, eval_sha256 = read_frozen(config)
+    val_tokens, val_roles, modalities, digest = read_frozen(config)
     layout = Layout(modalities, run.device)
     check_config(config, run, layout, len(val_tokens))
     if config.num_steps:
@@ -1125,7 +1126,7 @@ def main(argv):
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):
             with run.paused(), run.autocast():
-                val_loss, numbers, seconds = evaluate(model, val_tokens, val_roles, modalities, run.rank, run.world)
+                val_loss, numbers = evaluate(model, val_tokens, val_roles, modalities, run.rank, run.world)
                 run.evaluation(val_loss)
         if last:
             break
@@ -1140,8 +1141,7 @@ def main(argv):
         weights = import_ours("sharding").whole_weights(model)
         model = Nano4M(config, layout).to(run.device)
         model.load_state_dict(weights)
-    numbers = {f"val_loss_{name}": round(value, 4) for name, value in numbers.items()}
-    run.result(model, eval_sha256, {**numbers, "eval_seconds": round(seconds, 2)})
+    run.result(model, digest, numbers)
     run.show(model)
 
 

@@ -71,7 +71,6 @@ class Config:
     # eval
     target: float = 0.055  # validation loss, record #1's
     eval_every: int = 80  # steps between evaluations; the clock is paused
-    eval_batch: int = 250  # images
 
 
 @dataclass
@@ -94,7 +93,7 @@ ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "patch")  # what a chec
 LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
     "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "mlp_ratio": (1, 16),
     "patch": (2, 128), "momentum": (0, 0.9999), "batch": (1, math.inf), "label_drop": (0, 1), "cooldown": (0.001, 1),
-    "eval_every": (1, math.inf), "eval_batch": (1, 10 ** 6), "reflow": (0, 10 ** 6), "quality_pictures": (0, 10 ** 5),
+    "eval_every": (1, math.inf), "reflow": (0, 10 ** 6), "quality_pictures": (0, 10 ** 5),
     "precision": ("auto", "fp32", "bf16"),
 }
 
@@ -208,12 +207,6 @@ def matmul_flops(device, dtype, rows, dim, hidden):
     b = torch.randn(hidden, dim, device=device, dtype=dtype)
     timer = benchmark.Timer("F.linear(a, b)", globals={"F": F, "a": a, "b": b}, num_threads=torch.get_num_threads())
     return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=0.1).median
-
-
-def frozen_sha256(*paths):
-    """One hash of this script's frozen evaluation code and of the files that it reads."""
-    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
-    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
 
 
 class Run:
@@ -362,7 +355,8 @@ class Run:
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - self.graphs
         footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
                   "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
-                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens,
+                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
+                  "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "train_seconds": round(self.seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
@@ -776,6 +770,15 @@ def sample(model, labels, steps=25, solver="heun", guidance=1.0, noise=None, see
 # Evaluation
 
 # --- frozen: eval ---
+EVAL_BATCH = 100  # images at a time; the first ones are predicted a second time
+
+
+def eval_sha256(*paths):
+    """One hash of this block and of the files that it reads."""
+    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
+    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
+
+
 def read_frozen(config):
     """Validation pictures (n, 3, S, S) in [-1, 1], times (n,), noise (n, 3, S, S), labels (n,), the number of classes,
     and the sha256 of it all."""
@@ -794,26 +797,63 @@ def read_frozen(config):
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Fault(f"the frozen validation set is damaged ({error}): `git checkout data/frozen`") from None
     floats = [torch.from_numpy(part.astype(np.float32)) for part in (pictures / 127.5 - 1, times, noise)]
-    return *floats, torch.from_numpy(labels), classes, frozen_sha256(*paths)
+    return *floats, torch.from_numpy(labels), classes, eval_sha256(*paths)
+
+
+def fingerprint(model):
+    """Shape, sum and absolute sum of every parameter and buffer."""
+    tensors = [tensor.double() for tensor in (*model.parameters(), *model.buffers())]
+    return [(tensor.shape, tensor.sum().item(), tensor.abs().sum().item()) for tensor in tensors]
+
+
+def predict_velocity(model, z, t, labels):
+    """What the model gives for noisy images z (B, 3, S, S): float32 (B, 3, S, S). Raises Fault for another shape or
+    dtype, and for what is not finite."""
+    velocity = model(z.clone(), t.clone(), labels.clone())
+    if velocity.shape != z.shape or velocity.dtype != torch.float32:
+        raise Fault(f"the model gives {velocity.dtype} {tuple(velocity.shape)}, not float32 {tuple(z.shape)}")
+    if not velocity.isfinite().all():
+        raise Fault("a velocity is not finite")
+    return velocity
 
 
 @torch.no_grad()
-def evaluate(model, pictures, times, noise, labels, config, rank, world):
-    """Mean squared error of the velocity over pixels and frozen draws: of all draws, and of the four quarters of time.
+def evaluate(model, pictures, times, noise, labels, rank, world):
+    """Mean squared error of the velocity over pixels and n frozen draws, and further numbers for the footer, among them
+    the same of each quarter of time.
 
-    Whatever a model predicts in training, here it gives a velocity. Ranks share the draws; all get the result.
+    Whatever a model predicts in training, here model(z (B, 3, S, S), t (B,), labels (B,)) is a velocity, checked by
+    predict_velocity. The first batch is predicted again at the end, while every picture and noise is another one but z
+    is not, and must be the same, as must the model's tensors. Ranks share the draws; all get the result.
     """
-    errors = torch.zeros(len(times), dtype=torch.float64, device=times.device)
-    for i in range(rank * config.eval_batch, len(times), world * config.eval_batch):
-        part = slice(i, i + config.eval_batch)
-        x, t, n = pictures[part], times[part], noise[part]
-        t4 = t[:, None, None, None]
-        velocity = model((1 - t4) * x + t4 * n, t, labels[part]).float()
-        errors[part] = (velocity - (n - x)).square().mean((1, 2, 3)).double()
+    start, before = time.perf_counter(), fingerprint(model)
+    errors = torch.zeros(2, len(times), dtype=torch.float64, device=times.device)  # of each draw; how often it was seen
+    t_ = times[:, None, None, None]
+    z = (1 - t_) * pictures + t_ * noise
+    parts = [slice(i, i + EVAL_BATCH) for i in range(rank * EVAL_BATCH, len(times), world * EVAL_BATCH)]
+    velocities = [predict_velocity(model, z[part], times[part], labels[part]) for part in parts]
+    for part, velocity in zip(parts, velocities):
+        errors[0, part] = (velocity - (noise[part] - pictures[part])).square().mean((1, 2, 3)).double()
+        errors[1, part] += 1
+    kept = pictures.clone(), noise.clone()
+    pictures.neg_()
+    noise.neg_()
+    for part, velocity in zip(parts[:1], velocities):
+        again = predict_velocity(model, z[part], times[part], labels[part])
+        if ((again - velocity).abs() > 1e-3).any():
+            raise Fault("a velocity is another one where z, t and label are the same")
+    pictures.copy_(kept[0])
+    noise.copy_(kept[1])
+    if fingerprint(model) != before:
+        raise Fault("the model's parameters or buffers are not what they were before the evaluation")
     if world > 1:
         dist.all_reduce(errors)
-    quarter = (times * 4).long()
-    return errors.mean().item(), [errors[quarter == q].mean().item() for q in range(4)]
+    if not (errors[1] == 1).all():
+        raise Fault(f"{int(errors[1].sum())} draws were predicted, and there are {len(times)}")
+    by_quarter = [errors[0, (times * 4).long() == q].mean().item() for q in range(4)]
+    numbers = {f"val_loss_quarter_{q}": round(value, 5) for q, value in enumerate(by_quarter, 1)}
+    seconds = round(time.perf_counter() - start, 3)
+    return errors[0].mean().item(), {**numbers, "eval_targets": len(times), "eval_seconds": seconds}
 # --- end: eval ---
 
 
@@ -833,7 +873,7 @@ def main(argv):
     keep_memory()
     if not STANDALONE:
         import_ours("checks").check_frozen_images(run.script, config)
-    *frozen, classes, eval_sha256 = read_frozen(config)
+    *frozen, classes, digest = read_frozen(config)
     side = frozen[0].shape[-1]
     check_config(config, run, side)
     if config.num_steps and config.reflow:  # its data are what the loaded model draws
@@ -878,7 +918,7 @@ def main(argv):
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):
             with run.paused(), run.autocast():
-                val_loss, quarters = evaluate(model, *frozen, config, run.rank, run.world)
+                val_loss, numbers = evaluate(model, *frozen, run.rank, run.world)
                 run.evaluation(val_loss)
         if last:
             break
@@ -890,8 +930,7 @@ def main(argv):
 
     velocity = frozen[2] - frozen[0]
     constant = (velocity - velocity.mean(0)).square().mean().item()  # the best image that ignores what it is given
-    by_quarter = {f"val_loss_quarter_{q}": round(value, 5) for q, value in enumerate(quarters, 1)}
-    run.result(model, eval_sha256, {"constant_loss": round(constant, 4), **by_quarter})
+    run.result(model, digest, {"constant_loss": round(constant, 4), **numbers})
     run.show(model)
 
 

@@ -64,9 +64,6 @@ class Config:
     # eval
     target: float = 1.91  # validation loss in nats per token, record #1's
     eval_tokens: int = 327680  # of the validation stream
-    eval_context: int = 256  # tokens per window
-    eval_stride: int = 192  # of them new
-    eval_batch: int = 64  # windows
     eval_every: int = 15  # steps between evaluations; the clock is paused
 
 
@@ -92,15 +89,15 @@ CONFIGS = {
     # GPT-2 small's size on FineWeb, to modded-nanogpt's target
     "gpu": Config(track="gpu", data="fineweb", dim=768, depth=12, window=1024, orders=2, grams=65536, batch=512,
                   micro_batch=32, context=1024, num_steps=3000, muon_lr=0.02, adam_lr=0.005, target=3.28,
-                  eval_tokens=10485760, eval_context=2048, eval_stride=1024, eval_batch=32, eval_every=250),
+                  eval_tokens=10485760, eval_every=250),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "window", "orders", "grams")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
     "seed": (0, 2 ** 31), "dim": (2, 8192), "head_dim": (2, 256), "depth": (0, 96), "mlp_ratio": (1, 16),
     "window": (1, 2 ** 31), "orders": (1, 64), "grams": (1, 2 ** 24), "momentum": (0, 0.9999), "batch": (1, 2 ** 16),
     "micro_batch": (1, 2 ** 16), "context": (1, 2 ** 16), "cooldown": (0.001, 1), "eval_tokens": (1, 2 ** 40),
-    "eval_context": (1, 2 ** 16), "eval_stride": (1, 2 ** 16), "eval_batch": (1, 2 ** 16), "eval_every": (1, math.inf),
-    "precision": ("auto", "fp32", "bf16"), "sample_tokens": (1, math.inf), "top_p": (1e-6, 1), "ahead": (1, 64),
+    "eval_every": (1, math.inf), "precision": ("auto", "fp32", "bf16"), "sample_tokens": (1, math.inf),
+    "top_p": (1e-6, 1), "ahead": (1, 64),
 }
 
 
@@ -109,9 +106,6 @@ def check_config(config, run):
     if config.dim % config.head_dim or config.head_dim % 2:
         raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}, or that is odd and rotary "
                     "positions turn pairs of channels")
-    if config.eval_stride > config.eval_context:
-        raise Fault(f"--eval_stride={config.eval_stride} is more than --eval_context={config.eval_context}: tokens "
-                    "between two windows would not count")
     mine = run.slice(config.batch)
     rows = mine.stop - mine.start
     if rows % min(config.micro_batch, rows):
@@ -212,12 +206,6 @@ def matmul_flops(device, dtype, rows, dim, hidden):
     b = torch.randn(hidden, dim, device=device, dtype=dtype)
     timer = benchmark.Timer("F.linear(a, b)", globals={"F": F, "a": a, "b": b}, num_threads=torch.get_num_threads())
     return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=0.1).median
-
-
-def frozen_sha256(*paths):
-    """One hash of this script's frozen evaluation code and of the files that it reads."""
-    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
-    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
 
 
 class Run:
@@ -366,7 +354,8 @@ class Run:
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - self.graphs
         footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
                   "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
-                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens,
+                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
+                  "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "train_seconds": round(self.seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
@@ -728,6 +717,10 @@ class GPT(nn.Module):
         """float32 logits (..., vocab) from final states (..., C)."""
         return self.head(y).float()
 
+    def log_probs(self, tokens):
+        """float32 (B, T, vocab): at each place of tokens (B, T), of the next token."""
+        return self.logits(self(tokens, self.mask(tokens, mask_cache=self.mask_cache))).log_softmax(-1)
+
 
 def init_weights(model):
     for name, p in model.named_parameters():
@@ -746,8 +739,7 @@ def init_weights(model):
 
 def token_nats(model, tokens, targets):
     """Cross-entropy (B, T) in nats of targets (B, T), each given the tokens (B, T) up to its place."""
-    logits = model.logits(model(tokens, model.mask(tokens, mask_cache=model.mask_cache)))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    return F.nll_loss(model.log_probs(tokens).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def train_step(step, inputs, targets, model, muon, adam, config, run):
@@ -832,39 +824,105 @@ def generate(model, tokens, options, seed=0):
 # Evaluation
 
 # --- frozen: eval ---
+EVAL_BATCH = 64  # windows at a time; so many are predicted a second time
+# tokens of a window, how far on the next one is, and of how many log-probabilities a batch is at most
+EVAL_WINDOWS = {"cpu": (256, 128, 2 ** 26), "gpu": (2048, 1024, 2 ** 29)}
+
+
+def eval_sha256(*paths):
+    """One hash of this block and of the files that it reads."""
+    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
+    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
+
+
 def read_validation(config):
     """The first eval_tokens + 1 tokens of the validation stream, a tensor (N + 1,), and the sha256 of it all."""
-    folder = ROOT / "data" / config.data
+    folder, parts = ROOT / "data" / config.data, []
     paths = sorted(folder.glob("val*.bin"))
     if not paths:
         raise Fault(f"no validation stream in {folder}: the script that makes the training stream makes it too")
     try:
-        stream = np.concatenate([read_bin(path) for path in paths])[:config.eval_tokens + 1].astype(np.int64)
+        for path in paths:
+            header, tokens = np.fromfile(path, np.int32, 256), np.fromfile(path, np.uint16, offset=1024)
+            if header[:3].tolist() != [20240520, 1, len(tokens)]:
+                raise ValueError(f"{path.name} is not a whole .bin token file")
+            parts.append(tokens)
     except (OSError, ValueError) as error:
         raise Fault(f"{folder} is damaged ({error}): delete it and make it again") from None
+    stream = np.concatenate(parts)[:config.eval_tokens + 1].astype(np.int64)
     if len(stream) <= config.eval_tokens:
         raise Fault(f"--eval_tokens={config.eval_tokens} is more than the {len(stream) - 1} there are in {config.data}")
-    return torch.from_numpy(stream), frozen_sha256(*paths)
+    return torch.from_numpy(stream), eval_sha256(*paths)
+
+
+def fingerprint(model):
+    """Shape, sum and absolute sum of every parameter and buffer."""
+    tensors = [tensor.double() for tensor in (*model.parameters(), *model.buffers())]
+    return [(tensor.shape, tensor.sum().item(), tensor.abs().sum().item()) for tensor in tensors]
+
+
+def target_log_probs(model, tokens, targets, vocab):
+    """What the model gives targets (B, T), each after the tokens (B, T) up to its place: log-probabilities (B, T).
+    Raises Fault for another shape or dtype, for one that is not finite, and where a place's do not sum to 1."""
+    logs = model.log_probs(tokens)
+    if logs.shape != (*tokens.shape, vocab) or logs.dtype != torch.float32:
+        raise Fault(f"log_probs gives {logs.dtype} {tuple(logs.shape)}, not float32 {(*tokens.shape, vocab)}")
+    found = logs.gather(-1, targets[..., None])[..., 0]
+    if not found.isfinite().all():
+        raise Fault("a log-probability that counts is not finite")
+    if ((logs.exp().sum(-1) - 1).abs() > 1e-3).any():
+        raise Fault("the probabilities of a place do not sum to 1")
+    return found
+
+
+def check_again(model, stream, seen, vocab):
+    """Predict windows a second time, seen: [(places (B, T), log-probabilities (B, T))]. Meanwhile every token of the
+    stream is another one, and so are the inputs of every second window from a random place on, which no earlier place
+    and no other window may notice: else raises Fault."""
+    kept, rng = stream.clone(), torch.Generator().manual_seed(0)
+    stream.add_(1).remainder_(vocab)
+    for at, before in seen:
+        B, T = at.shape
+        first_changed = torch.randint(T, (B, 1), generator=rng).to(at.device)
+        first_changed[1::2] = T
+        same = torch.arange(T, device=at.device) < first_changed
+        after = target_log_probs(model, torch.where(same, kept[at], stream[at]), kept[at + 1], vocab)
+        if ((after - before).abs() > 1e-3)[same].any():
+            raise Fault("a prediction is another one where only tokens differ that it may not depend on")
+    stream.copy_(kept)
 
 
 @torch.no_grad()
-def evaluate(model, stream, config, rank, world):
-    """Mean cross-entropy in nats of stream[1:], every token given at most the eval_context tokens before it.
+def evaluate(model, stream, vocab, config, rank, world):
+    """Mean cross-entropy in nats of stream[1:] (N,), tokens of a vocabulary, and further numbers for the footer.
 
-    Windows of eval_context tokens advance by eval_stride; a token counts in the first window that holds it. At place t
-    of a window token_nats may look at the window's tokens up to t alone. Ranks share the windows; all get the result.
+    Windows overlap; a token counts in the first one that holds it. model.log_probs(tokens (B, T)) has one window in
+    each row and gives float32 (B, T, vocab): at each place, of the next token. It is checked by target_log_probs and
+    check_again; the model's tensors must be the same afterwards. Ranks share the windows; all get the result.
     """
-    N, T = len(stream) - 1, min(config.eval_context, len(stream) - 1)
-    ends = torch.tensor([*range(T, N, config.eval_stride), N])
-    fresh = ends.diff(prepend=torch.zeros(1, dtype=torch.long))  # tokens that a window is the first to hold
-    total, place = torch.zeros((), dtype=torch.float64, device=stream.device), torch.arange(T)
-    for part in torch.arange(rank, len(ends), world).split(config.eval_batch):
-        at = (ends[part, None] - T + place).to(stream.device)  # (B, T)
-        counted = (place >= T - fresh[part, None]).to(stream.device)
-        total += token_nats(model, stream[at], stream[at + 1])[counted].double().sum()
+    start, before, N = time.perf_counter(), fingerprint(model), len(stream) - 1
+    T, stride, values = EVAL_WINDOWS[config.track]
+    T = min(T, N)
+    batch = max(1, min(EVAL_BATCH, values // (T * vocab)))
+    ends = torch.tensor([*range(T, N, stride), N], device=stream.device)[:, None]
+    fresh = ends.diff(dim=0, prepend=torch.zeros_like(ends[:1]))  # tokens that a window is the first to hold
+    place = torch.arange(T, device=stream.device)
+    total, seen = torch.zeros(2, dtype=torch.float64, device=stream.device), []  # nats, tokens
+    for i in range(rank * batch, len(ends), world * batch):
+        at = ends[i:i + batch] - T + place  # (B, T)
+        logs = target_log_probs(model, stream[at], stream[at + 1], vocab)
+        counted = place >= T - fresh[i:i + batch]
+        total += torch.stack([-logs[counted].double().sum(), counted.sum()])
+        if len(seen) * batch < EVAL_BATCH:
+            seen.append((at, logs))
+    check_again(model, stream, seen, vocab)
+    if fingerprint(model) != before:
+        raise Fault("the model's parameters or buffers are not what they were before the evaluation")
     if world > 1:
         dist.all_reduce(total)
-    return total.item() / N
+    if total[1] != N:
+        raise Fault(f"{int(total[1])} tokens were predicted, and there are {N}")
+    return total[0].item() / N, {"eval_targets": N, "eval_seconds": round(time.perf_counter() - start, 3)}
 # --- end: eval ---
 
 
@@ -882,7 +940,7 @@ def main(argv):
     config = run.config
     check_config(config, run)
     shards, meta, run.data_sha256 = read_streams(config)
-    val_tokens, eval_sha256 = read_validation(config)
+    val_tokens, digest = read_validation(config)
     rows = min(config.micro_batch, config.batch // run.world)
     run.choose_precision(rows * config.context, config.dim, config.mlp_ratio * config.dim)
     torch.manual_seed(config.seed)
@@ -901,7 +959,7 @@ def main(argv):
                 train_step(step, dummy, dummy, model, muon, adam, config, run)
             if run.device.type == "cuda":  # the evaluation's shapes are compiled too
                 with run.autocast():
-                    evaluate(model, val_tokens, config, run.rank, run.world)
+                    evaluate(model, val_tokens, meta["vocab"], config, run.rank, run.world)
     muon, adam = make_optimizers(model, config, run)
 
     run.start()
@@ -914,7 +972,7 @@ def main(argv):
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):
             with run.paused(), run.autocast():
-                val_loss = evaluate(model, val_tokens, config, run.rank, run.world)
+                val_loss, numbers = evaluate(model, val_tokens, meta["vocab"], config, run.rank, run.world)
                 run.evaluation(val_loss)
         if last:
             break
@@ -924,7 +982,7 @@ def main(argv):
         if run.saver:
             run.saver.after_step(model, muon, adam, loader)
 
-    run.result(model, eval_sha256, {})
+    run.result(model, digest, numbers)
     run.show(model)
 
 

@@ -63,7 +63,6 @@ class Config:
     # eval
     target: float = 1.01  # validation loss in nats per masked token, record #1's
     eval_every: int = 200  # steps between evaluations; the clock is paused
-    eval_batch: int = 250  # rows
 
 
 @dataclass
@@ -88,7 +87,7 @@ ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio")  # what a checkpoint mu
 LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
     "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "mlp_ratio": (1, 16),
     "momentum": (0, 0.9999), "batch": (1, math.inf), "label_drop": (0, 1), "cooldown": (0.001, 1),
-    "eval_every": (1, math.inf), "eval_batch": (1, 2000), "quality_pictures": (0, 2000),
+    "eval_every": (1, math.inf), "quality_pictures": (0, 2000),
     "precision": ("auto", "fp32", "bf16"),
 }
 
@@ -194,12 +193,6 @@ def matmul_flops(device, dtype, rows, dim, hidden):
     b = torch.randn(hidden, dim, device=device, dtype=dtype)
     timer = benchmark.Timer("F.linear(a, b)", globals={"F": F, "a": a, "b": b}, num_threads=torch.get_num_threads())
     return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=0.1).median
-
-
-def frozen_sha256(*paths):
-    """One hash of this script's frozen evaluation code and of the files that it reads."""
-    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
-    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
 
 
 class Run:
@@ -348,7 +341,8 @@ class Run:
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - self.graphs
         footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
                   "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
-                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens,
+                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
+                  "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "train_seconds": round(self.seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
@@ -651,6 +645,10 @@ class MaskGIT(nn.Module):
             joint.append(log_b.transpose(1, 2) + log_a[:, None])  # (rows, b, a)
         return torch.cat(joint).flatten(1)
 
+    def log_probs(self, tokens, labels, masked):
+        """float32 (n, vocab) of what is at the n places where masked (B, L), given labels (B,) and tokens (B, L)."""
+        return self.log_probabilities(self(tokens, labels, masked)[masked])
+
 
 def init_weights(model):
     for name, p in model.named_parameters():
@@ -702,10 +700,10 @@ def gumbel(shape, rng):
 
 def predict(model, tokens, labels, masked, guidance):
     """Logits (N, vocab) of the N masked tokens; guidance: u + guidance * (c - u), u not knowing the label."""
-    logits = model.log_probabilities(model(tokens, labels, masked)[masked])
+    logits = model.log_probs(tokens, labels, masked)
     if guidance != 1:
         unlabelled = torch.full_like(labels, model.num_labels)
-        base = model.log_probabilities(model(tokens, unlabelled, masked)[masked])
+        base = model.log_probs(tokens, unlabelled, masked)
         logits = base + guidance * (logits - base)
     return logits
 
@@ -752,6 +750,15 @@ def generate(model, labels, tokens=None, masked=None, steps=12, order=None, nois
 # Evaluation
 
 # --- frozen: eval ---
+EVAL_BATCH = 100  # pictures at a time; the first ones are predicted a second time
+
+
+def eval_sha256(*paths):
+    """One hash of this block and of the files that it reads."""
+    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
+    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
+
+
 def read_frozen(config):
     """Validation tokens (N, L), labels (N,), masked places (N, L), the vocabularies, and the sha256 of it all."""
     paths = [ROOT / config.frozen, ROOT / config.frozen_masks]
@@ -764,26 +771,64 @@ def read_frozen(config):
             tokens, labels = (torch.from_numpy(arrays[m].astype(np.int64)) for m in ("rgb", "label"))
         with np.load(paths[1], allow_pickle=False) as arrays:
             masked = torch.from_numpy(arrays["masked"])
-        if masked.shape != tokens.shape:
-            raise ValueError(f"masks {tuple(masked.shape)} for tokens {tuple(tokens.shape)}")
+        if masked.shape != tokens.shape or masked.dtype != torch.bool:
+            raise ValueError(f"{masked.dtype} masks {tuple(masked.shape)} for tokens {tuple(tokens.shape)}")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Fault(f"the frozen validation set is damaged ({error}): `git checkout data/frozen`") from None
-    return tokens, labels[:, 0], masked, modalities, frozen_sha256(*paths)
+    return tokens, labels[:, 0], masked, modalities, eval_sha256(*paths)
+
+
+def fingerprint(model):
+    """Shape, sum and absolute sum of every parameter and buffer."""
+    tensors = [tensor.double() for tensor in (*model.parameters(), *model.buffers())]
+    return [(tensor.shape, tensor.sum().item(), tensor.abs().sum().item()) for tensor in tensors]
+
+
+def target_log_probs(model, tokens, labels, masked, vocab):
+    """What the model gives the n tokens (B, L) where masked (B, L), which are blanked: log-probabilities (n,).
+    Raises Fault for another shape or dtype, for one that is not finite, and where a place's do not sum to 1."""
+    targets = tokens[masked]
+    logs = model.log_probs(tokens.masked_fill(masked, 0), labels.clone(), masked.clone())
+    if logs.shape != (len(targets), vocab) or logs.dtype != torch.float32:
+        raise Fault(f"log_probs gives {logs.dtype} {tuple(logs.shape)}, not float32 {(len(targets), vocab)}")
+    found = logs.gather(1, targets[:, None])[:, 0]
+    if not found.isfinite().all():
+        raise Fault("a log-probability that counts is not finite")
+    if ((logs.exp().sum(1) - 1).abs() > 1e-3).any():
+        raise Fault("the probabilities of a place do not sum to 1")
+    return found
 
 
 @torch.no_grad()
-def evaluate(model, tokens, labels, masked, config, rank, world):
-    """Mean cross-entropy in nats over all masked tokens, each given its picture's other tokens and label alone.
+def evaluate(model, tokens, labels, masked, vocab, rank, world):
+    """Mean cross-entropy in nats over all masked tokens, of a vocabulary, each given its picture's other tokens and
+    label alone; and further numbers for the footer.
 
-    Ranks share the pictures; all get the result.
+    model.log_probs(tokens (B, L), labels (B,), masked (B, L)) gives float32 (n, vocab) of the n masked places, row by
+    row. It is checked by target_log_probs; the first batch is predicted again at the end, while every validation token
+    is another one, and must be the same, as must the model's tensors. Ranks share the pictures; all get the result.
     """
-    total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-    for i in range(rank * config.eval_batch, len(tokens), world * config.eval_batch):
-        part = slice(i, i + config.eval_batch)
-        total += masked_nats(model, tokens[part], labels[part], masked[part]).double().sum()
+    start, before = time.perf_counter(), fingerprint(model)
+    total = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # nats, tokens
+    parts = [slice(i, i + EVAL_BATCH) for i in range(rank * EVAL_BATCH, len(tokens), world * EVAL_BATCH)]
+    logs = [target_log_probs(model, tokens[part], labels[part], masked[part], vocab) for part in parts]
+    for part, found in zip(parts, logs):
+        total += torch.stack([-found.double().sum(), masked[part].sum()])
+    kept = tokens.clone()
+    tokens.add_(1).remainder_(vocab)  # every token is another one now
+    for part, found in zip(parts[:1], logs):
+        again = target_log_probs(model, kept[part], labels[part], masked[part], vocab)
+        if ((again - found).abs() > 1e-3).any():
+            raise Fault("a prediction is another one where only tokens differ that it may not depend on")
+    tokens.copy_(kept)
+    if fingerprint(model) != before:
+        raise Fault("the model's parameters or buffers are not what they were before the evaluation")
     if world > 1:
         dist.all_reduce(total)
-    return total.item() / int(masked.sum())
+    if total[1] != masked.sum():
+        raise Fault(f"{int(total[1])} tokens were predicted, and {int(masked.sum())} are masked")
+    seconds = round(time.perf_counter() - start, 3)
+    return (total[0] / total[1]).item(), {"eval_targets": int(total[1]), "eval_seconds": seconds}
 # --- end: eval ---
 
 
@@ -802,9 +847,9 @@ def main(argv):
     run = Run("maskgit", argv)
     config = run.config
     if config.data == "text":
-        *frozen, modalities, eval_sha256 = import_ours("text_rows").read_frozen(run.script)
+        *frozen, modalities, digest = import_ours("text_rows").read_frozen(run.script)
     else:
-        *frozen, modalities, eval_sha256 = read_frozen(config)
+        *frozen, modalities, digest = read_frozen(config)
     check_config(config, run)
     if not STANDALONE:
         import_ours("checks").check_frozen_objects(run.script, config, modalities, *frozen)
@@ -820,6 +865,7 @@ def main(argv):
     if run.device.type == "cuda":
         model.compile(fullgraph=True, dynamic=False)
     frozen = [part.to(run.device) for part in frozen]
+    vocab = modalities["rgb"]["vocab"]
     run.prepare(model, modalities=modalities, frozen=frozen)
 
     if config.num_steps:
@@ -831,7 +877,7 @@ def main(argv):
                 train_step(step, dummy, dummy[:, 0], rng, model, muon, adam, config, run)
             if run.device.type == "cuda":  # its shapes are compiled, too
                 with run.autocast():
-                    evaluate(model, *frozen, config, run.rank, run.world)
+                    evaluate(model, *frozen, vocab, run.rank, run.world)
     muon, adam = make_optimizers(model, config, run)
 
     run.start()
@@ -844,7 +890,7 @@ def main(argv):
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):
             with run.paused(), run.autocast():
-                val_loss = evaluate(model, *frozen, config, run.rank, run.world)
+                val_loss, numbers = evaluate(model, *frozen, vocab, run.rank, run.world)
                 run.evaluation(val_loss)
         if last:
             break
@@ -854,7 +900,7 @@ def main(argv):
         if run.saver:
             run.saver.after_step(model, muon, adam, loader)
 
-    run.result(model, eval_sha256, {})
+    run.result(model, digest, numbers)
     run.show(model)
 
 

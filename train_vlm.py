@@ -81,7 +81,6 @@ class Config:
     # eval
     target: float = 0.4  # validation loss in nats per answer token, record #1's
     eval_every: int = 60  # steps between evaluations; the clock is paused
-    eval_batch: int = 100  # conversations
 
 
 @dataclass
@@ -113,8 +112,8 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
     "vit_heads": (1, 256), "vit_mlp": (1, 65536), "shuffle": (1, 64), "lm_dim": (2, 8192), "lm_depth": (1, 96),
     "lm_heads": (1, 256), "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf),
     "momentum": (0, 0.9999), "batch": (1, 4096), "seq_len": (1, 65536), "cooldown": (0.001, 1),
-    "eval_every": (1, math.inf), "eval_batch": (1, 10000), "max_tokens": (1, 4096), "temperature": (0, 100),
-    "top_p": (0.001, 1), "quality_pictures": (0, 2000), "precision": ("auto", "fp32", "bf16"),
+    "eval_every": (1, math.inf), "max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.001, 1),
+    "quality_pictures": (0, 2000), "precision": ("auto", "fp32", "bf16"),
 }
 
 
@@ -226,12 +225,6 @@ def matmul_flops(device, dtype, rows, dim, hidden):
     b = torch.randn(hidden, dim, device=device, dtype=dtype)
     timer = benchmark.Timer("F.linear(a, b)", globals={"F": F, "a": a, "b": b}, num_threads=torch.get_num_threads())
     return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=0.1).median
-
-
-def frozen_sha256(*paths):
-    """One hash of this script's frozen evaluation code and of the files that it reads."""
-    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
-    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
 
 
 class Run:
@@ -380,7 +373,8 @@ class Run:
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - self.graphs
         footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
                   "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
-                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens,
+                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
+                  "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "train_seconds": round(self.seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
@@ -862,6 +856,13 @@ class VLM(nn.Module):
         mask = self.mask(document, tokens == IMAGE, mask_cache=self.mask_cache)
         return self.lm(self.embed(tokens, pixels), mask)
 
+    def log_probs(self, pixels, tokens):
+        """float32 (B, L, vocab): at each place of tokens (B, L), of the token there, given those before it and, before
+        them all, a picture of pixels (B, 3, S, S)."""
+        tokens = F.pad(tokens, (self.image_tokens, 0), value=IMAGE)
+        document = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
+        return self.lm.logits(self(tokens, document, pixels)[:, self.image_tokens - 1:-1]).log_softmax(-1)
+
 
 def init_weights(model):
     for name, p in model.named_parameters():
@@ -888,15 +889,6 @@ def answer_logits(model, tokens, answer, document, pixels):
     marked = answer[:, 1:] > 0
     states = model(tokens, document, pixels)[:, :-1]
     return model.lm.logits(states[marked]), tokens[:, 1:][marked]
-
-
-def answer_nats(model, pixels, tokens, answer):
-    """Cross-entropy (n,), and whether it is the likeliest one (n,), of the n tokens (B, L) that answer (B, L) marks."""
-    tokens = F.pad(tokens, (model.image_tokens, 0), value=IMAGE)
-    answer = F.pad(answer, (model.image_tokens, 0))
-    document = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
-    logits, truth = answer_logits(model, tokens, answer, document, pixels)
-    return F.cross_entropy(logits, truth, reduction="none"), logits.argmax(-1) == truth
 
 
 def train_step(step, batch, model, muon, adam, config, run):
@@ -989,12 +981,19 @@ def generate(model, pixels, tokens, stop, options, seed=0, cached=True):
 # Evaluation
 
 # --- frozen: eval ---
-FAMILIES = ("count", "exist", "attribute", "compare", "spatial")  # numbered from 1 on
+FAMILIES = ("count", "exist", "attribute", "compare", "spatial", "describe")  # numbered from 1 on
+EVAL_BATCH, EVAL_VALUES = 100, 2 ** 26  # conversations at a time, fewer if that makes more log-probabilities
+
+
+def eval_sha256(*paths):
+    """One hash of this block and of the files that it reads."""
+    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
+    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
 
 
 def read_frozen(config):
-    """Validation pictures (n, 3, S, S) uint8, tokens (n, L), answer marks (n, L), families (n, 4) of the turns, what is
-    known of the tokens, and the sha256 of it all."""
+    """Validation pictures (n, 3, S, S) uint8, tokens (n, L), answer marks (n, L), which are 0 or the number of the turn
+    that is answered, families (n, turns), what is known of the tokens, and the sha256 of it all."""
     path = ROOT / config.frozen
     if not path.exists():
         raise Fault(f"{path} is missing: it belongs to the repository (`git checkout {config.frozen}`)")
@@ -1003,34 +1002,88 @@ def read_frozen(config):
             about = json.loads(bytes(arrays["modalities"]))["qa"]
             pixels, tokens, answer, family = (torch.from_numpy(arrays[m].astype(kind)) for m, kind in (
                 ("pixels", np.uint8), ("qa", np.int64), ("answer", np.uint8), ("family", np.uint8)))
+        if answer.max() > family.size(1) or family.max() > len(FAMILIES) or not answer.any(1).all():
+            raise ValueError("answers without a turn, turns of unknown families or conversations without answers")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Fault(f"the frozen validation set is damaged ({error}): `git checkout data/frozen`") from None
-    return pixels, tokens, answer, family, about, frozen_sha256(path)
+    return pixels, tokens, answer, family, about, eval_sha256(path)
+
+
+def fingerprint(model):
+    """Shape, sum and absolute sum of every parameter and buffer."""
+    tensors = [tensor.double() for tensor in (*model.parameters(), *model.buffers())]
+    return [(tensor.shape, tensor.sum().item(), tensor.abs().sum().item()) for tensor in tensors]
+
+
+def target_log_probs(model, pixels, tokens, targets, counted, vocab):
+    """What the model gives the N targets (B, L) where counted (B, L), each after its picture and the tokens (B, L)
+    before it: log-probabilities (N,), and whether it is the likeliest token (N,). Raises Fault for another shape or
+    dtype, for a log-probability that is not finite, and where a place's do not sum to 1."""
+    logs = model.log_probs(pixels.clone(), tokens.clone())
+    if logs.shape != (*tokens.shape, vocab) or logs.dtype != torch.float32:
+        raise Fault(f"log_probs gives {logs.dtype} {tuple(logs.shape)}, not float32 {(*tokens.shape, vocab)}")
+    logs, targets = logs[counted], targets[counted]  # (N, vocab), (N,)
+    found = logs.gather(1, targets[:, None])[:, 0]
+    if not found.isfinite().all():
+        raise Fault("a log-probability that counts is not finite")
+    if ((logs.exp().sum(1) - 1).abs() > 1e-3).any():
+        raise Fault("the probabilities of a place do not sum to 1")
+    return found, logs.argmax(1) == targets
+
+
+def check_again(model, pixels, tokens, counted, nats, part, vocab):
+    """Predict a part of the conversations, of known nats (n, L), a second time. Meanwhile every token of the set is
+    another one, and so are the inputs of every second conversation from a random answer token on, which no place up to
+    it and no other conversation may notice: else raises Fault."""
+    kept, marks, place = tokens.clone(), counted[part], torch.arange(tokens.size(1), device=tokens.device)
+    tokens.add_(1).remainder_(vocab)
+    rng = torch.Generator().manual_seed(0)
+    first_changed = torch.multinomial(marks.float().cpu(), 1, generator=rng).to(tokens.device)  # (B, 1)
+    first_changed[1::2] = len(place)
+    inputs = torch.where(place < first_changed, kept[part], tokens[part])
+    logs, _ = target_log_probs(model, pixels[part], inputs, kept[part], marks, vocab)
+    if ((logs + nats[part][marks]).abs() > 1e-3)[(place <= first_changed)[marks]].any():
+        raise Fault("a prediction is another one where only tokens differ that it may not depend on")
+    tokens.copy_(kept)
 
 
 @torch.no_grad()
-def evaluate(model, pixels, tokens, answer, family, config, rank, world):
-    """Mean cross-entropy in nats over all answer tokens, each given its picture and the tokens before it; and for each
-    family the share of answers whose every token is the likeliest one.
+def evaluate(model, pixels, tokens, answer, family, vocab, rank, world):
+    """Mean cross-entropy in nats over answer tokens, of a vocabulary, each given its picture and the tokens before it:
+    over those of descriptions and over all others, half and half. And further numbers for the footer: both halves, and
+    for each family the share of answers whose every token is the likeliest one.
 
-    Ranks share the conversations; all get the result.
+    model.log_probs(pixels (B, 3, S, S), tokens (B, L)) has one conversation in each row and gives float32
+    (B, L, vocab): at each place, of the token there. It is checked by target_log_probs and check_again; the model's
+    tensors must be the same afterwards. Ranks share the conversations; all get the result.
     """
-    total = torch.zeros(2 + 2 * len(FAMILIES), dtype=torch.float64, device=pixels.device)  # nats, tokens; right, asked
-    for i in range(rank * config.eval_batch, len(pixels), world * config.eval_batch):
-        part = slice(i, i + config.eval_batch)
-        nats, right = answer_nats(model, pixels[part], tokens[part], answer[part])  # (n,) of the n marked tokens
-        marks = answer[part].long()
-        row = torch.arange(len(marks), device=marks.device)[:, None].expand_as(marks)[marks > 0]
-        turn = row * family.size(1) + marks[marks > 0] - 1
-        wrong = torch.zeros(family[part].numel(), device=marks.device).index_add_(0, turn, (~right).float())
-        asked = family[part].flatten().long()
-        tally = torch.zeros(2, len(FAMILIES) + 1, device=marks.device)
-        tally[0].index_add_(0, asked, (wrong == 0).float()), tally[1].index_add_(0, asked, torch.ones_like(wrong))
-        total += torch.cat([nats.double().sum()[None], marks.gt(0).sum()[None], tally[:, 1:].flatten().double()])
+    start, before, (n, L), counted = time.perf_counter(), fingerprint(model), tokens.shape, answer > 0
+    batch = max(1, min(EVAL_BATCH, EVAL_VALUES // (L * vocab)))
+    parts = [slice(i, i + batch) for i in range(rank * batch, n, world * batch)]
+    total = torch.zeros(3, n, L, dtype=torch.float64, device=tokens.device)  # of each token: nats, wrong, predicted
+    for part in parts:
+        logs, right = target_log_probs(model, pixels[part], tokens[part], tokens[part], counted[part], vocab)
+        total[:, part][:, counted[part]] += torch.stack([-logs, ~right, torch.ones_like(logs)])
+    for part in parts[:1]:
+        check_again(model, pixels, tokens, counted, total[0], part, vocab)
+    if fingerprint(model) != before:
+        raise Fault("the model's parameters or buffers are not what they were before the evaluation")
     if world > 1:
         dist.all_reduce(total)
-    right, asked = total[2:].view(2, -1)
-    return (total[0] / total[1]).item(), dict(zip(FAMILIES, (right / asked.clamp(min=1)).tolist()))
+    nats, wrong, predicted = total
+    if (predicted != counted).any():
+        raise Fault(f"{int(predicted.sum())} answer tokens were predicted, and there are {int(counted.sum())}")
+    described = family.long().gather(1, (answer.long() - 1).clamp(min=0)) == len(FAMILIES)  # (n, L)
+    halves = {"questions": counted & ~described, "describe": counted & described}
+    losses = {name: nats[half].mean().item() for name, half in halves.items() if half.any()}
+    numbers = {f"val_loss_{name}": round(loss, 5) for name, loss in losses.items()}
+    wrong_in_turn = wrong.new_zeros(n, 1 + family.size(1)).scatter_add(1, answer.long(), wrong)[:, 1:]
+    for number, name in enumerate(FAMILIES, 1):
+        solved = wrong_in_turn[family == number] == 0
+        numbers[f"accuracy_{name}"] = round(solved.double().mean().item(), 4) if len(solved) else 0.0
+    seconds = round(time.perf_counter() - start, 3)
+    numbers |= {"eval_targets": int(counted.sum()), "eval_seconds": seconds}
+    return sum(losses.values()) / len(losses), numbers
 # --- end: eval ---
 
 
@@ -1056,7 +1109,7 @@ def main(argv):
         backbones = import_ours("backbones").Backbones(run.script, config)
         config = run.config = backbones.config  # in their sizes
     check_config(config, run)
-    *frozen, about, eval_sha256 = read_frozen(config)
+    *frozen, about, digest = read_frozen(config)
     vocab, pad = about["vocab"], about["pad"]
     if config.num_steps:
         pixels, tokens, answer, run.data_sha256 = read_conversations(config, about)
@@ -1090,7 +1143,7 @@ def main(argv):
                 train_step(step, batch, model, muon, adam, config, run)
             if run.device.type == "cuda":  # its shapes are compiled too
                 with run.autocast():
-                    evaluate(model, *frozen, config, run.rank, run.world)
+                    evaluate(model, *frozen, vocab, run.rank, run.world)
     muon, adam = make_optimizers(model, config, run)
 
     run.start()
@@ -1103,7 +1156,7 @@ def main(argv):
         last = run.step == config.num_steps
         if last or (run.step and run.step % config.eval_every == 0):
             with run.paused(), run.autocast():
-                val_loss, accuracy = evaluate(model, *frozen, config, run.rank, run.world)
+                val_loss, numbers = evaluate(model, *frozen, vocab, run.rank, run.world)
                 run.evaluation(val_loss)
         if last:
             break
@@ -1113,9 +1166,7 @@ def main(argv):
         if run.saver:
             run.saver.after_step(model, muon, adam, loader)
 
-    numbers = {"pictures": loader.pictures if loader else 0}
-    numbers |= {f"accuracy_{name}": round(value, 4) for name, value in accuracy.items()}
-    run.result(model, eval_sha256, numbers)
+    run.result(model, digest, {"pictures": loader.pictures if loader else 0, **numbers})
     run.show(model)
 
 

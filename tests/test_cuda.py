@@ -44,7 +44,7 @@ def test_nothing_is_compiled_after_the_warm_up(task, request, tmp_path):
     module, data = MODULES[task], request.getfixturevalue(f"tiny_{task}")
     root = module.make_root(tmp_path / "root")
     argv = [*module.SMALL, *([f"--data={data}"] if task == "gpt" else data[1]), "--num_steps=40", "--eval_every=10"]
-    argv += {"gpt": ["--context=256", "--eval_context=256", "--eval_stride=128"], "vlm": ["--seq_len=256"]}.get(task, [])
+    argv += {"gpt": ["--context=256"], "vlm": ["--seq_len=256"]}.get(task, [])
     done = subprocess.run([sys.executable, f"train_{task}.py", *argv], cwd=root, capture_output=True, text=True,
                           timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -85,10 +85,10 @@ def test_the_loss_is_that_of_a_plain_loop(frozen):
         for place, row in zip(dec_pos[0].tolist(), log_probs.tolist()):
             nll[b % 2, KIND[place].item()].append(-row[tokens[b, place]])
     means = torch.tensor([[sum(nll[half, kind]) / len(nll[half, kind]) for kind in range(4)] for half in (0, 1)])
-    loss, numbers, _ = evaluate(model, frozen)
-    assert loss == pytest.approx(means.mean().item(), rel=1e-5)
-    assert [numbers["course"], numbers["whole"]] == pytest.approx(means.mean(1).tolist(), rel=1e-5)
-    assert [numbers[m] for m in MODALITIES] == pytest.approx(means.mean(0).tolist(), rel=1e-5)
+    loss, numbers = evaluate(model, frozen)
+    assert loss == pytest.approx(means.mean().item(), abs=1e-4)
+    assert [numbers["val_loss_course"], numbers["val_loss_whole"]] == pytest.approx(means.mean(1).tolist(), abs=1e-4)
+    assert [numbers[f"val_loss_{m}"] for m in MODALITIES] == pytest.approx(means.mean(0).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("doctored, what", [

@@ -27,7 +27,7 @@ from train_flow import Fault, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"dim": 32, "head_dim": 16, "depth": 1}
-SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=16", "--eval_batch=40",
+SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=16",
          "--quality_pictures=0", "--precision=fp32"]
 SIDE, CLASSES = 32, 24
 
@@ -130,18 +130,20 @@ def test_conditions_matter():
     assert not torch.allclose(same, model(z, t + 0.1, torch.tensor([3, 3])), atol=1e-3)
 
 
-def test_evaluation_against_a_plain_loop(frozen):
+def test_evaluation_against_a_plain_loop(frozen, monkeypatch):
     model, parts = small_model(std=0.1), [part[:50] for part in frozen[:4]]
-    config = dataclasses.replace(train_flow.CONFIGS["cpu"], eval_batch=20)
+    monkeypatch.setattr(train_flow, "EVAL_BATCH", 20)
     errors = []
     with torch.no_grad():
         for x, t, n, label in zip(*parts):
             v = model(((1 - t) * x + t * n)[None], t[None], label[None])[0]
             errors.append((v - (n - x)).square().mean().item())
-        found, quarters = train_flow.evaluate(model, *parts, config, 0, 1)
+        found, numbers = train_flow.evaluate(model, *parts, 0, 1)
     assert found == pytest.approx(np.mean(errors), rel=1e-4)
-    for q, value in enumerate(quarters):
-        assert value == pytest.approx(np.mean([e for e, t in zip(errors, parts[1]) if q <= 4 * t < q + 1]), rel=1e-4)
+    for q in range(4):
+        quarter = [error for error, t in zip(errors, parts[1]) if q <= 4 * t < q + 1]
+        assert numbers[f"val_loss_quarter_{q + 1}"] == pytest.approx(np.mean(quarter), rel=1e-3)
+    assert numbers["eval_targets"] == 50
 
 
 def test_every_parameter_has_one_optimizer():
@@ -327,7 +329,6 @@ def test_reflow_straightens(tiny, tmp_path, monkeypatch):
     (["--label_drop=1.5"], "--label_drop=1.5 is not a number from 0 to 1"),
     (["--label_drop=nan"], "--label_drop=nan is not a number from 0 to 1"),
     (["--eval_every=0"], "--eval_every=0 is not a number from 1 to inf"),
-    (["--eval_batch=0"], "--eval_batch=0 is not a number from 1 to"),
     (["--momentum=1"], "--momentum=1 is not a number from 0 to 0.9999"),
     (["--quality_pictures=1"], "a Frechet distance needs at least 2"),
     (["--quality_pictures=-1"], "--quality_pictures=-1 is not a number from 0 to"),

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from train_gpt import Fault
 ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"dim": 64, "head_dim": 32, "depth": 2, "window": 16, "orders": 3, "grams": 64}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=8", "--context=32",
-         "--eval_tokens=2000", "--eval_context=64", "--eval_stride=48", "--sample_tokens=20", "--precision=fp32"]
+         "--eval_tokens=2000", "--sample_tokens=20", "--precision=fp32"]
 META = {"vocab": 256, "document_start": None, "encoding": "bytes"}
 
 
@@ -166,8 +167,7 @@ def test_untrained_model_is_uniform():
     model = train_gpt.GPT(small_config(), META)
     train_gpt.init_weights(model)
     stream = torch.randint(256, (501,), generator=torch.Generator().manual_seed(0))
-    config = small_config(eval_context=64, eval_stride=40)
-    assert train_gpt.evaluate(model, stream, config, 0, 1) == pytest.approx(np.log(256), abs=1e-3)
+    assert train_gpt.evaluate(model, stream, 256, small_config(), 0, 1)[0] == pytest.approx(np.log(256), abs=1e-3)
 
 
 def test_gpu_model_on_the_meta_device():
@@ -197,29 +197,35 @@ def test_evaluation_counts_every_token_once(monkeypatch, context, stride, world)
     """With the stream 0, 1, 2 ... a token is its own place: sums of squares tell a double from a missing one."""
     seen = []
 
-    def spy(model, tokens, targets):
+    def spy(model, tokens, targets, vocab):
         assert torch.equal(targets, tokens + 1) and (tokens.diff(dim=1) == 1).all()
         seen.append(tokens.shape[1])
-        return targets.double() ** 2
+        return -targets.double() ** 2
 
-    monkeypatch.setattr(train_gpt, "token_nats", spy)
-    monkeypatch.setattr(train_gpt.dist, "all_reduce", lambda total: None)
-    config = small_config(eval_context=context, eval_stride=stride, eval_batch=3)
-    parts = [train_gpt.evaluate(None, torch.arange(1001), config, rank, world) for rank in range(world)]
-    assert sum(parts) == pytest.approx(sum(i * i for i in range(1, 1001)) / 1000)
+    monkeypatch.setattr(train_gpt, "target_log_probs", spy)
+    monkeypatch.setattr(train_gpt, "check_again", lambda *_: None)
+    monkeypatch.setattr(train_gpt, "EVAL_BATCH", 3)
+    monkeypatch.setattr(train_gpt, "EVAL_WINDOWS", {"cpu": (context, stride, 10 ** 9)})
+    totals = torch.zeros(2)
+    monkeypatch.setattr(train_gpt.dist, "all_reduce", lambda total: total.copy_(totals.add_(total)))
+    for rank in range(world):
+        with pytest.raises(Fault, match=r"predicted, and there are 1000") if rank + 1 < world else nullcontext():
+            loss, _ = train_gpt.evaluate(torch.nn.Module(), torch.arange(1001), 1001, small_config(), rank, world)
+    assert loss == pytest.approx(sum(i * i for i in range(1, 1001)) / 1000)
     assert max(seen) <= context
 
 
-def test_evaluation_against_a_plain_loop(model):
+def test_evaluation_against_a_plain_loop(model, monkeypatch):
     stream = torch.randint(256, (151,), generator=torch.Generator().manual_seed(0))
-    config = small_config(eval_context=60, eval_stride=25)
+    monkeypatch.setattr(train_gpt, "EVAL_WINDOWS", {"cpu": (60, 25, 10 ** 6)})
     total = 0.0
     for i in range(150):  # the window that first holds input i ends at 60, 85, 110, 135 or 150
         end = next(e for e in (60, 85, 110, 135, 150) if i < e)
         window = stream[None, end - 60:end]
         logits = model.logits(model(window, model.mask(window)))[0, i - (end - 60)]
         total -= logits.log_softmax(-1)[stream[i + 1]].item()
-    assert train_gpt.evaluate(model, stream, config, 0, 1) == pytest.approx(total / 150, abs=1e-5)
+    loss, numbers = train_gpt.evaluate(model, stream, 256, small_config(), 0, 1)
+    assert loss == pytest.approx(total / 150, abs=1e-5) and numbers["eval_targets"] == 150
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -378,7 +384,6 @@ def test_load_and_draft(finished, tiny, monkeypatch, tmp_path, capsys):
     (["--head_dim=0"], "--head_dim=0 is not a number from 2"),
     (["--head_dim=24"], "not a multiple of --head_dim"),
     (["--dim=33", "--head_dim=33"], "or that is odd"),
-    (["--eval_stride=65"], "--eval_stride=65 is more than --eval_context=64"),
     (["--eval_tokens=999999"], "is more than the"),
     (["--eval_tokens=-5"], "--eval_tokens=-5 is not a number from 1"),
     (["--eval_every=0"], "--eval_every=0 is not a number from 1"),

@@ -26,7 +26,7 @@ from train_maskgit import Fault, generate
 
 ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"dim": 64, "head_dim": 32, "depth": 1}
-SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=16", "--eval_batch=30",
+SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=16",
          "--quality_pictures=0", "--precision=fp32"]
 ABOUT = {"rgb": {"length": 64, "vocab": 4096}, "label": {"length": 1, "vocab": 24}}
 
@@ -105,13 +105,14 @@ def test_log_probabilities(model, frozen):
     assert torch.allclose(nats, -logs.gather(1, tokens[masked][:, None])[:, 0], atol=1e-3)
 
 
-def test_evaluation_against_a_plain_loop(model, frozen):
+def test_evaluation_against_a_plain_loop(model, frozen, monkeypatch):
     tokens, labels, masked = (part[:50] for part in frozen[:3])
-    config = dataclasses.replace(train_maskgit.CONFIGS["cpu"], eval_batch=20)
+    monkeypatch.setattr(train_maskgit, "EVAL_BATCH", 20)
     nats = torch.cat([train_maskgit.masked_nats(model, *(part[i:i + 1] for part in (tokens, labels, masked)))
                       for i in range(50)])
     with torch.no_grad():
-        found = train_maskgit.evaluate(model, tokens, labels, masked, config, 0, 1)
+        found, numbers = train_maskgit.evaluate(model, tokens, labels, masked, 4096, 0, 1)
+    assert numbers["eval_targets"] == len(nats)
     assert found == pytest.approx(nats.mean().item(), abs=1e-4) and len(nats) == masked.sum()
 
 
@@ -408,7 +409,6 @@ def test_texts_that_cannot_be_used(tmp_path, monkeypatch):
     (["--dim=0"], "is not a number from 1 to 8192"),
     (["--batch=0"], "is not a number from 1 to inf"),
     (["--eval_every=0"], "is not a number from 1 to inf"),
-    (["--eval_batch=0"], "is not a number from 1 to 2000"),
     (["--quality_pictures=-1"], "is not a number from 0 to 2000"),
     (["--save_every=-1"], "is not a number from 0 to inf"),
     (["--seed=-1"], "is not a number from 0 to"),

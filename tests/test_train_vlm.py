@@ -32,8 +32,7 @@ VOCAB = tokenizer.TEXT_VOCAB
 DIMS = {"vit_dim": 32, "vit_depth": 1, "vit_heads": 2, "vit_mlp": 64, "lm_dim": 32, "lm_depth": 2, "lm_heads": 4,
         "lm_kv_heads": 2, "lm_mlp": 48}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=4",
-         "--eval_batch=30", "--samples=2", "--quality_pictures=4",
-         "--precision=fp32"]
+         "--samples=2", "--quality_pictures=4", "--precision=fp32"]
 
 
 def small_config(**changes):
@@ -49,9 +48,25 @@ class FakeRun(types.SimpleNamespace):
         self.options = Options(**options)
 
 
+def with_descriptions(family):
+    """Families (n, 4) as (n, 5), the first turn of every third conversation being a description."""
+    family = np.pad(family, ((0, 0), (0, 1)))
+    family[::3, 0] = 6
+    return family
+
+
+def answer_nats(model, pixels, tokens, answer):
+    """Cross-entropy (N,), and whether it is the likeliest one (N,), of the N tokens (L,) that answer (L,) marks."""
+    with torch.no_grad():
+        logs = model.log_probs(pixels[None], tokens[None])[0][answer > 0]
+    truth = tokens[answer > 0]
+    return F.nll_loss(logs, truth, reduction="none"), logs.argmax(-1) == truth
+
+
 @pytest.fixture(scope="module")
 def frozen():
-    return train_vlm.read_frozen(train_vlm.CONFIGS["cpu"])
+    pixels, tokens, answer, family, *rest = train_vlm.read_frozen(train_vlm.CONFIGS["cpu"])
+    return pixels, tokens, answer, torch.from_numpy(with_descriptions(family.numpy())), *rest
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +86,8 @@ def tiny(tmp_path_factory):
     """A folder with 200 training conversations and 60 for validation, and the overrides that point there."""
     folder = tmp_path_factory.mktemp("tiny")
     with np.load(ROOT / "data/frozen/qa64.npz") as arrays:
-        parts, about = {m: arrays[m] for m in ("pixels", "qa", "answer", "family")}, arrays["modalities"]
+        parts, about = {m: arrays[m] for m in ("pixels", "qa", "answer")}, arrays["modalities"]
+        parts["family"] = with_descriptions(arrays["family"])
     (folder / "train").mkdir()
     for m, rows in parts.items():
         np.save(folder / "train" / f"{m}.npy", rows[:200])
@@ -209,7 +225,7 @@ def test_a_packed_conversation_is_alone(model, frozen):
         logits, truth = train_vlm.answer_logits(model, *parts)
         packed, alone = F.cross_entropy(logits, truth, reduction="none"), []
         for tokens, answer, picture in conversations(batch, pad):
-            alone.append(train_vlm.answer_nats(model, picture[None], tokens[None], answer[None])[0])
+            alone.append(answer_nats(model, picture, tokens, answer)[0])
     assert torch.allclose(packed, torch.cat(alone), atol=1e-4)
 
 
@@ -232,37 +248,42 @@ def test_answers_do_not_leak(model, frozen):
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation and optimizers
 
-def test_evaluation_against_a_plain_loop(model, frozen):
+def test_evaluation_against_a_plain_loop(model, frozen, monkeypatch):
+    monkeypatch.setattr(train_vlm, "EVAL_BATCH", 15)
     parts = [part[:40] for part in frozen[:4]]
-    with torch.no_grad():
-        loss, accuracy = train_vlm.evaluate(model, *parts, small_config(eval_batch=15), 0, 1)
-        nats, right, asked = [], dict.fromkeys(range(1, 6), 0), dict.fromkeys(range(1, 6), 0)
-        for pixels, tokens, answer, family in zip(*parts):
-            each, hit = train_vlm.answer_nats(model, pixels[None], tokens[None], answer[None])
-            nats += each.tolist()
-            marks = answer[answer > 0]
-            for turn, number in enumerate(family.tolist(), 1):
-                if number:
-                    asked[number] += 1
-                    right[number] += bool(hit[marks == turn].all())
-    assert loss == pytest.approx(np.mean(nats), rel=1e-4)
-    assert list(accuracy) == list(train_vlm.FAMILIES)
-    assert list(accuracy.values()) == pytest.approx([right[n] / asked[n] for n in range(1, 6)], abs=1e-6)
+    loss, numbers = train_vlm.evaluate(model, *parts, 512, 0, 1)
+    nats, right, asked = {"questions": [], "describe": []}, dict.fromkeys(range(1, 7), 0), dict.fromkeys(range(1, 7), 0)
+    for pixels, tokens, answer, family in zip(*parts):
+        row = F.pad(tokens, (16, 0), value=IMAGE)[None]
+        with torch.no_grad():
+            logits = model.lm.logits(model(row, torch.zeros_like(row), pixels[None]))[0, 15:-1]
+        for turn, number in enumerate(family.tolist(), 1):
+            places = (answer == turn).nonzero()[:, 0].tolist()
+            each = [logits[place].log_softmax(-1)[tokens[place]].item() for place in places]
+            nats["describe" if number == 6 else "questions"] += each
+            if number:
+                asked[number] += 1
+                right[number] += all(logits[place].argmax() == tokens[place] for place in places)
+    halves = {name: -np.mean(values) for name, values in nats.items()}
+    assert loss == pytest.approx((halves["questions"] + halves["describe"]) / 2, rel=1e-4)
+    assert numbers["eval_targets"] == sum(map(len, nats.values())) and asked[6] == 14
+    for name, value in halves.items():
+        assert numbers[f"val_loss_{name}"] == pytest.approx(value, rel=1e-4)
+    for number, name in enumerate(train_vlm.FAMILIES, 1):
+        assert numbers[f"accuracy_{name}"] == pytest.approx(right[number] / asked[number], abs=1e-4)
 
 
 def test_accuracy_of_a_model_that_knows(model, frozen, monkeypatch):
     """All right but what is said about turn 2: the families of second turns lose exactly those."""
     parts = [part[:40] for part in frozen[:4]]
-
-    def knows(model, pixels, tokens, answer):
-        marks = answer[answer > 0]
-        return torch.zeros(len(marks)), marks != 2
-    monkeypatch.setattr(train_vlm, "answer_nats", knows)
-    loss, accuracy = train_vlm.evaluate(model, *parts, small_config(), 0, 1)
+    marks = parts[2][parts[2] > 0]
+    monkeypatch.setattr(train_vlm, "target_log_probs", lambda *_: (torch.zeros(len(marks)), marks != 2))
+    monkeypatch.setattr(train_vlm, "check_again", lambda *_: None)
+    loss, numbers = train_vlm.evaluate(model, *parts, 512, 0, 1)
     family = parts[3]
     for n, name in enumerate(train_vlm.FAMILIES, 1):
         second = (family[:, 1] == n).sum().item() / (family == n).sum().item()
-        assert accuracy[name] == pytest.approx(1 - second, abs=1e-6)
+        assert numbers[f"accuracy_{name}"] == pytest.approx(1 - second, abs=1e-4)
     assert loss == 0
 
 
@@ -298,7 +319,7 @@ def test_generation_is_what_evaluation_sees(model, frozen):
     """The first token said is the one that the evaluation holds for the likeliest."""
     for picture, row, marks in zip(*(part[:10] for part in frozen[:3])):
         first = (marks == 1).nonzero()[0, 0].item()
-        _, right = train_vlm.answer_nats(model, picture[None], row[None], marks[None])
+        _, right = answer_nats(model, picture, row, marks)
         said = generate(model, picture, row[:first].tolist(), None, Options(max_tokens=1))[0]
         assert (said == row[first].item()) == right[0].item()
 
@@ -462,8 +483,7 @@ def test_run_with_backbones(backbones, tiny, tmp_path, monkeypatch):
     root = make_root(tmp_path / "root")
     run_here(monkeypatch, root, [
         "--track=cpu", f"--vit={backbones[0]}/vit", f"--lm={backbones[0]}/lm", *tiny[1], "--seq_len=900", "--batch=2",
-        "--num_steps=4", "--eval_batch=30", "--samples=2", "--quality_pictures=4",
-        "--max_tokens=4"], samples=True)
+        "--num_steps=4", "--samples=2", "--quality_pictures=4", "--max_tokens=4"], samples=True)
     log, = (root / "logs").iterdir()
     assert leaderboard.parse_log(log)["footer"]["steps"] == 4
 
@@ -510,7 +530,7 @@ BAD_ARGUMENTS = [
     *(([f"--{key}={value}"], f"--{key}={value} is not a number {allowed}") for key, value, allowed in (
         ("num_steps", -1, "from 0"), ("batch", 0, "from 1"), ("batch", 10 ** 9, "from 1 to 4096"),
         ("seq_len", 0, "from 1"), ("seq_len", 10 ** 9, "from 1 to 65536"), ("eval_every", 0, "from 1"),
-        ("eval_batch", 0, "from 1"), ("side", 0, "from 1"), ("patch", 0, "from 1"), ("shuffle", 0, "from 1"),
+        ("side", 0, "from 1"), ("patch", 0, "from 1"), ("shuffle", 0, "from 1"),
         ("vit_dim", 0, "from 1"), ("vit_depth", 0, "from 1"), ("vit_heads", 0, "from 1"), ("vit_mlp", 0, "from 1"),
         ("lm_dim", 0, "from 2"), ("lm_depth", 0, "from 1"), ("lm_heads", 0, "from 1"), ("lm_kv_heads", 0, "from 1"),
         ("lm_mlp", 0, "from 1"), ("rope_theta", 0, "from 1"), ("momentum", 1, "from 0 to 0.9999"),
