@@ -61,8 +61,8 @@ def show_quality(r, track):
                      (f"its {key} " in below) for key, (sign, bound) in track["floors"].items()) or "–"
 
 def show_target(track):
-    floors = (f"{key} {'≥' if sign == '>=' else '≤'} {bound}" for key, (sign, bound) in track["floors"].items())
-    return ", ".join([f"validation loss ≤ {track['target']}", *floors])
+    floors = (f"{key} {sign} {bound}" for key, (sign, bound) in track["floors"].items())
+    return ", ".join([f"val_loss <= {track['target']}", *floors])
 
 def table(columns, rows):
     """Markdown. `columns` are names between |; one that starts with > is right-aligned."""
@@ -125,9 +125,9 @@ def claim(folder, track, records):
     if len(records) < 2:
         return ""
     r = records[-1]
-    return (f"Record: {folder.name}, {show_target(track).replace('validation loss ≤', 'val_loss <=')} in "
-            f"{show_seconds(r['seconds'])} s on {r['hardware']}, torch {read_settings(r['logs'][0])['torch']} "
-            f"(n={len(r['logs'])}).\n")
+    torch = read_settings(r["logs"][0])["torch"]
+    return (f"Record: {folder.name}, {show_target(track)} in {show_seconds(r['seconds'])} s on {r['hardware']}, "
+            f"torch {torch} (n={len(r['logs'])}).\n")
 
 def with_claims(text, claims):
     """A script with these lines, and no others that begin with "Record: ", below its docstring's title."""
