@@ -11,7 +11,6 @@ records/README.md from "## Season 1" on stays as it is.
 """
 
 import hashlib
-import math
 import re
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import numpy as np
 
 from rules import ALPHA, MIN_TRIALS, ROOT, mean_seconds, missed, quality, read_settings, read_track
 
-COLUMNS = (">#|>time (s, mean)|>speed-up|>loss mean ± std (n)|>p (loss)|>p (time)|quality|>lines (± vs previous)|"
+COLUMNS = (">#|>time (s, mean)|>speed-up|>loss mean ± std (n)|>p of loss, of time|quality|>lines (± vs previous)|"
            "description|date|hardware|logs")
 TRIALS = ">seed|>validation loss|>train time (s)"
 FRONT_COLUMNS = "track|record|>time (s, mean)|>speed-up|>loss mean ± std (n)|>target|quality|hardware|date"
@@ -51,8 +50,8 @@ def show_time(r, track):
 def show_speedup(r):
     return "> " * r["more"] + f"{r['speedup']:.2f}x"
 
-def show_p(p):
-    return "–" if math.isnan(p) else f"{p:.2g}"
+def show_p(r):
+    return f"{r['p']:.2g}, {r['p_time']:.2g}".replace("nan", "–")
 
 def show_quality(r, track):
     """The mean of every number that has a floor, and whether the record is below it."""
@@ -84,8 +83,8 @@ def track_section(folder, track, records):
     for r in records:
         number = r["number"]
         lines = str(r["lines"]) + (f" ({r['lines'] - records[number - 2]['lines']:+d})" if number > 1 else "")
-        rows.append([number, show_time(r, track), show_speedup(r), show_loss(r["losses"]), show_p(r["p"]),
-                     show_p(r["p_time"]), show_quality(r, track), lines, r["title"], r["date"], r["hardware"],
+        rows.append([number, show_time(r, track), show_speedup(r), show_loss(r["losses"]), show_p(r),
+                     show_quality(r, track), lines, r["title"], r["date"], r["hardware"],
                      f"[logs]({folder.name}/{r['path'].name})"])
         if r["rerun"]:
             notes.append(f"The speed-up of #{number} is that of #{number - 1} times its own over #{number - 1}, run "
@@ -147,9 +146,9 @@ def build(root=ROOT, tracks=None):
     head = f"""# Records
 
 Written by `python records/leaderboard.py` from the logs in this folder: do not edit. Time is training time, without
-start-up and evaluation. Speed-up is over record #1, the baseline. p (loss) is that of a one-sided t-test that the mean
-loss reaches the target, p (time) that of Welch's one-sided t-test that the record is faster than the one before, run in
-turn with it; a record needs at least {MIN_TRIALS} trials and p < {ALPHA} in both. Quality is what a track has floors
+start-up and evaluation. Speed-up is over record #1, the baseline. p of loss is that of a one-sided t-test that the mean
+loss reaches the target, p of time that of Welch's one-sided t-test that the record is faster than the one before, run
+in turn with it; a record needs at least {MIN_TRIALS} trials and p < {ALPHA} in both. Quality is what a track has floors
 for, mean over the trials. Lines count the training script."""
     if any(len(records) > 1 for _, _, records in tracks):
         head += "\n\n![speed-up over the baseline, record by record](history.png)"

@@ -192,11 +192,16 @@ def bound_names(tree):
             yield node.value.id, node.lineno
 
 def redefined(source, names):
-    """The functions and classes of blocks that code outside of them defines anew or writes into."""
+    """What blocks define at the top level and code outside of them defines anew or writes into."""
     spans, tree = block_lines(source, names), ast.parse(source)
     inside = {line for first, last in spans for line in range(first, last + 1)}
-    own = {node.name for node in tree.body
-           if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.lineno in inside}
+    own = set()
+    for node in tree.body:
+        if node.lineno in inside and isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif node.lineno in inside and isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            own |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
     return sorted({name for name, line in bound_names(tree) if line not in inside} & own)
 
 def check_blocks(log, track, root=ROOT):
@@ -239,7 +244,8 @@ def check_settings(log, track):
              f"it ran with {key} {config.get(key)}, and its source says {written.get(key)}")
     for key, value in track.get("eval_config", {}).items():
         need(fields.get(key) == value, where, f"its {key} is {fields.get(key)}, and the track's evaluation has {value}")
-    need(not fields.get("load"), where, "it starts from a checkpoint, and a record trains from the beginning")
+    need(not fields.get("load") and not fields.get("resume"), where,
+         "it starts from a checkpoint, and a record trains from the beginning")
     for key, said in dict(seed=config, target=config, track=config, hardware=settings, precision=settings).items():
         need(foot.get(key) == said.get(key), where,
              f"its footer has {key} {foot.get(key)}, and its settings {said.get(key)}")

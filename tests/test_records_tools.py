@@ -54,6 +54,7 @@ class Clock:
         return float(self.path.exists() and self.path.read_text() or 1e9)
 # --- end: run ---
 # --- frozen: eval ---
+EVAL_BATCH = 10
 def evaluate():
     return 1
 # --- end: eval ---
@@ -288,6 +289,7 @@ ALL = {  # all logs and the script tell the same story, and it breaks a rule
     "another evaluate": ([both("\nconfig = copy", "\ndef evaluate():\n    return 0\nconfig = copy")],
                          "its source redefines evaluate"),
     "another clock": ([both("\nconfig = copy", "\nClock.read = None\nconfig = copy")], "its source redefines Clock"),
+    "another batch": ([both("\nconfig = copy", "\nEVAL_BATCH = 1\nconfig = copy")], "its source redefines EVAL_BATCH"),
     "imported evaluate": ([both("import copy, ", "from math import exp as evaluate\nimport copy, ")],
                           "its source redefines evaluate"),
     "checkpoint": ([both('load: str = ""', 'load: str = "a"'), both('"load": ""', '"load": "a"')],
