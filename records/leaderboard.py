@@ -148,8 +148,8 @@ def build(root=ROOT, tracks=None):
 Written by `python records/leaderboard.py` from the logs in this folder: do not edit. Time is training time, without
 start-up and evaluation. Speed-up is over record #1, the baseline. p of loss is that of a one-sided t-test that the mean
 loss reaches the target, p of time that of Welch's one-sided t-test that the record is faster than the one before, run
-in turn with it; a record needs at least {MIN_TRIALS} trials and p < {ALPHA} in both. Quality is what a track has floors
-for, mean over the trials. Lines count the training script."""
+in turn with it; a record needs at least {MIN_TRIALS} trials and p < {ALPHA} in both. Quality is what a track has
+floors for, mean over the trials. Lines count the training script."""
     if any(len(records) > 1 for _, _, records in tracks):
         head += "\n\n![speed-up over the baseline, record by record](history.png)"
     path, kept = Path(root, "records", "README.md"), ""

@@ -19,6 +19,7 @@ import pytest
 
 import leaderboard
 import rules
+import verify
 from test_leaderboard import BASE, FAST, TRACK, add_record, log_text
 
 ROOT = rules.ROOT
@@ -75,7 +76,7 @@ def check_links(root, reader):
         if not re.match(r"\w+:", link) and name:
             path = (root / "docs" / name).resolve()
             assert path.is_file(), link  # a folder has no page of its own on a server
-            assert not anchor or anchor in re.sub(r"[^\w\n# -]", "", path.read_text()).lower().replace("# ", "#"), link
+            assert not anchor or anchor in verify.anchors(path.read_text()), link
         assert name or anchor in reader.ids, link
     assert not any(link.startswith(("http", "//")) for link in reader.links)
 
