@@ -85,7 +85,7 @@ def parse_log(path):
     need(not missing, path, f"truncated log: its footer lacks {', '.join(missing)}")
     numbers = """seed world_size steps parameters tokens val_loss target train_seconds tokens_per_second buffers
         eval_seconds start_time""".split()
-    for key in numbers:
+    for key in numbers + [key for key in footer if key.startswith("val_loss_")]:
         need(type(footer.get(key, 0)) in (int, float), path, f"its {key} is no number: {footer.get(key)}")
     need(re.fullmatch(r"\w[\w.-]*\.py", str(footer["script"])), path,
          f"its script is no file name that ends in .py: {footer['script']}")
@@ -195,7 +195,7 @@ def redefined(source, names):
     """What blocks define at the top level and code outside of them defines anew or writes into."""
     spans, tree = block_lines(source, names), ast.parse(source)
     inside = {line for first, last in spans for line in range(first, last + 1)}
-    own = set()
+    own = {"*"}  # a star import may bring any name
     for node in tree.body:
         if node.lineno in inside and isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             own.add(node.name)

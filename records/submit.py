@@ -101,13 +101,16 @@ def describe_track(args, log, root):
     device = args.device or next(name for name, pattern in DEVICES.items() if re.search(pattern, machine(foot)))
     fixed = {key: value for key, value in fields.items()
              if key.startswith(("frozen", "quality_", "eval_")) and key != "eval_every"}
-    files = [value for value in fields.values()
-             if isinstance(value, str) and value.startswith("data/") and Path(root, value).is_file()]
+    files = args.eval_file or [value for value in fields.values() if isinstance(value, str) and
+                               value.startswith("data/") and Path(root, value).is_file()]
     track = {"task": foot["task"], "track": foot["track"], "data": args.data, "data_sha256": foot["data_sha256"],
              "eval_sha256": foot["eval_sha256"], **hashes, "target": foot["target"],
              "floors": parse_floors(args.floor), "device": device,
              "command": f"./run.sh {foot['task']} --track={foot['track']}", "eval_config": fixed}
-    if files and eval_sha256(log["source"], [Path(root, file) for file in files]) == foot["eval_sha256"]:
+    found = eval_sha256(log["source"], [Path(root, file) for file in files])
+    need(not args.eval_file or found == foot["eval_sha256"], log["path"],
+         f"its eval_sha256 is not that of its frozen block and {', '.join(args.eval_file)}")
+    if found == foot["eval_sha256"]:
         track["eval_files"] = files
     return track
 
@@ -188,6 +191,8 @@ def main(argv, root=ROOT):
     parser.add_argument("--data", help="with --baseline: what the track trains on")
     parser.add_argument("--floor", action="append", default=[], help="with --baseline: as quality_desc_f1>=0.9")
     parser.add_argument("--device", help="with --baseline: cpu, cuda or a pattern of the hardware; else as the logs")
+    parser.add_argument("--eval-file", action="append", default=[], help="with --baseline: a file that the evaluation "
+                        "reads, in order; else those that Config names")
     args = parser.parse_intermixed_args(argv)
     try:
         folder = submit(args, root)

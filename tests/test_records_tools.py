@@ -261,6 +261,7 @@ ONE = {  # a log that contradicts itself, its script, its track or the other tri
     "from a checkpoint": ([edit(r'^ "argv"', ' "options": {"load": "a.safetensors"},\n "argv"')],
                           "starts from a checkpoint"),
     "no number": (footer(val_loss="low"), "its val_loss is no number: low"),
+    "no number for a part": (footer(val_loss_rgb="low"), "its val_loss_rgb is no number: low"),
     "no start time": ([edit(r"^start_time: .*\n", "")], "a record's footer needs start_time"),
     "script elsewhere": (footer(script="../train_toy.py"), "its script is no file name"),
     "settings": ([edit(r'"argv"', '"arguments"')], "its settings are not JSON with config, argv"),
@@ -289,6 +290,7 @@ ALL = {  # all logs and the script tell the same story, and it breaks a rule
     "another evaluate": ([both("\nconfig = copy", "\ndef evaluate():\n    return 0\nconfig = copy")],
                          "its source redefines evaluate"),
     "another clock": ([both("\nconfig = copy", "\nClock.read = None\nconfig = copy")], "its source redefines Clock"),
+    "star import": ([both("import copy, ", "from tricks import *\nimport copy, ")], "its source redefines *"),
     "another batch": ([both("\nconfig = copy", "\nEVAL_BATCH = 1\nconfig = copy")], "its source redefines EVAL_BATCH"),
     "imported evaluate": ([both("import copy, ", "from math import exp as evaluate\nimport copy, ")],
                           "its source redefines evaluate"),
@@ -434,6 +436,7 @@ REFUSED_BASELINES = {
     "evaluation": (SCRIPT.replace("return 1", "return 2"), range(5), [], "frozen: eval is not that of train_toy.py"),
     "seeds": (SCRIPT, (0, 2), [], "the seeds of its trials are 0, 2, and they have to be 0 to 1"),
     "floor": (SCRIPT, range(5), ["--floor", "quality_f1"], "a floor is like quality_desc_f1>=0.9"),
+    "eval file": (SCRIPT, range(5), ["--eval-file", "README.md"], "is not that of its frozen block and README.md"),
     "device": (SCRIPT, range(5), ["--device", "H100"], "and the track's device is H100"),
     "override": (SCRIPT, range(5), [], "no override but seed"),
 }
