@@ -45,13 +45,14 @@ Python file, meant to be read, copied and edited. A laptop is enough for the <co
 <a href="#race">Race a script</a> <a href="../README.md">README</a> <a href="../README.md#rules">Rules</a>
 <a href="../records/NEGATIVE.md">What did not pay</a></nav>
 <h2 id="leaderboard">Leaderboard</h2>
-<p>The fastest record of every track, and record #1, the public recipe it is measured against.</p>
+<p>The newest record of every track; it is measured against record #1, the public recipe.</p>
 {summary}
 <h2 id="samples">Samples</h2>
 {families}
 <h2 id="tracks">Every record</h2>
 <p>Time is training time, without start-up and evaluation. Speed-up is over record #1, the baseline. p is that of a
-one-sided t-test that the mean loss reaches the target. Lines count the training script.</p>
+one-sided t-test, that the mean loss reaches the target and that the record is faster than the one before. Quality is
+what a track has floors for. Lines count the training script.</p>
 {tracks}
 <h2 id="race">Race a script</h2>
 <p>Copy a script, change a line, race the copy against the original. With the data there, three commands say what came
@@ -79,7 +80,7 @@ def address(link, base):
     path = posixpath.normpath(posixpath.join(base, name))
     if re.match(r"\w+:", link) or not name:
         return link
-    if path == "records/README.md" and anchor:  # a track: it is on the page too
+    if path == "records/README.md" and anchor not in ("", "season-1"):  # a track: it is on the page too
         return "#" + anchor
     return plot_name(path) if path.endswith(".png") else posixpath.relpath(path, "docs") + "#" * bool(anchor) + anchor
 
@@ -184,7 +185,6 @@ def build(root=ROOT):
     paths = [path.relative_to(root).as_posix() for path in leaderboard.plots(root, tracks)]
     if missing := [path for path in paths if not (root / path).is_file()]:
         raise ValueError(f"{missing[0]} is not there: run python records/leaderboard.py first")
-    history = "![speed-up over the baseline, record by record](records/history.png)" * ("records/history.png" in paths)
     sections = (convert(leaderboard.track_section(*track), "records", root) for track in tracks)
     plot, scaling = root / "docs" / "scaling.png", ""
     if plot.is_file():
@@ -192,7 +192,7 @@ def build(root=ROOT):
             plot, plot.name, "milliseconds a step against processes: measured, and by formula",
             'A training step of nano4M on more processes (<a href="SCALING.md">what was measured</a>).') + "\n"
     text = PAGE.format(scaling=scaling, commands=commands(readme), race=commands(readme, "Hacking"),
-                       summary=convert(f"{leaderboard.summary(tracks)}\n\n{history}", "", root),
+                       summary=convert(leaderboard.summary(tracks), "", root),
                        families="\n".join(family(root, task, tracks) for task in tasks),
                        tracks="\n".join(sections))
     files = {root / "docs" / plot_name(path): (root / path).read_bytes() for path in paths}

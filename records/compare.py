@@ -6,12 +6,15 @@ Race training scripts against one another: the ablation tool.
 
 Runs them in turn, A B A B ..., a round for each seed, so that drift of the machine hits all alike; then prints a table
 and a verdict, and writes them with the difference of the scripts, the loss curves and the logs to logs/compare/.
-The same command again carries on where it was interrupted: a log that is there is not run again.
+The same command again carries on where it was interrupted: a log that is there is not run again. Beforehand it says
+how long all will take and whether the machine is busy; times that spread too far to compare are named as such, with
+the likely cause and the number of seeds that would settle it.
 """
 
 import argparse
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -30,8 +33,13 @@ import numpy as np
 from tqdm import tqdm
 
 from leaderboard import draw_losses, save_plot, show_loss, show_seconds, table
-from rules import ALPHA, MIN_TRIALS, ROOT, p_value, paired, parse_log, read_settings, welch
+from rules import (ALPHA, MIN_TRIALS, ROOT, machine, p_value, paired, parse_log, read_fields, seeds_needed,
+                   source_config, welch)
 
+NOISY = 20  # per cent on either side: a wider interval tells nothing
+BUSY = 0.25  # load average per core above which something else is running
+UNEVEN = 0.25  # standard deviation of a run's step times, over their mean, above which they are not even
+START_SECONDS = 10  # imports, reading and hashing data, samples
 COLUMNS = ("script|>loss mean ± std (n)|>loss over A's|>time (s)|>time over A's|>time to target (s)|>over A's|"
            ">tokens/s|>lines")
 
@@ -89,6 +97,40 @@ def run_trial(entry, seed, folder, device=None, root=ROOT):
         logs[0].rename(path)
         return log | {"path": path}
 
+def busy():
+    """The load average of the last minute if the machine is busy before anything of ours runs, else 0."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # not on Windows
+    return load if load > BUSY * (os.cpu_count() or 1) else 0
+
+def expected_seconds(entry, feet):
+    """(seconds of training, seconds with all else) of one run of an entry: the newest of these footers that is of its
+    script, or else of another one, scaled to its number of steps; None if nothing is known."""
+    given = dict(word[2:].split("=", 1) for word in entry.overrides)
+    feet = [foot for foot in feet if foot["track"] == given.get("track", foot["track"]) and foot["steps"]]
+    feet = [foot for foot in feet if foot["script"] == entry.script] or feet
+    try:
+        foot = feet[-1]
+        steps = int(given.get("num_steps") or source_config(entry.source, foot["track"])["num_steps"])
+    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError):
+        return None
+    train = foot["train_seconds"] * steps / foot["steps"]
+    return train, train + foot["compile_seconds"] + foot.get("eval_seconds", 0) + START_SECONDS
+
+def forecast(entries, count, root=ROOT):
+    """What is said before the first run: how long `count` rounds take, and whether the machine is busy."""
+    path, names = Path(root, "records", "runs.jsonl"), {entry.script for entry in entries}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    feet = [foot for foot in map(json.loads, lines) if foot["script"] in names]
+    runs, expected = count * len(entries), [expected_seconds(entry, feet) for entry in entries]
+    if all(expected):
+        train, total = (count * sum(part) / 60 for part in zip(*expected))
+        yield (f"{runs} runs, about {total:.1f} minutes: {train:.1f} of training, the rest start-up, warm-up and "
+               "evaluation")
+    else:
+        yield f"{runs} runs; how long they take shows after the first"
+    if load := busy():
+        yield f"warning: something else is running (load average {load:.1f}): times will be noisy"
+
 def race(entries, seeds, folder, devices=(None,), root=ROOT, estimate=lambda logs: ""):
     """All entries with all seeds, a round of every entry a seed: {entry name: {seed: log}}. A device runs whole rounds,
     so that a seed's runs meet the same one. `estimate` makes the progress bar's text from the rounds that are complete.
@@ -137,19 +179,20 @@ def find_devices(jobs):
 # Judging
 
 def check_comparable(entries, logs, track):
-    """ValueError if two entries' losses are not of one evaluation."""
-    first = logs[entries[0].name][0]
+    """ValueError if two entries' losses are not of one evaluation, or their times not of one machine."""
+    def described(log):
+        foot, fields = log["footer"], read_fields(log)
+        facts = {key: foot.get(key) for key in ("task", "track", "eval_sha256", "precision")}
+        return facts | {"hardware": machine(foot)} | {key: fields.get(key) for key in track.get("eval_config", {})}
+
+    first = described(logs[entries[0].name][0])
     for entry in entries:
         log = logs[entry.name][0]
-        keys = "task", "track", "eval_sha256", "hardware", "world_size"
-        pairs = [(key, first["footer"][key], log["footer"][key]) for key in keys]
-        pairs += [(key, *(read_settings(one)["config"].get(key) for one in (first, log)))
-                  for key in track.get("eval_config", {})]
         if not log["footer"]["train_seconds"]:
             raise ValueError(f"{entry} did not train: there is no time to compare")
-        for key, mine, other in pairs:
-            if mine != other:
-                raise ValueError(f"{entries[0]} and {entry} cannot be compared: {key} is {mine} and {other}")
+        for key, other in described(log).items():
+            if first[key] != other:
+                raise ValueError(f"{entries[0]} and {entry} cannot be compared: {key} is {first[key]} and {other}")
 
 def seconds_to(steps, target):
     """Train seconds at which a loss curve first reaches the target, on straight lines between evaluations; nan: never.
@@ -167,7 +210,28 @@ def measure(logs, target):
                 reach=[seconds_to(log["steps"], target) for log in logs if target],
                 rate=np.mean([foot["tokens_per_second"] for foot in feet]))
 
-def change(a, b, to):
+def unevenness(logs):
+    """Spread of the step times within a run, standard deviation over mean; the worst run's."""
+    worst = 0.0
+    for log in logs:
+        points = [(0, 0.0), *((step, seconds) for step, seconds, _ in log["steps"] if step)]
+        times = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
+        worst = max(worst, float(np.std(times) / np.mean(times)))
+    return worst
+
+def likely_cause(logs, load):
+    """Why times may differ so much, in words. load: the load average before the first run, 0 if not busy."""
+    uneven = unevenness(logs)
+    causes = [f"something else ran, load average {load:.1f} before the first run"] * bool(load)
+    causes += [f"the step times within a run differ by {100 * uneven:.0f} %"] * (uneven > UNEVEN)
+    return " and ".join(causes) or "whole runs differ: the machine changes its speed, or runs are too short"
+
+def settled_by(gaps):
+    """How many seeds would make the interval narrow enough, in words. gaps: differences of log times."""
+    n = seeds_needed(gaps, math.asinh(NOISY / 100 / math.exp(np.mean(gaps))))
+    return f"about {n} seeds" if n else "no number of seeds within reach, a quiet machine"
+
+def change(a, b, to, cause):
     """How much more time b takes than a, in per cent with the 95 % interval: (for a table, in words).
 
     Runs are paired by seed, since those of one seed follow one another.
@@ -176,37 +240,56 @@ def change(a, b, to):
     cell = f"{100 * math.expm1(middle):+.1f} %"
     if math.isnan(half):
         return cell, f"time to {to} {cell}"
-    spread = f"± {50 * (math.exp(middle + half) - math.exp(middle - half)):.1f} %"
-    words = f"{cell[1:]} {spread} {'faster' if middle < 0 else 'slower'} to {to}"
+    width = 100 * math.exp(middle) * math.sinh(half)
+    spread = f"± {width:.1f} %" if width < 1000 else "± over 1000 %"
+    direction = "faster" if middle < 0 else "slower"
+    if width > NOISY:
+        known = f"{direction} to {to}, by how much is" if abs(middle) > half else f"time to {to}"
+        return f"{cell} {spread}", (f"{known} too noisy to tell ({cell} {spread}): {cause}; "
+                                    f"{settled_by(np.log(b) - np.log(a))} would settle it")
+    words = f"{cell[1:]} {spread} {direction} to {to}"
     return f"{cell} {spread}", words if abs(middle) > half else f"time to {to} within noise ({cell} {spread})"
 
-def judge(entries, logs, target):
-    """(rows of the table, sentences of the verdict) from {entry name: [log of each seed]}."""
-    rows, verdicts, base = [], [], measure(logs[entries[0].name], target)
+def compare_entry(entry, first, it, base, target, cause):
+    """An entry's row of the table and sentence of the verdict. it, base: what measure says of it and of the first."""
+    loss, half = welch(base["losses"], it["losses"])
     n = len(base["losses"])
+    end, end_words = change(base["seconds"], it["seconds"], "the end", cause)
+    hits, reached = [int(np.isfinite(x["reach"]).sum()) for x in (base, it)], "–"
+    aim, aim_words = "–", f"target {target} reached in {hits[1]} of {n} runs, by {first.name} in {hits[0]}"
+    if target and hits[1]:
+        reached = show_seconds(np.nanmean(it["reach"])) + f" ({hits[1]} of {n})" * (hits[1] < n)
+    if target and min(hits) == n:
+        aim, aim_words = change(base["reach"], it["reach"], f"the target {target}", cause)
+    spread = f" ± {half:.4f}" if n > 1 else ""
+    cells = ["–"] * 3 if entry is first else [f"{loss:+.4f}{spread}", end, aim]
+    row = [entry, show_loss(it["losses"]), cells[0], show_seconds(np.mean(it["seconds"])), cells[1], reached, cells[2],
+           round(it["rate"]), len(entry.source.strip().split("\n"))]
+    said = "within noise" if abs(loss) <= half else "lower" if loss < 0 else "higher"
+    said = f"loss {said} ({loss:+.4f}{spread})" if n > 1 else f"loss {loss:+.4f}, noise unknown: one seed"
+    return row, "; ".join([f"{entry}: {end_words}"] + [aim_words] * bool(target) + [said]) + "."
+
+def how_to_file(entry, first, logs):
+    """The command that files an entry's logs, with the first's as those of the record before."""
+    mine, rival = (os.path.relpath(logs[e.name][0]["path"].with_name(f"{Path(e.script).stem}-{e.key}-")) + "*.log"
+                   for e in (entry, first))
+    return (f" It meets the target at p < {ALPHA}; to file it, if {first} is the record: python records/submit.py "
+            f"{mine} --rival {rival} --name CamelCase --note 'Title'")
+
+def judge(entries, logs, target, load=0):
+    """(rows of the table, sentences of the verdict) from {entry name: [log of each seed]}."""
+    rows, verdicts, first = [], [], entries[0]
+    base = measure(logs[first.name], target)
     for entry in entries:
         it = measure(logs[entry.name], target)
-        loss, half = welch(base["losses"], it["losses"])
-        end, end_words = change(base["seconds"], it["seconds"], "the end")
-        hits, reached = [int(np.isfinite(x["reach"]).sum()) for x in (base, it)], "–"
-        aim, aim_words = "–", f"target {target} reached in {hits[1]} of {n} runs, by {entries[0].name} in {hits[0]}"
-        if target and hits[1]:
-            reached = show_seconds(np.nanmean(it["reach"])) + f" ({hits[1]} of {n})" * (hits[1] < n)
-        if target and min(hits) == n:
-            aim, aim_words = change(base["reach"], it["reach"], f"the target {target}")
-        spread = f" ± {half:.4f}" if n > 1 else ""
-        cells = ["–"] * 3 if entry is entries[0] else [f"{loss:+.4f}{spread}", end, aim]
-        rows.append([entry, show_loss(it["losses"]), cells[0], show_seconds(np.mean(it["seconds"])), cells[1], reached,
-                     cells[2], round(it["rate"]), len(entry.source.strip().split("\n"))])
-        if entry is not entries[0]:
-            said = "within noise" if abs(loss) <= half else "lower" if loss < 0 else "higher"
-            said = f"loss {said} ({loss:+.4f}{spread})" if n > 1 else f"loss {loss:+.4f}, noise unknown: one seed"
-            verdicts.append("; ".join([f"{entry}: {end_words}"] + [aim_words] * bool(target) + [said]) + ".")
-            if not entry.overrides and target and n >= MIN_TRIALS and p_value(it["losses"], target) < ALPHA:
-                stem = logs[entry.name][0]["path"].with_name(f"{Path(entry.script).stem}-{entry.key}-")
-                files = f"{os.path.relpath(stem)}*.log"
-                verdicts[-1] += (f" It meets the target at p < {ALPHA}; to file it: python records/submit.py {files} "
-                                 "--name CamelCase --note 'Title'")
+        cause = likely_cause(logs[first.name] + logs[entry.name], load)
+        row, verdict = compare_entry(entry, first, it, base, target, cause)
+        rows.append(row)
+        if entry is first:
+            continue
+        if not entry.overrides and target and len(it["losses"]) >= MIN_TRIALS and p_value(it["losses"], target) < ALPHA:
+            verdict += how_to_file(entry, first, logs)
+        verdicts.append(verdict)
     return rows, verdicts
 
 def report(entries, rows, verdicts, logs):
@@ -245,7 +328,8 @@ def main(argv, root=ROOT):
             raise ValueError("it takes two or more scripts and one or more --seeds")
         race_key = hashlib.sha256("".join(entry.key for entry in entries).encode()).hexdigest()[:8]
         folder = args.out / "-".join([Path(entry.script).stem for entry in entries[:3]] + [race_key])
-        target = args.target
+        target, load, devices = args.target, busy(), find_devices(args.jobs)
+        print(*forecast(entries, args.seeds, root), sep="\n")
 
         def estimate(logs):
             nonlocal target
@@ -257,12 +341,12 @@ def main(argv, root=ROOT):
             rows, _ = judge(entries, logs, target)
             return ", ".join(f"{entry.name} loss {row[2]} time {row[4]}" for entry, row in zip(entries[1:], rows[1:]))
 
-        logs = race(entries, range(args.seeds), folder, find_devices(args.jobs), root, estimate)
+        logs = race(entries, range(args.seeds), folder, devices, root, estimate)
     except (ValueError, OSError) as error:
         sys.exit(f"compare.py: {error}")
     except KeyboardInterrupt:
         sys.exit("compare.py: interrupted; the same command carries on where it stopped")
-    rows, verdicts = judge(entries, logs, target)
+    rows, verdicts = judge(entries, logs, target, load)
     (folder / "report.md").write_text(report(entries, rows, verdicts, logs), encoding="utf-8")
     save_plot(folder / "loss.png", draw_losses, "validation loss", target,
               [(str(entry), [log["steps"] for log in logs[entry.name]]) for entry in entries])

@@ -5,11 +5,13 @@ Rebuild the leaderboards and plots from the logs. No number in them is typed by 
     python records/leaderboard.py --check    # write nothing; exit 1 if one on disk is not what the logs say
 
 Reads records/<task>-<track>/track.json and records/<task>-<track>/YYYY-MM-DD_CamelCase/{README.md, <script>, *.log}.
-A record's baseline/ or previous/ holds logs of record #1 or of the record before, re-run in alternation with its own.
+A record's rival/ holds logs of the record before, run again in turn with its own. A train_<task>.py whose task has
+records gets a line `Record: ...` for each track below its docstring's title, from the newest record's logs; what is in
+records/README.md from "## Season 1" on stays as it is.
 """
 
 import hashlib
-import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,12 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from rules import ALPHA, FOOTER_KEYS, MIN_TRIALS, ROOT, RULE, mean_seconds, p_value, parse_log, read_track  # noqa: F401
+from rules import ALPHA, MIN_TRIALS, ROOT, mean_seconds, missed, quality, read_settings, read_track
 
-PROVISIONAL = f"† provisional: a record needs at least {MIN_TRIALS} trials and p < {ALPHA}."
-COLUMNS = ">#|>time (s, mean)|>speed-up|>loss mean ± std (n)|>p|>lines (± vs previous)|description|date|hardware|logs"
+COLUMNS = (">#|>time (s, mean)|>speed-up|>loss mean ± std (n)|>p of loss, of time|quality|>lines (± vs previous)|"
+           "description|date|hardware|logs")
 TRIALS = ">seed|>validation loss|>train time (s)"
-FRONT_COLUMNS = "track|record|>time (s, mean)|>speed-up|>loss mean ± std (n)|>target|hardware|date"
+FRONT_COLUMNS = "track|record|>time (s, mean)|>speed-up|>loss mean ± std (n)|>target|quality|hardware|date"
+NO_RECORDS = ("Season 2 has no records yet; those of season 1, on other data and weaker rules, are in "
+              "[records/README.md](records/README.md#season-1).")
+SEASON = "## Season 1\n"  # from here to its end records/README.md is kept
 START, END = "<!-- leaderboard:start -->", "<!-- leaderboard:end -->"
 GREY = "#797979"  # of text and axes: as far from white as from black, so that plots read on either
 COLOURS = "#3b82f6 #d9700d #2f9e4f #e5484d #9a5fd6 #a8742f #d6409f #0f97a8".split()
@@ -37,8 +42,26 @@ def show_loss(losses):
 def show_seconds(seconds):
     return f"{seconds:.1f}" if seconds >= 10 else f"{seconds:.3f}"
 
-def no_record(track):
-    return "no record yet" + (" – not yet run on a GPU" if track["track"] == "gpu" else "")
+def show_time(r, track):
+    """A record's mean time; of a baseline that did not arrive that it did not."""
+    reached = r["number"] > 1 or track["baseline"]["reached"]
+    return "not reached in " * (not reached) + show_seconds(r["seconds"])
+
+def show_speedup(r):
+    return "> " * r["more"] + f"{r['speedup']:.2f}x"
+
+def show_p(r):
+    return f"{r['p']:.2g}, {r['p_time']:.2g}".replace("nan", "–")
+
+def show_quality(r, track):
+    """The mean of every number that has a floor, and whether the record is below it."""
+    below = "; ".join(missed(r["logs"], track))
+    return "; ".join(f"{key.removeprefix('quality_')} {quality(r['logs'], key):.4g}" + f" (not {sign} {bound})" *
+                     (f"its {key} " in below) for key, (sign, bound) in track["floors"].items()) or "–"
+
+def show_target(track):
+    floors = (f"{key} {sign} {bound}" for key, (sign, bound) in track["floors"].items())
+    return ", ".join([f"val_loss <= {track['target']}", *floors])
 
 def table(columns, rows):
     """Markdown. `columns` are names between |; one that starts with > is right-aligned."""
@@ -48,28 +71,29 @@ def table(columns, rows):
 
 def track_section(folder, track, records):
     """The part of records/README.md about one track: its rules, table, notes and plot."""
-    out = [f"## {folder.name}", f"{track['data']}; {track['hardware_class']}. Baseline: {track['baseline']}. "
-           f"Target: validation loss ≤ {track['target'] or 'not set yet'}."]
+    about, reached = track["baseline"], "reached"
+    if not about["reached"]:
+        reached = f"target not reached in {about['seconds']:.0f} s (loss {about['loss']})"
+    out = [f"## {folder.name}", f"{track['data']}; device: `{track['device']}`. Target: {show_target(track)}. "
+           f"Baseline: {about['recipe']}; {reached}."]
     if not records:
         command = track.get("command", f"./run.sh {track['task']} --track={track['track']}")
-        return "\n\n".join(out + [f"{no_record(track)}. To run it:", f"```\n{command}\n```"])
+        return "\n\n".join(out + ["no record yet. To run it:", f"```\n{command}\n```"])
     rows, notes = [], []
     for r in records:
-        p = "–" if math.isnan(r["p"]) else f"{r['p']:.2g}"
-        lines = str(r["lines"]) + (f" ({r['lines'] - records[r['number'] - 2]['lines']:+d})" if r["number"] > 1 else "")
-        link = f"[logs]({folder.name}/{r['path'].name})"
-        rows.append([f"{r['number']}{r['mark']}", show_seconds(r["seconds"]), f"{r['speedup']:.2f}x",
-                     show_loss(r["losses"]), p, lines, r["title"], r["date"], r["hardware"], link])
-        number, rerun = r["number"], r["baseline"] or r["previous"]
-        if rerun:
-            whose = "over the baseline" if r["baseline"] else f"that of #{number - 1} times its own over #{number - 1}"
-            notes.append(f"The speed-up of #{number} is {whose} re-run in alternation with it on the same machine: "
-                         f"{show_seconds(mean_seconds(rerun))} s, mean of {len(rerun)}.")
-        elif r["hardware"] != r["rival"][0]["footer"]["hardware"]:
-            notes.append(f"#{number} ran on other hardware than #{number - 1}: its speed-up is not like for like.")
-    out.append(table(COLUMNS, rows))
-    notes += [PROVISIONAL] * any(r["mark"] for r in records)
-    return "\n\n".join(out + notes + [f"![validation loss against train time]({folder.name}/loss.png)"])
+        number = r["number"]
+        lines = str(r["lines"]) + (f" ({r['lines'] - records[number - 2]['lines']:+d})" if number > 1 else "")
+        rows.append([number, show_time(r, track), show_speedup(r), show_loss(r["losses"]), show_p(r),
+                     show_quality(r, track), lines, r["title"], r["date"], r["hardware"],
+                     f"[logs]({folder.name}/{r['path'].name})"])
+        if r["rerun"]:
+            notes.append(f"The speed-up of #{number} is that of #{number - 1} times its own over #{number - 1}, run "
+                         f"again in turn with it on the same machine: {show_seconds(mean_seconds(r['rerun']))} s, mean "
+                         f"of {len(r['rerun'])}.")
+    if records[-1]["more"]:
+        notes.append("A speed-up of > x is one over a baseline that did not reach the target in that time.")
+    plot = f"![validation loss against train time]({folder.name}/loss.png)"
+    return "\n\n".join([*out, table(COLUMNS, rows), *notes, plot])
 
 def trials_table(logs):
     """The trials in the README.md of a record's folder."""
@@ -77,23 +101,40 @@ def trials_table(logs):
     return table(TRIALS, [[f["seed"], f"{f['val_loss']:.5f}", f"{f['train_seconds']:.3f}"] for f in feet])
 
 def summary(tracks):
-    """The block in the front page: of every track the fastest record that is not provisional."""
-    rows, empty = [], []
+    """The block in the front page: the newest record of every track."""
+    rows = []
     for folder, track, records in tracks:
-        name = f"[{folder.name}](records/README.md#{folder.name})"
-        if not records:
-            empty.append(name)
-            continue
-        r = max(records, key=lambda r: (not r["mark"], r["speedup"]))
-        title = f"[#{r['number']}{r['mark']} {r['title']}](records/{folder.name}/{r['path'].name})"
-        rows.append([name, title, show_seconds(r["seconds"]), f"{r['speedup']:.2f}x", show_loss(r["losses"]),
-                     track["target"], r["hardware"], r["date"]])
-    text = table(FRONT_COLUMNS, rows)
-    if any("†" in row[1] for row in rows):
-        text += f"\n\n{PROVISIONAL}"
-    if empty:
-        text += f"\n\nNobody has run {', '.join(empty)} yet."
-    return text
+        if records:
+            r = records[-1]
+            title = f"[#{r['number']} {r['title']}](records/{folder.name}/{r['path'].name})"
+            rows.append([f"[{folder.name}](records/README.md#{folder.name})", title, show_time(r, track),
+                         show_speedup(r), show_loss(r["losses"]), track["target"], show_quality(r, track),
+                         r["hardware"], r["date"]])
+    if not rows:
+        return NO_RECORDS
+    out = [table(FRONT_COLUMNS, rows)]
+    if empty := [f"[{folder.name}](records/README.md#{folder.name})" for folder, _, records in tracks if not records]:
+        out.append(f"Nobody has run {', '.join(empty)} yet.")
+    if any(len(records) > 1 for _, _, records in tracks):
+        out.append("![Speed-up over the baseline, record by record](records/history.png)")
+    return "\n\n".join(out)
+
+def claim(folder, track, records):
+    """The line about a track's newest record in the docstring of its script; "" while there is only a baseline."""
+    if len(records) < 2:
+        return ""
+    r = records[-1]
+    torch = read_settings(r["logs"][0])["torch"]
+    return (f"Record: {folder.name}, {show_target(track)} in {show_seconds(r['seconds'])} s on {r['hardware']}, "
+            f"torch {torch} (n={len(r['logs'])}).\n")
+
+def with_claims(text, claims):
+    """A script with these lines, and no others that begin with "Record: ", below its docstring's title."""
+    title, _, rest = text.partition("\n")
+    rest = re.sub(r"\A\n(Record: .*\n)+", "", rest)
+    if claims and title.count('"""') != 1:
+        raise ValueError(f"a script with a record needs a docstring of more than its title: {title}")
+    return title + "\n" + "\n" * bool(claims) + "".join(claims) + rest
 
 def read_tracks(root=ROOT):
     """All tracks: [(folder, track.json, its records)]. ValueError if a log is amiss."""
@@ -101,21 +142,30 @@ def read_tracks(root=ROOT):
 
 def build(root=ROOT, tracks=None):
     """Everything this script writes but the plots: {path relative to root: text}."""
-    tracks = tracks or read_tracks(root)
+    tracks = read_tracks(root) if tracks is None else tracks
     head = f"""# Records
 
 Written by `python records/leaderboard.py` from the logs in this folder: do not edit. Time is training time, without
-start-up and evaluation. Speed-up is over record #1, the baseline. p is that of a one-sided t-test that the mean loss
-reaches the target: a record needs at least {MIN_TRIALS} trials and p < {ALPHA}. Lines count the training script."""
+start-up and evaluation. Speed-up is over record #1, the baseline. p of loss is that of a one-sided t-test that the mean
+loss reaches the target, p of time that of Welch's one-sided t-test that the record is faster than the one before, run
+in turn with it; a record needs at least {MIN_TRIALS} trials and p < {ALPHA} in both. Quality is what a track has
+floors for, mean over the trials. Lines count the training script."""
     if any(len(records) > 1 for _, _, records in tracks):
         head += "\n\n![speed-up over the baseline, record by record](history.png)"
-    files = {"records/README.md": "\n\n".join([head] + [track_section(*track) for track in tracks]) + "\n"}
+    path, kept = Path(root, "records", "README.md"), ""
+    if path.is_file():
+        _, found, rest = path.read_text(encoding="utf-8").partition(SEASON)
+        kept = found and f"\n{found}{rest}"
+    files = {"records/README.md": "\n\n".join([head] + [track_section(*track) for track in tracks]) + "\n" + kept}
     if (front := Path(root, "README.md")).is_file():
         before, start, rest = front.read_text(encoding="utf-8").partition(START)
         _, end, after = rest.partition(END)
         if not end:
             raise ValueError(f"{front}: needs a line {START} and, below it, a line {END}")
         files["README.md"] = f"{before}{start}\n{summary(tracks)}\n{end}{after}"
+    for script in sorted(Path(root).glob("train_*.py")):
+        lines = [claim(*one) for one in tracks if one[1]["task"] == script.stem.removeprefix("train_")]
+        files[script.name] = with_claims(script.read_text(encoding="utf-8"), [line for line in lines if line])
     return files
 
 # -----------------------------------------------------------------------------
@@ -137,12 +187,13 @@ def draw_losses(ax, title, target, curves):
     ax.xaxis.set_major_formatter("{x:g}")
 
 def draw_history(ax, history):
-    """Speed-up by record, a line for each track. history: [(track, [(speed-up, seconds) of each record])]."""
+    """Speed-up by record, a line for each track. history: [(track, [(speed-up, more, seconds) of each record])]."""
     for k, (name, records) in enumerate(history):
         colour = COLOURS[k % len(COLOURS)]
-        ax.plot(range(1, len(records) + 1), [gain for gain, _ in records], color=colour, marker="o", label=name)
-        for i, (gain, seconds) in enumerate(records[1:], 2):
-            ax.annotate(f"{show_seconds(seconds)} s", (i, gain), (6, 4), textcoords="offset points", color=colour)
+        ax.plot(range(1, len(records) + 1), [gain for gain, _, _ in records], color=colour, marker="o", label=name)
+        for i, (gain, more, seconds) in enumerate(records[1:], 2):
+            label = f"> {gain:.1f}x, " * more + f"{show_seconds(seconds)} s"
+            ax.annotate(label, (i, gain), (6, 4), textcoords="offset points", color=colour)
     ax.set(yscale="log", xlabel="record", ylabel="speed-up over the baseline", title="record history",
            xticks=range(1, 1 + max(len(records) for _, records in history)))
     ax.yaxis.set_major_formatter("{x:g}x")
@@ -167,11 +218,13 @@ def plots(root, tracks):
     """The plots that belong beside the tables: {path: arguments of save_plot}."""
     found, history = {}, []
     for folder, track, records in tracks:
-        curves = [(f"#{r['number']} {r['title']}", [log["steps"] for log in r["logs"]]) for r in records]
+        curves = [(f"#{r['number']}, {show_time(r, track)} s: {r['title']}", [log["steps"] for log in r["logs"]])
+                  for r in records]
         if records:
             found[folder / "loss.png"] = draw_losses, folder.name, track["target"], curves
         if len(records) > 1:
-            history.append((folder.name, [(round(r["speedup"], 4), round(r["seconds"], 4)) for r in records]))
+            history.append((folder.name,
+                            [(round(r["speedup"], 4), r["more"], round(r["seconds"], 4)) for r in records]))
     return found | ({Path(root, "records", "history.png"): (draw_history, history)} if history else {})
 
 def stale(root=ROOT):

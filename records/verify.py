@@ -3,17 +3,17 @@ Check every committed record again, from the logs alone; exit 1 and one sentence
 
     python records/verify.py
 
-Logs: finished, all steps, one source, its own Config, the track's data and evaluation, nothing copied. Rules: target,
-trials, p, parameters, faster than the record before. Then names, links, tables and plots. What no log can show, and so
-nothing here does: that a log was written by the run it tells of. Running its source again shows that.
+Logs: finished, all steps, one source, its own Config, the track's device and data, the repository's stop-watch and
+evaluation, nothing copied. Rules: target, floors, seeds, p, parameters and buffers, faster than the record before in
+alternation with it. Then names, links, tables and plots. What it cannot see is rules.UNSEEN, which it prints.
 """
 
 import re
 import sys
 from pathlib import Path
 
-from leaderboard import ROOT, TRIALS, page, show_loss, show_seconds, stale, table, trials_table
-from rules import check_record, read_track
+from leaderboard import ROOT, TRIALS, page, show_loss, show_speedup, show_time, stale, table, trials_table
+from rules import UNSEEN, check_record, read_track
 
 def anchors(text):
     """The anchors that GitHub gives the headings of a Markdown text."""
@@ -36,7 +36,7 @@ def check_links(path):
 def check_readme(record):
     """The tables of trials in a record's README.md, where submit.py wrote them."""
     text = (record["path"] / "README.md").read_text(encoding="utf-8")
-    tables = [trials_table(record[part]) for part in ("logs", "previous") if record[part]]
+    tables = [trials_table(record[part]) for part in ("logs", "rerun") if record[part]]
     if text.count(table(TRIALS, [])) and (text.count(table(TRIALS, [])) != len(tables) or
                                           not all(part in text for part in tables)):
         raise ValueError(f"{record['path']}/README.md: its table of trials is not what the logs say")
@@ -59,9 +59,8 @@ def verify(root=ROOT, say=print):
             except (ValueError, OSError) as error:
                 faults.append(str(error))
             else:
-                p = f", p {r['p']:.2g}" if r["number"] > 1 else ""
-                say(f"{folder.name} #{r['number']} {r['title']}: loss {show_loss(r['losses'])}{p}, "
-                    f"{show_seconds(r['seconds'])} s, {r['speedup']:.2f}x")
+                say(f"{folder.name} #{r['number']} {r['title']}: loss {show_loss(r['losses'])}, p {r['p']:.2g}, "
+                    f"{show_time(r, track)} s, {show_speedup(r)}")
     for path in [root / "README.md", *sorted((root / "records").rglob("*.md")), *sorted((root / "docs").rglob("*.md"))]:
         faults += check_links(path)
     try:
@@ -72,5 +71,5 @@ def verify(root=ROOT, say=print):
 
 if __name__ == "__main__":
     found = verify()
-    print("\n".join(found) or "all records hold", file=sys.stderr if found else sys.stdout)
+    print("\n".join(found) or f"all records hold. {UNSEEN}", file=sys.stderr if found else sys.stdout)
     sys.exit(bool(found))
