@@ -313,6 +313,7 @@ class Run:
         """Start the clock and the bar. From here on SIGTERM and Ctrl-C save the state."""
         self.saver = None if STANDALONE else import_ours("checkpoints").Saver(self)
         self.bar = tqdm(total=self.config.num_steps, disable=self.rank > 0, unit="step", dynamic_ncols=True)
+        self.start_time = time.time()
         self.started = self.now()
 
     def now(self):
@@ -362,7 +363,8 @@ class Run:
                   "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
                   "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
-                  "reached": self.val_loss <= self.config.target, "train_seconds": round(self.seconds, 3),
+                  "reached": self.val_loss <= self.config.target, "start_time": round(self.start_time, 1),
+                  "train_seconds": round(self.seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
                   "tokens_per_second": round(tokens / seconds),
                   "mfu": round(self.flops / seconds / self.peak / self.world, 4),
@@ -394,7 +396,6 @@ class Run:
 
 IMAGES, TEXTS = ("rgb", "depth", "normal", "seg", "edge"), ("desc", "caption", "bbox")
 MODALITIES = IMAGES + TEXTS
-RECIPE = ("name", "version", "size", "num", "seed", "tokenizer", "text")  # hashed instead of tokens: rounding differs
 
 
 class Layout:
@@ -422,14 +423,25 @@ class Layout:
         return tokens != self.pads[self.kind]
 
 
+# --- copied: content ---
+def content_sha256(folder, texts, pictures):
+    """One hash of the arrays that are read. Of a rendered set the scenes stand for pictures: machines round differently."""
+    rendered = (folder / "scene.npy").exists()
+    digest = hashlib.sha256()
+    for name in (*texts, "scene") if rendered else (*texts, *pictures):
+        array = np.load(folder / f"{name}.npy", mmap_mode="r")
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+# --- end: content ---
+
+
 def read_shards(config, modalities):
-    """The training tokens, a memory map (scenes, length) per modality, and the sha256 of how they were made."""
+    """The training tokens, a memory map (scenes, length) per modality, and their sha256."""
     if not STANDALONE:
         import_ours("checks").check_scenes(sys.modules[__name__], config, modalities)
     arrays = [np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in MODALITIES]
-    meta = json.loads((ROOT / config.data / "meta.json").read_text())
-    recipe = {key: meta[key] for key in RECIPE}
-    return arrays, hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    return arrays, content_sha256(ROOT / config.data, TEXTS, IMAGES)
 
 
 # --- copied: loader ---

@@ -309,6 +309,7 @@ class Run:
         """Start the clock and the bar. From here on SIGTERM and Ctrl-C save the state."""
         self.saver = None if STANDALONE else import_ours("checkpoints").Saver(self)
         self.bar = tqdm(total=self.config.num_steps, disable=self.rank > 0, unit="step", dynamic_ncols=True)
+        self.start_time = time.time()
         self.started = self.now()
 
     def now(self):
@@ -358,7 +359,8 @@ class Run:
                   "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
                   "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
-                  "reached": self.val_loss <= self.config.target, "train_seconds": round(self.seconds, 3),
+                  "reached": self.val_loss <= self.config.target, "start_time": round(self.start_time, 1),
+                  "train_seconds": round(self.seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
                   "tokens_per_second": round(tokens / seconds),
                   "mfu": round(self.flops / seconds / self.peak / self.world, 4),
@@ -417,18 +419,26 @@ def compiler_works(run):
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
-RECIPE = ("name", "version", "size", "num", "seed")  # hashed instead of pixels: rounding differs
+# --- copied: content ---
+def content_sha256(folder, texts, pictures):
+    """One hash of the arrays that are read. Of a rendered set the scenes stand for pictures: machines round differently."""
+    rendered = (folder / "scene.npy").exists()
+    digest = hashlib.sha256()
+    for name in (*texts, "scene") if rendered else (*texts, *pictures):
+        array = np.load(folder / f"{name}.npy", mmap_mode="r")
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+# --- end: content ---
 
 
 def read_images(config, classes, side):
-    """Training images (N, 3, S, S) uint8, a memory map, labels (N,) int64 and the sha256 of how they were made."""
+    """Training images (N, 3, S, S) uint8, a memory map, labels (N,) int64 and their sha256."""
     if not STANDALONE:
         import_ours("checks").check_images(sys.modules[__name__], config, classes, side)
     images = np.load(ROOT / config.data / f"{config.pixels}.npy", mmap_mode="r")
     labels = np.load(ROOT / config.data / "label.npy")[:, 0].astype(np.int64)
-    meta = json.loads((ROOT / config.data / "meta.json").read_text())
-    recipe = {key: meta[key] for key in RECIPE}
-    return images, labels, hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    return images, labels, content_sha256(ROOT / config.data, ("label",), (config.pixels,))
 
 
 def to_floats(images):

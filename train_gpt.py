@@ -308,6 +308,7 @@ class Run:
         """Start the clock and the bar. From here on SIGTERM and Ctrl-C save the state."""
         self.saver = None if STANDALONE else import_ours("checkpoints").Saver(self)
         self.bar = tqdm(total=self.config.num_steps, disable=self.rank > 0, unit="step", dynamic_ncols=True)
+        self.start_time = time.time()
         self.started = self.now()
 
     def now(self):
@@ -357,7 +358,8 @@ class Run:
                   "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
                   "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
-                  "reached": self.val_loss <= self.config.target, "train_seconds": round(self.seconds, 3),
+                  "reached": self.val_loss <= self.config.target, "start_time": round(self.start_time, 1),
+                  "train_seconds": round(self.seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
                   "tokens_per_second": round(tokens / seconds),
                   "mfu": round(self.flops / seconds / self.peak / self.world, 4),

@@ -26,12 +26,6 @@ def load(folder, name):
     return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
 
-def check_recipe(script, meta):
-    """meta.json says all that the hash of training data is taken of, or KeyError."""
-    for key in script.RECIPE:
-        meta[key]
-
-
 def check_batch(script, config, num, what):
     if config.batch > num:
         raise script.Fault(f"--batch={config.batch} is more than the {num} training {what} there are")
@@ -64,7 +58,6 @@ def check_tokens(script, config, names, modalities, make, what):
                 raise ValueError(f"{name}.npy holds {array.dtype} {array.shape}")
             if int(array.max()) >= about["vocab"]:
                 raise ValueError(f"{name}.npy holds token {array.max()} of a vocabulary of {about['vocab']}")
-        check_recipe(script, meta)
     check_batch(script, config, meta["num"], what)
 
 
@@ -94,7 +87,6 @@ def check_images(script, config, classes, side):
         check_labelled(images, labels, own_classes)
         if len(images) != meta["num"]:
             raise ValueError(f"{len(images)} images, but meta.json speaks of {meta['num']}")
-        check_recipe(script, meta)
     if own_classes != classes or images.shape[-1] != side:
         raise script.Fault(f"{folder} has other classes or another size than the frozen validation set")
     check_batch(script, config, len(images), "images")
@@ -161,7 +153,6 @@ def check_conversations(script, config, about):
             raise ValueError(f"qa.npy holds token {qa.max()} of a vocabulary of {own['vocab']}")
         if not (answer > 0).any(1).all():
             raise ValueError(f"conversation {(answer > 0).any(1).argmin()} has no answer")
-        check_recipe(script, meta)
 
 
 # ------------------------------------------------------------------------------------------------------------
