@@ -48,7 +48,7 @@ class Config:
     frozen_masks: str = "data/frozen/eval_4m_64.npz"  # their inputs and targets
     # model
     dim: int = 192  # channels
-    head_dim: int = 64  # channels per attention head
+    head_dim: int = 32  # channels per attention head: more heads than 64 makes, places are told apart better
     enc_depth: int = 3  # encoder blocks
     dec_depth: int = 3  # decoder blocks
     mlp_ratio: int = 4  # hidden channels of an MLP per channel
@@ -58,11 +58,16 @@ class Config:
     momentum: float = 0.95  # of Muon
     adam_lr: float = 0.01  # of embeddings and heads
     # schedule
-    num_steps: int = 450  # training steps
-    batch: int = 32  # scenes per step, over all processes
-    budget: int = 128  # input tokens per scene at most: steps have 1/16, 3/16 .. 15/16 of it
-    image_targets: int = 60  # target tokens of pictures per scene
-    text_targets: int = 24  # target tokens of texts and boxes per scene
+    num_steps: int = 700  # training steps
+    naming_steps: int = 150  # of them the first, in which rgb is given and the nearest object's facts are asked alone
+    batch: int = 64  # scenes per step, over all processes
+    budget: int = 128  # input tokens per scene at most: steps have 1/8, 2/8 .. 8/8 of it
+    image_targets: int = 16  # target tokens of pictures per scene
+    text_targets: int = 48  # target tokens of texts and boxes per scene: all of them, mostly
+    whole: float = 0.75  # share of scenes of which modalities are given one after another, as in generation
+    first_rgb: float = 6.0  # how much likelier than a picture or boxes rgb is to be given first
+    first_text: float = 2.0  # the same of desc and caption
+    word_weight: float = 4.0  # what a text or the boxes count in the loss, a picture 1
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
     target: float = 1.49  # validation loss in nats, record #1's
@@ -93,6 +98,7 @@ for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
 ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
     "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96),
+    "whole": (0, 1), "first_rgb": (0.01, 1000), "first_text": (0.01, 1000), "word_weight": (0.01, 1000),
     "mlp_ratio": (1, 16), "momentum": (0, 0.9999), "batch": (1, math.inf), "budget": (16, math.inf),
     "image_targets": (1, math.inf), "text_targets": (1, math.inf), "cooldown": (0.001, 1), "eval_every": (1, math.inf),
     "quality_scenes": (0, 2000), "precision": ("auto", "fp32", "bf16"),
@@ -396,6 +402,8 @@ class Run:
 
 IMAGES, TEXTS = ("rgb", "depth", "normal", "seg", "edge"), ("desc", "caption", "bbox")
 MODALITIES = IMAGES + TEXTS
+PLACES = 8  # rows and columns of the grid that texts name places of
+FACTS = 5  # tokens per object in desc and bbox
 
 
 class Layout:
@@ -425,7 +433,7 @@ class Layout:
 
 # --- copied: content ---
 def content_sha256(folder, texts, pictures):
-    """One hash of the arrays that are read. Of a rendered set the scenes stand for pictures: machines round differently."""
+    """One hash of the arrays that are read. Of a rendered set its scenes stand for pictures, which machines round."""
     rendered = (folder / "scene.npy").exists()
     digest = hashlib.sha256()
     for name in (*texts, "scene") if rendered else (*texts, *pictures):
@@ -476,22 +484,43 @@ def uniform(shape, rng):
     return torch.rand(shape, generator=rng, device=rng.device).clamp(1e-12, 1 - 1e-7)
 
 
-def draw_positions(tokens, layout, inputs, images, texts, rng):
-    """Draw inputs and targets for every scene: enc_pos (B, inputs), dec_pos and counted (B, images + texts).
+def split_budget(available, inputs, config, rng):
+    """How many tokens of each modality are inputs (B, K), and for which scenes these are whole modalities (B, 1).
 
-    4M's masking with one budget for all scenes, so that nothing is padded: a Dirichlet(1) draw splits the inputs over
-    the modalities, places inside a modality are uniform without replacement, and where a modality has fewer tokens than
-    its part any others step in. Targets, image tokens first, are drawn from the rest, every modality as likely; where
-    too few are left, one is padding, for which counted is False.
+    4M's masks split the inputs by a Dirichlet(1) draw: a picture then shows an eighth of itself, and hardly ever what a
+    word asks about. So of most scenes modalities are given as a whole, one after another, the last one in part.
+    """
+    B, K = available.shape
+    share = -uniform((B, K), rng).log()  # normalised: Dirichlet(1)
+    edges = (share.cumsum(1) / share.sum(1, keepdim=True) * inputs).round()
+    count = edges.diff(dim=1, prepend=torch.zeros_like(edges[:, :1]))
+    weight = torch.ones(K, device=available.device)
+    weight[MODALITIES.index("rgb")] = config.first_rgb
+    weight[[MODALITIES.index("desc"), MODALITIES.index("caption")]] = config.first_text
+    order = (-uniform((B, K), rng).log() / weight).argsort(1)  # an exponential race: a draw by weight
+    size = available.gather(1, order)
+    before = size.cumsum(1) - size
+    filled = torch.zeros_like(count).scatter(1, order, torch.minimum((inputs - before).clamp(min=0), size))
+    whole = uniform((B, 1), rng) < config.whole
+    return torch.where(whole, filled, count), whole
+
+
+def draw_positions(tokens, layout, inputs, config, rng):
+    """Draw inputs and targets for every scene: enc_pos (B, inputs), dec_pos and counted (B, image + text targets).
+
+    One budget for all scenes, so that nothing is padded. Places inside a modality are uniform without replacement, but
+    of a text that is given in part the first ones; where a modality has fewer tokens than its part any others step in.
+    Targets, image tokens first, are drawn from the rest, every modality as likely; where too few are left, one is
+    padding, for which counted is False.
     """
     B, K, device = tokens.shape[0], len(MODALITIES), tokens.device
     valid = layout.valid(tokens)
     available = torch.zeros(B, K, device=device).index_add_(1, layout.kind, valid.float())
-    share = -uniform((B, K), rng).log()  # normalised: Dirichlet(1)
-    edges = (share.cumsum(1) / share.sum(1, keepdim=True) * inputs).round()
-    count = edges.diff(dim=1, prepend=torch.zeros(B, 1, device=device))
-    # a random rank of every token among the valid ones of its modality; those below the modality's count come first
-    score = uniform((B, layout.size), rng) + 2.0 * ~valid + 4.0 * layout.kind
+    count, whole = split_budget(available, inputs, config, rng)
+    # a rank of every token among the valid ones of its modality; those below the modality's count come first
+    score = uniform((B, layout.size), rng)
+    score = torch.where(whole & (layout.kind >= len(IMAGES)), layout.offset / layout.size, score)
+    score = score + 2.0 * ~valid + 4.0 * layout.kind
     rank = score.argsort(1).argsort(1) - layout.start[layout.kind]
     later = (rank >= count[:, layout.kind]) + 2.0 * ~valid
     enc_pos = (later + uniform((B, layout.size), rng)).topk(inputs, 1, largest=False).indices
@@ -500,10 +529,23 @@ def draw_positions(tokens, layout, inputs, images, texts, rng):
     race = -uniform((B, layout.size), rng).log() * left[:, layout.kind]
     race = race.masked_fill(~valid, math.inf).scatter(1, enc_pos, math.inf)
     first_text = layout.span["desc"].start
-    image = race[:, :first_text].topk(images, 1, largest=False)
-    text = race[:, first_text:].topk(texts, 1, largest=False)
+    image = race[:, :first_text].topk(config.image_targets, 1, largest=False)
+    text = race[:, first_text:].topk(config.text_targets, 1, largest=False)
     counted = torch.cat([image.values, text.values], 1) < math.inf
     return enc_pos, torch.cat([image.indices, text.indices + first_text], 1), counted
+
+
+def naming_positions(tokens, layout):
+    """The same of the first steps: the rgb picture is given, and the nearest object's facts in desc and bbox are asked.
+
+    With everything asked at once colours and materials are still chance after 6,000 steps: pictures' targets teach
+    where objects are and nothing teaches hue. Asked for one object alone a model has all its facts after 10,000 scenes,
+    and those of the others follow.
+    """
+    places = torch.arange(layout.size, device=tokens.device)
+    facts = torch.cat([places[layout.span[m]][:FACTS] for m in ("desc", "bbox")])
+    dec_pos = facts.expand(len(tokens), -1)
+    return places[layout.span["rgb"]].expand(len(tokens), -1), dec_pos, torch.ones_like(dec_pos, dtype=torch.bool)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -605,11 +647,11 @@ def schedule(step, config):
 
 
 def input_budget(step, config):
-    """Input tokens per scene at this step: 8, 24, .. or 120 of 128, in the golden-ratio order, which is even at every
-    length. Eight lengths stand for U{1..budget}, because a CPU builds kernels for each.
+    """Input tokens per scene at this step: 16, 32, .. or 128 of 128, in the golden-ratio order, which is even at every
+    length. Eight lengths stand for all, because a CPU builds kernels for each.
     """
     eighth = int((step * 0.618034 + 0.5) % 1 * 8)
-    return config.budget * (2 * eighth + 1) // 16
+    return config.budget * (eighth + 1) // 8
 
 
 def make_optimizers(model, config, run):
@@ -689,6 +731,23 @@ class Block(nn.Module):
         return x + self.down(F.relu(self.up(norm(x))).square())
 
 
+def split_positions(layout):
+    """Places of a scene as pairs of numbers, major and minor (size,), and how many there are of each.
+
+    Row and column of a picture's grid; object and fact of desc and bbox, so that what is learned of one object holds of
+    all; for captions the place alone.
+    """
+    side = math.isqrt(layout.modalities["rgb"]["length"])
+    objects = -(-layout.modalities["desc"]["length"] // FACTS)
+    is_image = layout.kind < len(IMAGES)
+    is_caption = layout.kind == MODALITIES.index("caption")
+    major = torch.where(is_image, layout.offset // side, side + layout.offset // FACTS)
+    minor = torch.where(is_image, layout.offset % side, side + layout.offset % FACTS)
+    major = torch.where(is_caption, side + objects + layout.offset, major)
+    minor = torch.where(is_caption, side + FACTS, minor)
+    return major, minor, int(major.max()) + 1, side + FACTS + 1
+
+
 class Nano4M(nn.Module):
     """Encoder-decoder over places. Targets see the inputs alone: the decoder has no self-attention.
 
@@ -705,20 +764,25 @@ class Nano4M(nn.Module):
         assert self.base ** 2 == layout.vocab
         self.text_vocab = layout.modalities["desc"]["vocab"]
         words = self.text_vocab + layout.modalities["bbox"]["vocab"]
-        # one position table: the grid that all pictures share, then every place of the texts
-        texts = torch.arange(layout.size - self.num_image_positions, device=layout.kind.device)
-        self.position = torch.cat([layout.offset[:self.num_image_positions], side + texts])
+        self.major, self.minor, num_major, num_minor = split_positions(layout)
+        # words that name a place of the grid share its embedding
+        places = torch.tensor(layout.modalities["desc"]["places"], device=layout.kind.device)  # (P, 3): id, row, column
+        self.place_words = layout.vocab + places[:, 0]
+        self.place_cells = places[:, 1:] * math.isqrt(side) // PLACES
         # one token table: image tokens, words of desc and caption, bbox tokens
         is_text, is_box = layout.kind >= len(IMAGES), layout.kind == MODALITIES.index("bbox")
         self.token_offset = is_text * layout.vocab + is_box * self.text_vocab
         self.embed_a, self.embed_b = nn.Embedding(self.base, C), nn.Embedding(self.base, C)
         self.embed_pair, self.embed_word = nn.Embedding(layout.vocab, C), nn.Embedding(words, C)
-        self.embed_position = nn.Embedding(side + len(texts), C)
+        self.embed_major, self.embed_minor = nn.Embedding(num_major, C), nn.Embedding(num_minor, C)
         self.embed_enc_kind, self.embed_dec_kind = nn.Embedding(len(MODALITIES), C), nn.Embedding(len(MODALITIES), C)
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.enc_depth))
         self.decoder = nn.ModuleList(Block(config) for _ in range(config.dec_depth))
         self.head_a, self.head_b, self.head_word = Linear(C, self.base), Linear(C, self.base), Linear(C, words)
         self.embed_first, self.mix = nn.Embedding(self.base, C), Linear(C, C)  # p(b | a) is a small MLP of both
+
+    def position(self, places):
+        return self.embed_major(self.major[places]) + self.embed_minor(self.minor[places])
 
     def hidden(self, tokens, enc_pos, visible, dec_pos):
         """Final states (B, M, C) at the places dec_pos (B, M), from the tokens (B, size) at the places enc_pos (B, N).
@@ -727,14 +791,15 @@ class Nano4M(nn.Module):
         """
         pairs = (self.embed_b.weight[:, None] + self.embed_a.weight).flatten(0, 1)  # id = a + base * b
         table = torch.cat([pairs + self.embed_pair.weight, self.embed_word.weight])
+        cells = self.embed_major(self.place_cells[:, 0]) + self.embed_minor(self.place_cells[:, 1])
+        table = table.index_add(0, self.place_words, cells)
         x = F.embedding(tokens.gather(1, enc_pos) + self.token_offset[enc_pos], table)
         x = x + self.embed_enc_kind(self.kind[enc_pos])
-        x = norm(x + self.embed_position(self.position[enc_pos]))  # (B, N, C)
+        x = norm(x + self.position(enc_pos))  # (B, N, C)
         for block in self.encoder:
             x = block(x, visible)
         x = norm(x)
-        y = self.embed_dec_kind(self.kind[dec_pos]) + self.embed_position(self.position[dec_pos])
-        y = norm(y)  # (B, M, C)
+        y = norm(self.embed_dec_kind(self.kind[dec_pos]) + self.position(dec_pos))  # (B, M, C)
         for block in self.decoder:
             y = block(y, visible, x)
         return norm(y)
@@ -807,26 +872,31 @@ def masked_loss(model, tokens, enc_pos, dec_pos, weight, images):
     return image_loss + word_loss
 
 
-def target_weights(dec_pos, counted, layout):
-    """Loss weight per target (B, M): 1 / (number of its modality's targets * modalities that have any), 0 on padding.
-
-    Over all ranks the weighted sum is then the mean over modalities of the modality's mean.
+def target_weights(dec_pos, counted, layout, config):
+    """Loss weight per target (B, M): over all ranks the weighted sum is the weighted mean over modalities of each one's
+    mean. 0 on padding.
     """
     kind = layout.kind[dec_pos]
     count = torch.zeros(len(MODALITIES), device=dec_pos.device)
     count.index_add_(0, kind.flatten(), counted.flatten().float())
-    share = (count > 0) / (count.clamp(min=1) * (count > 0).sum())
+    weight = (count > 0).float()
+    weight[len(IMAGES):] *= config.word_weight
+    share = weight / weight.sum() / count.clamp(min=1)
     return share[kind] * counted
 
 
 def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run):
-    """One step on a global batch (B, size): this rank's part of its loss, and how many tokens it had."""
-    enc_pos, dec_pos, counted = draw_positions(batch, layout, input_budget(step, config), config.image_targets,
-                                               config.text_targets, rng)
-    weight = target_weights(dec_pos, counted, layout)
+    """One step on a global batch (B, size): this rank's part of its loss, how many tokens it had, and its FLOPs."""
+    naming = step < config.naming_steps
+    images = 0 if naming else config.image_targets
+    if naming:
+        enc_pos, dec_pos, counted = naming_positions(batch, layout)
+    else:
+        enc_pos, dec_pos, counted = draw_positions(batch, layout, input_budget(step, config), config, rng)
+    weight = target_weights(dec_pos, counted, layout, config)
     mine = run.slice(config.batch)
     with run.autocast():
-        loss = loss_of(model, batch[mine], enc_pos[mine], dec_pos[mine], weight[mine], config.image_targets)
+        loss = loss_of(model, batch[mine], enc_pos[mine], dec_pos[mine], weight[mine], images)
     loss.backward()
     sum_gradients(adam, run.world)
     factor = schedule(step, config)
@@ -834,7 +904,8 @@ def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run
     adam.param_groups[0]["lr"] = config.adam_lr * factor
     adam.step()
     model.zero_grad(set_to_none=True)
-    return loss.detach(), enc_pos.numel() + counted.sum()
+    flops = config.batch * flops_per_scene(model, config, enc_pos.size(1), images, dec_pos.size(1) - images)
+    return loss.detach(), enc_pos.numel() + counted.sum(), flops
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1087,12 +1158,12 @@ def evaluate(model, tokens, roles, modalities, rank, world):
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
-def flops_per_scene(model, config, inputs, targets):
-    """Matmul FLOPs of a training step for one scene with so many input and target tokens; backward is twice forward."""
-    C, mlp = config.dim, 2 * config.mlp_ratio * config.dim ** 2
+def flops_per_scene(model, config, inputs, images, texts):
+    """Matmul FLOPs of a training step for one scene with so many inputs and targets; backward is twice forward."""
+    C, mlp, targets = config.dim, 2 * config.mlp_ratio * config.dim ** 2, images + texts
     encoder = config.enc_depth * inputs * (4 * C * C + mlp + 2 * inputs * C)
     decoder = config.dec_depth * (targets * (2 * C * C + mlp + 2 * inputs * C) + inputs * 2 * C * C)
-    heads = config.image_targets * (2 * model.base + C) * C + config.text_targets * model.head_word.out_features * C
+    heads = images * (2 * model.base + C) * C + texts * model.head_word.out_features * C
     return 6 * (encoder + decoder + heads)
 
 
@@ -1123,7 +1194,7 @@ def main(argv):
             muon, adam = make_optimizers(model, config, run)
             rng = torch.Generator(run.device).manual_seed(0)
             dummy = torch.zeros(config.batch, layout.size, dtype=torch.long, device=run.device)
-            for step in range(9):  # every input length
+            for step in (0, *range(config.naming_steps, config.naming_steps + 9)):  # every input length
                 train_step(step, dummy, rng, loss_of, model, muon, adam, layout, config, run)
     muon, adam = make_optimizers(model, config, run)
 
@@ -1131,7 +1202,6 @@ def main(argv):
     if config.num_steps:
         tokens = torch.from_numpy(np.concatenate(arrays, 1).astype(np.int16))
         loader = Loader([tokens], config.batch, config.seed, run.device)
-    targets = config.image_targets + config.text_targets
     if run.options.resume:
         import_ours("checkpoints").load_state(run, model, muon, adam, loader)
     while True:
@@ -1143,9 +1213,7 @@ def main(argv):
         if last:
             break
         batch, = loader()
-        loss, count = train_step(run.step, batch.long(), loader.rng, loss_of, model, muon, adam, layout, config, run)
-        flops = flops_per_scene(model, config, input_budget(run.step, config), targets)
-        run.progress(loss, count, config.batch * flops)
+        run.progress(*train_step(run.step, batch.long(), loader.rng, loss_of, model, muon, adam, layout, config, run))
         if run.saver:
             run.saver.after_step(model, muon, adam, loader)
 

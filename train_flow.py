@@ -421,7 +421,7 @@ def compiler_works(run):
 
 # --- copied: content ---
 def content_sha256(folder, texts, pictures):
-    """One hash of the arrays that are read. Of a rendered set the scenes stand for pictures: machines round differently."""
+    """One hash of the arrays that are read. Of a rendered set its scenes stand for pictures, which machines round."""
     rendered = (folder / "scene.npy").exists()
     digest = hashlib.sha256()
     for name in (*texts, "scene") if rendered else (*texts, *pictures):

@@ -442,7 +442,7 @@ IMAGE, PAD = -1, -2  # stand in token rows where a picture's tokens go, and afte
 
 # --- copied: content ---
 def content_sha256(folder, texts, pictures):
-    """One hash of the arrays that are read. Of a rendered set the scenes stand for pictures: machines round differently."""
+    """One hash of the arrays that are read. Of a rendered set its scenes stand for pictures, which machines round."""
     rendered = (folder / "scene.npy").exists()
     digest = hashlib.sha256()
     for name in (*texts, "scene") if rendered else (*texts, *pictures):

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 import draw
+import judge
 import questions
 from raycaster import render
 from reports import write_sections
@@ -107,10 +108,15 @@ def train(minutes, resume=False, num=6000, batch=80, peak=2e-3, seed=0):
             bar.n = int(time.time() - start)
             bar.set_postfix(step=step, loss=f"{loss.item():.5f}")
         if step % 500 == 0 or progress > 0.999:
-            print(f"\nstep {step} {time.time() - start:.0f} s:", quality(model, test)[0], flush=True)
+            print(f"\nstep {step} {time.time() - start:.0f} s:", mean_psnr(model, test), flush=True)
             save(model)
     save(model)
-    print("final:", *quality(load_tokenizer(), test), flush=True)
+    print("final:", mean_psnr(load_tokenizer(), test), flush=True)
+
+
+def mean_psnr(model, images):
+    """PSNR of reconstructions by modality."""
+    return {m: round(psnr(reconstruct(model, pictures)[1], pictures), 2) for m, pictures in images.items()}
 
 
 def save(model):
@@ -120,15 +126,24 @@ def save(model):
     part.replace(WEIGHTS)
 
 
-def quality(model, images):
-    """PSNR in dB (of the mean squared error) per modality and the share of the 4096 codes that each uses."""
-    psnr, used = {}, {}
-    for m, pictures in images.items():
-        ids = torch.cat([model.encode(part) for part in pictures.split(100)])
-        output = torch.cat([model.decode(part) for part in ids.split(100)])
-        psnr[m] = round(-10 * math.log10((output - pictures).square().mean().item()), 2)
-        used[m] = round(ids.unique().numel() / VOCAB, 3)
-    return psnr, used
+def reconstruct(model, pictures):
+    """Tokens (n, S) and decoded pictures (n, 3, H, W) of pictures."""
+    ids = torch.cat([model.encode(part) for part in pictures.split(100)])
+    return ids.flatten(1), torch.cat([model.decode(part) for part in ids.split(100)])
+
+
+def psnr(output, pictures):
+    """In dB, of the mean squared error."""
+    return -10 * math.log10((output - pictures).square().mean().item())
+
+
+def entropy_at_place(ids):
+    """Nats of a token (n, S) at its place, mean over places: what a model that knows only the place cannot do better."""
+    total = 0.0
+    for column in ids.unbind(1):
+        share = column.unique(return_counts=True)[1] / len(column)
+        total -= (share * share.log()).sum().item()
+    return total / ids.shape[1]
 
 
 REPORT = """# Frozen files
@@ -144,11 +159,9 @@ What makes losses comparable everywhere; never edited, hash-checked by every run
 | `eval_maskgit_64.npz`, `eval_maskgit_128.npz` | which of the close-ups' rgb tokens are masked (`python data/eval_masks.py`) |
 | `eval_flow.npz` | picture, time and noise seed of every draw that the flow is evaluated on (`python data/eval_masks.py`) |
 | `judge.safetensors` | reads the objects back from a picture of 64 px, or of 32 (`python data/judge.py train`) |
-| `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/fit_tokenizer.py train`) |
+| `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/fit_tokenizer.py train --resume --minutes=11`, from that of an earlier world) |
 | `text.tiktoken`, `qa.tiktoken` | encodings of the scenes' texts and of questions in tiktoken's format (`python data/fit_tokenizer.py text`) |
-| `4m.safetensors` | nano4M trained longer than a record (`python train_4m.py --load=data/frozen/4m.safetensors --num_steps=0`) |
 | `gpt.safetensors`, `gpt_draft.safetensors` | GPTs trained longer than a record: four blocks of dim 192, and the record's shape (`python train_gpt.py --load=data/frozen/gpt.safetensors --draft=data/frozen/gpt_draft.safetensors --num_steps=0`) |
-| `flow.safetensors`, `vlm.safetensors` | the records' models trained longer: 3,000 and 800 steps (`python train_flow.py --load=data/frozen/flow.safetensors --num_steps=0`, the same for `vlm`) |
 
 A scene is a row of whole numbers, its codes (`data/world.py`): pictures, texts and questions follow from these, so two
 scenes of equal codes are the same. Codes are what training sets leave out (no scene of `scenes` or `qa` looks like a
@@ -157,8 +170,10 @@ validation scene) and what the data hash is of, with texts, boxes and labels, wh
 
 ## Image tokenizer
 
-Reconstruction of the validation scenes (PSNR of the mean squared error in dB) and the share of the {vocab} codes that they
-use; written by `python data/fit_tokenizer.py report`.
+Reconstruction of validation scenes: PSNR of the mean squared error in dB; Fréchet distance of the judge's features
+between pictures and their reconstructions; entropy in nats of a token at its place; share of the {vocab} codes in use.
+Objects that the judge reads in the rgb pictures at 64 px: F1 {f1:.4f} (exact), {f1_decoded:.4f} (from their tokens); scenes
+that it reads right in full: {right:.2%} and {right_decoded:.2%}. Written by `python data/fit_tokenizer.py report`.
 
 | | {names} |
 |---|{rule}|
@@ -168,23 +183,47 @@ use; written by `python data/fit_tokenizer.py report`.
 
 def report():
     """Write data/frozen/README.md, and a sheet of reconstructions in samples/tokenizer.png."""
-    model, rows = load_tokenizer(), []
-    for size in (64, 128):
-        scenes = load_frozen_scenes(size, 2000 if size == 64 else 500)
-        images, _ = render(scenes, size)
-        psnr, used = quality(model, images)
-        rows += [f"| {size} px, PSNR | " + " | ".join(f"{psnr[m]:.1f}" for m in IMAGES) + " |",
-                 f"| {size} px, codes used | " + " | ".join(f"{100 * used[m]:.0f} %" for m in IMAGES) + " |"]
+    model, rows, numbers = load_tokenizer(), [], {}
+    for size, n in ((64, 2000), (128, 500)):
+        scenes = load_frozen_scenes(size, n)
+        images, index = render(scenes, size)
+        table = {"PSNR": [], "Fréchet distance": [], "entropy": [], "codes used": []}
+        for m, pictures in images.items():
+            ids, output = reconstruct(model, pictures)
+            table["PSNR"].append(f"{psnr(output, pictures):.1f}")
+            table["entropy"].append(f"{entropy_at_place(ids):.2f}")
+            table["codes used"].append(f"{100 * ids.unique().numel() / VOCAB:.0f} %")
+            if size == 64:
+                moments = [judge.moments(judge.load().look(p)[0]) for p in (pictures, output)]
+                table["Fréchet distance"].append(f"{judge.frechet(*moments[0], *moments[1]):.2f}")
+            if size == 64 and m == "rgb":
+                numbers = judged(pictures, output, facts(scenes, index))
+        rows += [f"| {size} px, {name} | " + " | ".join(cells) + " |" for name, cells in table.items() if cells]
         if size == 64:
-            sheet = ["True pictures, and below each what its 64 tokens keep"]
-            for m in IMAGES:
-                true = images[m][:8]
-                sheet += [[(p, m) for p in true], [(p, "") for p in model.decode(model.encode(true))]]
-            draw.sheet(sheet, FROZEN.parents[1] / "samples" / "tokenizer.png")
+            draw_reconstructions(model, images)
     text = REPORT.format(parameters=sum(p.numel() for p in model.parameters()), vocab=VOCAB, rows="\n".join(rows),
-                         names=" | ".join(IMAGES), rule="---|" * (len(IMAGES) - 1) + "---")
+                         names=" | ".join(IMAGES), rule="---|" * (len(IMAGES) - 1) + "---", **numbers)
     write_sections(text)
     print(text)
+
+
+def judged(pictures, output, objects):
+    """F1 of the objects that the judge reads in pictures and in their reconstructions, and scenes right in full."""
+    numbers = {}
+    for suffix, images in (("", pictures), ("_decoded", output)):
+        told = judge.load().read(images)
+        numbers[f"f1{suffix}"] = judge.object_f1(told, objects)
+        right = [judge.object_f1([a], [b]) == 1 for a, b in zip(told, objects)]
+        numbers[f"right{suffix}"] = sum(right) / len(right)
+    return numbers
+
+
+def draw_reconstructions(model, images):
+    sheet = ["True pictures, and below each what its 64 tokens keep"]
+    for m in IMAGES:
+        true = images[m][:8]
+        sheet += [[(p, m) for p in true], [(p, "") for p in reconstruct(model, true)[1]]]
+    draw.sheet(sheet, FROZEN.parents[1] / "samples" / "tokenizer.png")
 
 
 if __name__ == "__main__":
