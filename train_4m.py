@@ -804,15 +804,15 @@ class Nano4M(nn.Module):
             y = block(y, visible, x)
         return norm(y)
 
-    def logits_b(self, y, a):
-        """Logits of the second digit given states y (..., C) and first digits a (...)."""
-        return self.head_b(F.relu(self.mix(y) + self.embed_first(a)).square())
+    def logits_b(self, mixed, a):
+        """Logits of the second digit given mix(states) (..., C) and first digits a (...)."""
+        return self.head_b(F.relu(mixed + self.embed_first(a)).square())
 
     def image_nll(self, y, ids):
         """Cross-entropy (N,) of image tokens ids (N,) given states y (N, C)."""
         a, b = ids % self.base, ids // self.base
         first = F.cross_entropy(self.head_a(y).float(), a, reduction="none")
-        return first + F.cross_entropy(self.logits_b(y, a).float(), b, reduction="none")
+        return first + F.cross_entropy(self.logits_b(self.mix(y), a).float(), b, reduction="none")
 
     def word_nll(self, y, places, ids):
         """Cross-entropy (N,) of text and bbox tokens ids (N,), each among those of its kind, given states y (N, C)."""
@@ -824,21 +824,21 @@ class Nano4M(nn.Module):
 
     def forward(self, tokens, enc_pos, visible, dec_pos, counted=None):
         """Log-probabilities (B, M, vocab) of all tokens at the places dec_pos (B, M); targets do not see each other."""
-        y, is_image = self.hidden(tokens, enc_pos, visible, dec_pos), dec_pos < self.num_image_positions
+        y = self.hidden(tokens, enc_pos, visible, dec_pos)
+        is_image = dec_pos < self.num_image_positions
+        is_box = self.token_offset[dec_pos] > self.vocab
+        is_text = ~is_image & ~is_box
         out = torch.full((*dec_pos.shape, self.vocab), -math.inf, device=y.device)
-        if bool(is_image.any()):
-            a, joint = torch.arange(self.base, device=y.device), []
-            for rows in y[is_image].split(512):
-                log_b = self.logits_b(rows[:, None], a).float().log_softmax(-1)  # (rows, a, b)
-                log_a = self.head_a(rows).float().log_softmax(-1)
-                joint.append(log_b.transpose(1, 2) + log_a[:, None])  # (rows, b, a)
-            out[is_image] = torch.cat(joint).flatten(1)
-        if not bool(is_image.all()):
-            words, is_box = self.head_word(y[~is_image]).float(), self.token_offset[dec_pos[~is_image]] > self.vocab
-            rows = torch.full((len(words), self.vocab), -math.inf, device=y.device)
-            rows[~is_box, :self.text_vocab] = words[~is_box][:, :self.text_vocab].log_softmax(-1)
-            rows[is_box, :words.shape[1] - self.text_vocab] = words[is_box][:, self.text_vocab:].log_softmax(-1)
-            out[~is_image] = rows
+        images, a, joint = y[is_image], torch.arange(self.base, device=y.device), []
+        for rows, mixed in zip(images.split(512), self.mix(images).split(512)):
+            log_b = self.logits_b(mixed[:, None], a).float().log_softmax(-1)  # (rows, a, b)
+            log_a = self.head_a(rows).float().log_softmax(-1)
+            joint.append(log_b.transpose(1, 2) + log_a[:, None])  # (rows, b, a)
+        out[is_image] = torch.cat(joint).flatten(1)
+        words = self.head_word(y).float()
+        for chosen, columns in ((is_text, slice(self.text_vocab)), (is_box, slice(self.text_vocab, None))):
+            log_probs = words[chosen][:, columns].log_softmax(-1)
+            out[chosen] = F.pad(log_probs, (0, self.vocab - log_probs.size(1)), value=-math.inf)
         return out
 
 
@@ -1048,7 +1048,7 @@ def only(layout, tokens, *names):
 # Evaluation
 
 # --- frozen: eval ---
-EVAL_BATCH = 64  # scenes that the model sees at once; the predictions for the first ones are checked
+EVAL_BATCH = 64  # scenes that the model sees at once; each rank's first predictions are checked
 
 
 def eval_sha256(*paths):
@@ -1131,7 +1131,7 @@ def evaluate(model, tokens, roles, modalities, rank, world):
     for i in range(rank * EVAL_BATCH, len(tokens), world * EVAL_BATCH):
         part, role = tokens[i:i + EVAL_BATCH], roles[i:i + EVAL_BATCH]
         log_probs, places, counted = predict_targets(model, part, role, vocab)
-        if i == 0:
+        if i == rank * EVAL_BATCH:
             check_predictions(model, part, role, log_probs, counted)
         nll = -log_probs.gather(2, part.gather(1, places)[..., None])[..., 0][counted].double()
         half = torch.arange(len(part), device=tokens.device)[:, None].expand_as(places) % 2  # EVAL_BATCH is even
