@@ -238,7 +238,8 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.step = self.tokens = self.flops = self.seconds = 0  # so far; seconds of training alone
+        self.step = self.tokens = self.flops = 0  # so far
+        self.seconds = self.eval_seconds = 0  # of training alone, and of evaluations and saved states
         self.compile_seconds = self.graphs = 0  # of the warm-up
         self.data_sha256 = "none"
         self.file = None  # the log, of rank 0
@@ -330,9 +331,11 @@ class Run:
     @contextlib.contextmanager
     def paused(self):
         """For evaluations and saved states, which the clock does not count."""
-        self.seconds += self.now() - self.started
+        stopped = self.now()
+        self.seconds += stopped - self.started
         yield
         self.started = self.now()
+        self.eval_seconds += self.started - stopped
 
     def progress(self, loss, tokens, flops):
         """Count a step of so many tokens and FLOPs. Each tenth loss, this rank's part of it, is looked at."""
@@ -370,7 +373,7 @@ class Run:
                   "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "start_time": round(self.start_time, 1),
-                  "train_seconds": round(self.seconds, 3),
+                  "train_seconds": round(self.seconds, 3), "eval_seconds": round(self.eval_seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
                   "tokens_per_second": round(tokens / seconds),
                   "mfu": round(self.flops / seconds / self.peak / self.world, 4),
@@ -1124,7 +1127,7 @@ def evaluate(model, tokens, roles, modalities, rank, world):
     alone; the validation loss is the mean of both. Ranks share the scenes, and all get the result. Fault if what the
     model returns is not what it should be, or if it changes meanwhile.
     """
-    start, before = time.perf_counter(), fingerprint(model)
+    before = fingerprint(model)
     K, vocab = len(modalities), max(about["vocab"] for about in modalities.values())
     kind = torch.repeat_interleave(torch.tensor([about["length"] for about in modalities.values()])).to(tokens.device)
     total = torch.zeros(2, 2 * K, dtype=torch.float64, device=tokens.device)  # nats and targets, by half and modality
@@ -1146,12 +1149,12 @@ def evaluate(model, tokens, roles, modalities, rank, world):
         raise Fault("the model's predictions are not finite at every target")
     if fingerprint(model) != before:
         raise Fault("the model's parameters or buffers changed during the evaluation")
-    halves = (total[0] / total[1]).view(2, K)
-    course, whole = halves.mean(1).tolist()
-    numbers = {"val_loss_course": course, "val_loss_whole": whole}
-    numbers |= {f"val_loss_{m}": value for m, value in zip(modalities, halves.mean(0).tolist())}
-    seconds = round(time.perf_counter() - start, 3)
-    return (course + whole) / 2, {**{name: round(v, 4) for name, v in numbers.items()}, "eval_seconds": seconds}
+    means = (total[0] / total[1]).view(2, K)
+    numbers = {}
+    for half, by_modality in zip(("course", "whole"), means):
+        numbers[f"val_loss_{half}"] = round(by_modality.mean().item(), 4)
+        numbers |= {f"val_loss_{half}_{m}": round(value, 4) for m, value in zip(modalities, by_modality.tolist())}
+    return means.mean().item(), numbers
 # --- end: eval ---
 
 

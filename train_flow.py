@@ -228,7 +228,8 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.step = self.tokens = self.flops = self.seconds = 0  # so far; seconds of training alone
+        self.step = self.tokens = self.flops = 0  # so far
+        self.seconds = self.eval_seconds = 0  # of training alone, and of evaluations and saved states
         self.compile_seconds = self.graphs = 0  # of the warm-up
         self.data_sha256 = "none"
         self.file = None  # the log, of rank 0
@@ -320,9 +321,11 @@ class Run:
     @contextlib.contextmanager
     def paused(self):
         """For evaluations and saved states, which the clock does not count."""
-        self.seconds += self.now() - self.started
+        stopped = self.now()
+        self.seconds += stopped - self.started
         yield
         self.started = self.now()
+        self.eval_seconds += self.started - stopped
 
     def progress(self, loss, tokens, flops):
         """Count a step of so many tokens and FLOPs. Each tenth loss, this rank's part of it, is looked at."""
@@ -360,7 +363,7 @@ class Run:
                   "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "start_time": round(self.start_time, 1),
-                  "train_seconds": round(self.seconds, 3),
+                  "train_seconds": round(self.seconds, 3), "eval_seconds": round(self.eval_seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
                   "tokens_per_second": round(tokens / seconds),
                   "mfu": round(self.flops / seconds / self.peak / self.world, 4),
@@ -836,7 +839,7 @@ def evaluate(model, pictures, times, noise, labels, rank, world):
     predict_velocity. The first batch is predicted again at the end, while every picture and noise is another one but z
     is not, and must be the same, as must the model's tensors. Ranks share the draws; all get the result.
     """
-    start, before = time.perf_counter(), fingerprint(model)
+    before = fingerprint(model)
     errors = torch.zeros(2, len(times), dtype=torch.float64, device=times.device)  # of each draw; how often it was seen
     t_ = times[:, None, None, None]
     z = (1 - t_) * pictures + t_ * noise
@@ -862,8 +865,7 @@ def evaluate(model, pictures, times, noise, labels, rank, world):
         raise Fault(f"{int(errors[1].sum())} draws were predicted, and there are {len(times)}")
     by_quarter = [errors[0, (times * 4).long() == q].mean().item() for q in range(4)]
     numbers = {f"val_loss_quarter_{q}": round(value, 5) for q, value in enumerate(by_quarter, 1)}
-    seconds = round(time.perf_counter() - start, 3)
-    return errors[0].mean().item(), {**numbers, "eval_targets": len(times), "eval_seconds": seconds}
+    return errors[0].mean().item(), {**numbers, "eval_targets": len(times)}
 # --- end: eval ---
 
 

@@ -227,7 +227,8 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.step = self.tokens = self.flops = self.seconds = 0  # so far; seconds of training alone
+        self.step = self.tokens = self.flops = 0  # so far
+        self.seconds = self.eval_seconds = 0  # of training alone, and of evaluations and saved states
         self.compile_seconds = self.graphs = 0  # of the warm-up
         self.data_sha256 = "none"
         self.file = None  # the log, of rank 0
@@ -319,9 +320,11 @@ class Run:
     @contextlib.contextmanager
     def paused(self):
         """For evaluations and saved states, which the clock does not count."""
-        self.seconds += self.now() - self.started
+        stopped = self.now()
+        self.seconds += stopped - self.started
         yield
         self.started = self.now()
+        self.eval_seconds += self.started - stopped
 
     def progress(self, loss, tokens, flops):
         """Count a step of so many tokens and FLOPs. Each tenth loss, this rank's part of it, is looked at."""
@@ -359,7 +362,7 @@ class Run:
                   "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "start_time": round(self.start_time, 1),
-                  "train_seconds": round(self.seconds, 3),
+                  "train_seconds": round(self.seconds, 3), "eval_seconds": round(self.eval_seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
                   "tokens_per_second": round(tokens / seconds),
                   "mfu": round(self.flops / seconds / self.peak / self.world, 4),
@@ -902,7 +905,7 @@ def evaluate(model, stream, vocab, config, rank, world):
     each row and gives float32 (B, T, vocab): at each place, of the next token. It is checked by target_log_probs and
     check_again; the model's tensors must be the same afterwards. Ranks share the windows; all get the result.
     """
-    start, before, N = time.perf_counter(), fingerprint(model), len(stream) - 1
+    before, N = fingerprint(model), len(stream) - 1
     T, stride, values = EVAL_WINDOWS[config.track]
     T = min(T, N)
     batch = max(1, min(EVAL_BATCH, values // (T * vocab)))
@@ -924,7 +927,7 @@ def evaluate(model, stream, vocab, config, rank, world):
         dist.all_reduce(total)
     if total[1] != N:
         raise Fault(f"{int(total[1])} tokens were predicted, and there are {N}")
-    return total[0].item() / N, {"eval_targets": N, "eval_seconds": round(time.perf_counter() - start, 3)}
+    return total[0].item() / N, {"eval_targets": N}
 # --- end: eval ---
 
 

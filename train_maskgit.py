@@ -214,7 +214,8 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.step = self.tokens = self.flops = self.seconds = 0  # so far; seconds of training alone
+        self.step = self.tokens = self.flops = 0  # so far
+        self.seconds = self.eval_seconds = 0  # of training alone, and of evaluations and saved states
         self.compile_seconds = self.graphs = 0  # of the warm-up
         self.data_sha256 = "none"
         self.file = None  # the log, of rank 0
@@ -306,9 +307,11 @@ class Run:
     @contextlib.contextmanager
     def paused(self):
         """For evaluations and saved states, which the clock does not count."""
-        self.seconds += self.now() - self.started
+        stopped = self.now()
+        self.seconds += stopped - self.started
         yield
         self.started = self.now()
+        self.eval_seconds += self.started - stopped
 
     def progress(self, loss, tokens, flops):
         """Count a step of so many tokens and FLOPs. Each tenth loss, this rank's part of it, is looked at."""
@@ -346,7 +349,7 @@ class Run:
                   "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "start_time": round(self.start_time, 1),
-                  "train_seconds": round(self.seconds, 3),
+                  "train_seconds": round(self.seconds, 3), "eval_seconds": round(self.eval_seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
                   "tokens_per_second": round(tokens / seconds),
                   "mfu": round(self.flops / seconds / self.peak / self.world, 4),
@@ -818,7 +821,7 @@ def evaluate(model, tokens, labels, masked, vocab, rank, world):
     row. It is checked by target_log_probs; the first batch is predicted again at the end, while every validation token
     is another one, and must be the same, as must the model's tensors. Ranks share the pictures; all get the result.
     """
-    start, before = time.perf_counter(), fingerprint(model)
+    before = fingerprint(model)
     total = torch.zeros(2, dtype=torch.float64, device=tokens.device)  # nats, tokens
     parts = [slice(i, i + EVAL_BATCH) for i in range(rank * EVAL_BATCH, len(tokens), world * EVAL_BATCH)]
     logs = [target_log_probs(model, tokens[part], labels[part], masked[part], vocab) for part in parts]
@@ -837,8 +840,7 @@ def evaluate(model, tokens, labels, masked, vocab, rank, world):
         dist.all_reduce(total)
     if total[1] != masked.sum():
         raise Fault(f"{int(total[1])} tokens were predicted, and {int(masked.sum())} are masked")
-    seconds = round(time.perf_counter() - start, 3)
-    return (total[0] / total[1]).item(), {"eval_targets": int(total[1]), "eval_seconds": seconds}
+    return (total[0] / total[1]).item(), {"eval_targets": int(total[1])}
 # --- end: eval ---
 
 

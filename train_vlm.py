@@ -246,7 +246,8 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.step = self.tokens = self.flops = self.seconds = 0  # so far; seconds of training alone
+        self.step = self.tokens = self.flops = 0  # so far
+        self.seconds = self.eval_seconds = 0  # of training alone, and of evaluations and saved states
         self.compile_seconds = self.graphs = 0  # of the warm-up
         self.data_sha256 = "none"
         self.file = None  # the log, of rank 0
@@ -338,9 +339,11 @@ class Run:
     @contextlib.contextmanager
     def paused(self):
         """For evaluations and saved states, which the clock does not count."""
-        self.seconds += self.now() - self.started
+        stopped = self.now()
+        self.seconds += stopped - self.started
         yield
         self.started = self.now()
+        self.eval_seconds += self.started - stopped
 
     def progress(self, loss, tokens, flops):
         """Count a step of so many tokens and FLOPs. Each tenth loss, this rank's part of it, is looked at."""
@@ -378,7 +381,7 @@ class Run:
                   "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "start_time": round(self.start_time, 1),
-                  "train_seconds": round(self.seconds, 3),
+                  "train_seconds": round(self.seconds, 3), "eval_seconds": round(self.eval_seconds, 3),
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
                   "tokens_per_second": round(tokens / seconds),
                   "mfu": round(self.flops / seconds / self.peak / self.world, 4),
@@ -1069,7 +1072,7 @@ def evaluate(model, pixels, tokens, answer, family, vocab, rank, world):
     (B, L, vocab): at each place, of the token there. It is checked by target_log_probs and check_again; the model's
     tensors must be the same afterwards. Ranks share the conversations; all get the result.
     """
-    start, before, (n, L), counted = time.perf_counter(), fingerprint(model), tokens.shape, answer > 0
+    before, (n, L), counted = fingerprint(model), tokens.shape, answer > 0
     batch = max(1, min(EVAL_BATCH, EVAL_VALUES // (L * vocab)))
     parts = [slice(i, i + batch) for i in range(rank * batch, n, world * batch)]
     total = torch.zeros(3, n, L, dtype=torch.float64, device=tokens.device)  # of each token: nats, wrong, predicted
@@ -1093,8 +1096,7 @@ def evaluate(model, pixels, tokens, answer, family, vocab, rank, world):
     for number, name in enumerate(FAMILIES, 1):
         solved = wrong_in_turn[family == number] == 0
         numbers[f"accuracy_{name}"] = round(solved.double().mean().item(), 4) if len(solved) else 0.0
-    seconds = round(time.perf_counter() - start, 3)
-    numbers |= {"eval_targets": int(counted.sum()), "eval_seconds": seconds}
+    numbers |= {"eval_targets": int(counted.sum())}
     return sum(losses.values()) / len(losses), numbers
 # --- end: eval ---
 

@@ -159,7 +159,7 @@ def test_an_honest_model_has_the_loss_of_a_plain_loop(model):
     loss, numbers = model.evaluate()
     nats = model.plain()
     assert loss == pytest.approx(sum(nats) / len(nats), rel=1e-4)
-    assert model.evaluate()[0] == loss and numbers["eval_seconds"] > 0
+    assert model.evaluate()[0] == loss
     counted = {Gpt: 10_000, Flow: 130, Vlm: 130 * 6, Maskgit: len(nats)}[type(model)]
     assert numbers["eval_targets"] == counted
     assert all(map(torch.equal, before, model.data)), "the validation set is what it was"
