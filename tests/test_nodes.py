@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import leaderboard
+import rules
 from test_train_4m import ENV, ROOT, SMALL, make_root, tiny  # noqa: F401: tiny is a fixture
 
 # What a SLURM job calls. They write it down; sbatch runs the script as SLURM does, elsewhere and under another name.
@@ -71,7 +71,7 @@ def test_two_machines(root, tiny):  # noqa: F811
             process.kill()
     assert [process.returncode for process in both] == [0, 0], said
     log, = (root / "logs").glob("*.txt")
-    foot = leaderboard.parse_log(log)["footer"]
+    foot = rules.parse_log(log)["footer"]
     assert foot["world_size"] == 2 and foot["steps"] == 8
     assert sum("world_size: 2" in out for out, _ in said) == 1, "one machine speaks"
 

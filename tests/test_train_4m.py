@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 import checkpoints
 import eval_masks
-import leaderboard
+import rules
 import judge
 import ranks
 import runs
@@ -662,7 +662,7 @@ def finished(tiny, tmp_path_factory):
 def test_log(finished, tiny):
     root, argv, done = finished
     path, = (root / "logs").iterdir()
-    log = leaderboard.parse_log(path)
+    log = rules.parse_log(path)
     assert log["source"].strip() == Path(train_4m.__file__).read_text().strip()
     settings, foot = json.loads(log["config"]), log["footer"]
     assert settings["argv"] == argv and settings["config"]["num_steps"] == 20 and settings["config"]["dim"] == 64
@@ -683,7 +683,7 @@ def test_log(finished, tiny):
     uniform = sum(math.log(about["vocab"]) for m, about in scenes.modalities(64).items()) / 8
     assert foot["val_loss"] < uniform - 0.5, "20 steps must learn something"
     assert foot["precision"] == settings["precision"] == "fp32" and settings["options"]["save"] is True
-    for line in path.read_text().split(leaderboard.RULE + "\n")[-1].splitlines():
+    for line in path.read_text().split(rules.RULE + "\n")[-1].splitlines():
         assert line in done.stdout, "the console shows what the log holds"
 
 
@@ -691,7 +691,7 @@ def test_outputs(finished, layout):
     root, _, _ = finished
     line, = (root / "records/runs.jsonl").read_text().splitlines()
     path, = (root / "checkpoints").iterdir()
-    run, foot = json.loads(line), leaderboard.parse_log(root / "logs" / f"{path.stem}.txt")["footer"]
+    run, foot = json.loads(line), rules.parse_log(root / "logs" / f"{path.stem}.txt")["footer"]
     assert run["run_id"] == path.stem and run["val_loss"] == foot["val_loss"] and set(foot) - {"samples"} <= set(run)
     assert (root / "samples/4m.png").read_bytes().startswith(b"\x89PNG")
     assert (root / "samples" / path.stem / "4m.png").read_bytes() == (root / "samples/4m.png").read_bytes()
@@ -727,7 +727,7 @@ def test_a_result_outlives_its_samples(tiny, tmp_path, monkeypatch, capsys):
         run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=2", "--save=true"], samples=True)
     assert stopped.value.code == 1 and len(list((root / "checkpoints").iterdir())) == 1
     log, = (root / "logs").iterdir()
-    assert leaderboard.parse_log(log)["footer"]["steps"] == 2 and len(runs.footers(root)) == 1
+    assert rules.parse_log(log)["footer"]["steps"] == 2 and len(runs.footers(root)) == 1
     said = [line for line in capsys.readouterr().out.splitlines() if "no samples" in line]
     assert said == ["no samples (ZeroDivisionError: division by zero); the result above is filed"]
 

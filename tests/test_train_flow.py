@@ -17,7 +17,7 @@ import torch
 
 import checkpoints
 import checks
-import leaderboard
+import rules
 import ranks
 import reflow
 import runs
@@ -223,7 +223,7 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     argv = [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"]
     run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
-    log = leaderboard.parse_log(log)
+    log = rules.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30]
     assert log["footer"]["val_loss"] < 0.25 < 1 < log["footer"]["constant_loss"]
     path, = (root / "checkpoints").iterdir()
@@ -234,7 +234,7 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     again = make_root(tmp_path / "again")
     run_here(monkeypatch, again, [*SMALL, *tiny[1], "--num_steps=0", f"--load={weights}"])
     log2, = (again / "logs").iterdir()
-    assert leaderboard.parse_log(log2)["footer"]["val_loss"] == pytest.approx(log["footer"]["val_loss"], abs=0.005)
+    assert rules.parse_log(log2)["footer"]["val_loss"] == pytest.approx(log["footer"]["val_loss"], abs=0.005)
 
 
 def show(monkeypatch, model, folder, fields=None, **options):
@@ -435,7 +435,7 @@ def test_loading_takes_the_architecture_from_the_checkpoint(tiny, monkeypatch, t
         weights, config = checkpoints.read_checkpoint(train_flow, path, train_flow.CONFIGS["cpu"])
         assert {key: getattr(config, key) for key in DIMS} == DIMS and weights["blocks.0.up.weight"].shape == (128, 32)
     log, = (other / "logs").iterdir()
-    assert json.loads(leaderboard.parse_log(log)["config"])["config"]["dim"] == 32, "the log says what was run"
+    assert json.loads(rules.parse_log(log)["config"])["config"]["dim"] == 32, "the log says what was run"
     with pytest.raises(Fault, match="was trained with --dim=32: leave it out"):
         run_here(monkeypatch, other, [*bare, "--num_steps=0", "--dim=64"])
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import leaderboard
+import rules
 import runs
 import show_gpt
 import speculate
@@ -337,19 +337,19 @@ def finished(tiny, tmp_path_factory):
         argv = [*SMALL, f"--data={tiny}", "--num_steps=40", "--eval_every=20", "--save=true"]
         run_here(patch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
-    return root, leaderboard.parse_log(log)
+    return root, rules.parse_log(log)
 
 
 def test_run(finished):
     root, log = finished
     assert log["footer"]["val_loss"] < 2.0 and [step for step, _, _ in log["steps"]] == [20, 40]
     assert log["footer"]["tokens"] == 40 * 8 * 32 and log["footer"]["task"] == "gpt"
-    assert set(leaderboard.FOOTER_KEYS) <= set(log["footer"])
+    assert set(rules.FOOTER_KEYS) <= set(log["footer"])
     assert len((root / "samples/gpt.txt").read_bytes()) == 21, "the prompt and 20 bytes"
     folder, = (path for path in (root / "samples").iterdir() if path.is_dir())
     assert (folder / "gpt.txt").read_bytes() == (root / "samples/gpt.txt").read_bytes()
     text, = (root / "logs").iterdir()
-    shown = text.read_text().split(leaderboard.RULE + "\n")[-1]
+    shown = text.read_text().split(rules.RULE + "\n")[-1]
     assert shown.index("\noverrides: ") < shown.index("\nsamples: ") < shown.index("\nsampled_per_second: ")
     line, = (root / "records/runs.jsonl").read_text().splitlines()
     assert json.loads(line)["val_loss"] == log["footer"]["val_loss"]

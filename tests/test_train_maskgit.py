@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import checkpoints
-import leaderboard
+import rules
 import ranks
 import runs
 import show_maskgit
@@ -252,7 +252,7 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     argv = [*SMALL, *tiny[1], "--num_steps=30", "--eval_every=10", "--save=true"]
     run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
-    log = leaderboard.parse_log(log)
+    log = rules.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30] and log["footer"]["val_loss"] < math.log(4096) - 1
     weights, = (root / "checkpoints").iterdir()
     samples = {"maskgit.png", "maskgit_steps.gif"}
@@ -263,7 +263,7 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     argv = [*(word for word in SMALL if word not in sizes), *tiny[1], f"--load={weights}"]
     run_here(monkeypatch, again, [*argv, "--num_steps=0", "--save=true"])  # the checkpoint has its own architecture
     log2, = (again / "logs").iterdir()
-    assert leaderboard.parse_log(log2)["footer"]["val_loss"] == pytest.approx(log["footer"]["val_loss"], abs=0.02)
+    assert rules.parse_log(log2)["footer"]["val_loss"] == pytest.approx(log["footer"]["val_loss"], abs=0.02)
     copied, = (again / "checkpoints").iterdir()
     _, config = checkpoints.read_checkpoint(train_maskgit, copied, train_maskgit.CONFIGS["cpu"])
     assert {key: getattr(config, key) for key in DIMS} == DIMS, "what is saved says its architecture as well"
