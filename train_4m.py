@@ -65,10 +65,9 @@ class Config:
     image_targets: int = 16  # target tokens of pictures per scene
     text_targets: int = 48  # target tokens of texts and boxes per scene: all of them, mostly
     whole: float = 0.75  # share of scenes of which modalities are given one after another, as in generation
-    draw_every: int = 2  # of so many steps one gives desc or caption first and asks for rgb above all; 0: none
     first_rgb: float = 6.0  # how much likelier than a picture or boxes rgb is to be given first
     first_text: float = 2.0  # the same of desc and caption
-    word_weight: float = 2.0  # what a text or the boxes count in the loss, a picture 1
+    word_weight: float = 4.0  # what a text or the boxes count in the loss, a picture 1
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
     target: float = 1.49  # validation loss in nats, record #1's
@@ -488,7 +487,7 @@ def uniform(shape, rng):
     return torch.rand(shape, generator=rng, device=rng.device).clamp(1e-12, 1 - 1e-7)
 
 
-def split_budget(available, inputs, drawing, config, rng):
+def split_budget(available, inputs, config, rng):
     """How many tokens of each modality are inputs (B, K), and for which scenes these are whole modalities (B, 1).
 
     4M's masks split the inputs by a Dirichlet(1) draw: a picture then shows an eighth of itself, and hardly ever what a
@@ -499,28 +498,28 @@ def split_budget(available, inputs, drawing, config, rng):
     edges = (share.cumsum(1) / share.sum(1, keepdim=True) * inputs).round()
     count = edges.diff(dim=1, prepend=torch.zeros_like(edges[:, :1]))
     weight = torch.ones(K, device=available.device)
-    weight[MODALITIES.index("rgb")] = 1e-3 if drawing else config.first_rgb
-    weight[[MODALITIES.index("desc"), MODALITIES.index("caption")]] = 1e3 if drawing else config.first_text
+    weight[MODALITIES.index("rgb")] = config.first_rgb
+    weight[[MODALITIES.index("desc"), MODALITIES.index("caption")]] = config.first_text
     order = (-uniform((B, K), rng).log() / weight).argsort(1)  # an exponential race: a draw by weight
     size = available.gather(1, order)
     before = size.cumsum(1) - size
     filled = torch.zeros_like(count).scatter(1, order, torch.minimum((inputs - before).clamp(min=0), size))
-    whole = uniform((B, 1), rng) < (1.0 if drawing else config.whole)
+    whole = uniform((B, 1), rng) < config.whole
     return torch.where(whole, filled, count), whole
 
 
-def draw_positions(tokens, layout, inputs, drawing, config, rng):
+def draw_positions(tokens, layout, inputs, config, rng):
     """Draw inputs and targets for every scene: enc_pos (B, inputs), dec_pos and counted (B, image + text targets).
 
     One budget for all scenes, so that nothing is padded. Places inside a modality are uniform without replacement, but
     of a text that is given in part the first ones; where a modality has fewer tokens than its part any others step in.
-    Targets, image tokens first, are drawn from the rest, every modality as likely, in a drawing step rgb far likelier;
-    where too few are left, one is padding, for which counted is False.
+    Targets, image tokens first, are drawn from the rest, every modality as likely; where too few are left, one is
+    padding, for which counted is False.
     """
     B, K, device = tokens.shape[0], len(MODALITIES), tokens.device
     valid = layout.valid(tokens)
     available = torch.zeros(B, K, device=device).index_add_(1, layout.kind, valid.float())
-    count, whole = split_budget(available, inputs, drawing, config, rng)
+    count, whole = split_budget(available, inputs, config, rng)
     # a rank of every token among the valid ones of its modality; those below the modality's count come first
     score = uniform((B, layout.size), rng)
     score = torch.where(whole & (layout.kind >= len(IMAGES)), layout.offset / layout.size, score)
@@ -531,19 +530,12 @@ def draw_positions(tokens, layout, inputs, drawing, config, rng):
     # an exponential race: the smallest of Exp(1) / weight are a draw by weight without replacement
     left = available.scatter_add(1, layout.kind[enc_pos], -torch.ones(enc_pos.shape, device=device))
     race = -uniform((B, layout.size), rng).log() * left[:, layout.kind]
-    if drawing:
-        race = torch.where(layout.kind == MODALITIES.index("rgb"), race / 16, race)
     race = race.masked_fill(~valid, math.inf).scatter(1, enc_pos, math.inf)
     first_text = layout.span["desc"].start
-    image = race[:, :first_text].topk(image_targets(drawing, layout, config), 1, largest=False)
+    image = race[:, :first_text].topk(config.image_targets, 1, largest=False)
     text = race[:, first_text:].topk(config.text_targets, 1, largest=False)
     counted = torch.cat([image.values, text.values], 1) < math.inf
     return enc_pos, torch.cat([image.indices, text.indices + first_text], 1), counted
-
-
-def image_targets(drawing, layout, config):
-    """How many of a scene's picture tokens are targets."""
-    return layout.modalities["rgb"]["length"] if drawing else config.image_targets
 
 
 def naming_positions(tokens, layout):
@@ -898,14 +890,12 @@ def target_weights(dec_pos, counted, layout, config):
 
 def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run):
     """One step on a global batch (B, size): this rank's part of its loss, how many tokens it had, and its FLOPs."""
-    drawing = bool(config.draw_every) and step % config.draw_every == 0
-    images = image_targets(drawing, layout, config)
+    images = config.image_targets
     if step < config.naming_steps:
         images = 0
         enc_pos, dec_pos, counted = naming_positions(batch, layout)
     else:
-        inputs = config.budget // 4 if drawing else input_budget(step, config)
-        enc_pos, dec_pos, counted = draw_positions(batch, layout, inputs, drawing, config, rng)
+        enc_pos, dec_pos, counted = draw_positions(batch, layout, input_budget(step, config), config, rng)
     weight = target_weights(dec_pos, counted, layout, config)
     mine = run.slice(config.batch)
     with run.autocast():
@@ -1207,7 +1197,7 @@ def main(argv):
             muon, adam = make_optimizers(model, config, run)
             rng = torch.Generator(run.device).manual_seed(0)
             dummy = torch.zeros(config.batch, layout.size, dtype=torch.long, device=run.device)
-            for step in (0, *range(config.naming_steps, config.naming_steps + 18)):  # every input length
+            for step in (0, *range(config.naming_steps, config.naming_steps + 9)):  # every input length
                 train_step(step, dummy, rng, loss_of, model, muon, adam, layout, config, run)
     muon, adam = make_optimizers(model, config, run)
 

@@ -277,8 +277,13 @@ def train(steps=3000, batch=128, peak=2e-3, num=13000, seed=0):
         if step % 100 == 99:
             bar.set_postfix(loss=f"{loss.item():.4f}")
     save(model)
-    model = load()  # the moments are those of the rounded weights
-    for name, (images, _) in validation_sets(coder).items():
+    take_moments()
+
+
+def take_moments():
+    """Of the features of the frozen validation pictures, by the saved weights."""
+    model = load()
+    for name, (images, _) in validation_sets(tokenizer.load_tokenizer()).items():
         mean, covariance = moments(model.look(images)[0])
         model.get_buffer(f"{name}_mean").copy_(mean)
         model.get_buffer(f"{name}_covariance").copy_(covariance)
@@ -360,10 +365,10 @@ def report(n=1000):
         rows.append(table_row(judge, f"{kind}, 2,000 validation, {form}", kind, pictures, objects))
     for kind in ("scenes", "objects"):
         exact, ids, objects = new_pictures(kind, n, coder)
-        cases = {"new, exact": exact, "new, decoded": decode(ids, coder),
+        cases = {f"{n:,} new, exact": exact, f"{n:,} new, decoded": decode(ids, coder),
                  "the same, a tenth of the tokens random": decode(scramble(ids, 0.1), coder),
                  "the same, all tokens random": decode(scramble(ids, 1), coder)}
-        rows += [table_row(judge, f"{kind}, {n:,} {name}", kind, pictures, objects) for name, pictures in cases.items()]
+        rows += [table_row(judge, f"{kind}, {name}", kind, pictures, objects) for name, pictures in cases.items()]
     section = REPORT.format(parameters=sum(p.numel() for p in judge.parameters()), reach=REACH, n=n,
                             classes=len(world.CLASSES), rows="\n".join(rows))
     write_sections(section)
@@ -372,5 +377,5 @@ def report(n=1000):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("train", "report"))
-    {"train": train, "report": report}[parser.parse_args().job]()
+    parser.add_argument("job", choices=("train", "moments", "report"))
+    {"train": train, "moments": take_moments, "report": report}[parser.parse_args().job]()

@@ -8,7 +8,7 @@ from raycaster import COLORS, MATERIALS, MAX_OBJECTS, SHAPES, SIZES, project
 BBOX_BINS = 64  # coordinate tokens per side, one set for each of xmin, ymin, xmax, ymax, as in 4M
 BBOX_PAD, BBOX_EOS, BBOX_VOCAB = 0, 1, 2 + 4 * BBOX_BINS + len(SHAPES)
 LENGTHS = {"desc": 5 * MAX_OBJECTS + 1, "caption": 40, "bbox": 5 * MAX_OBJECTS + 1,  # tokens with the end token
-           "qa": 112}  # four of the longest questions and a description fit
+           "qa": 120}  # four of the longest questions and a description fit
 WORDS = {"shape": SHAPES, "color": tuple(COLORS), "material": MATERIALS, "size": SIZES}
 NUMBERS = ("one object", "two objects", "three objects")
 

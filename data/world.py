@@ -23,6 +23,7 @@ CAMERA = (0.0, 0.62, 60.0)  # azimuth, elevation, distance
 RADIUS = (1.3, 1.65)  # world units, of a small / large object
 PLACES, TURNS = 8, 4  # cells across the frame and down it; turns of a cube, which then shows different sides
 GAP = 0.1  # world units between two objects at least
+LARGE = 75  # percent of objects that are drawn large: small ones find a place more often, half and half remain
 LEAST_VISIBLE = 0.5  # of an object: as much as that is not behind others
 BORDER = 0.015  # of the frame: as far may an object's corner lie beyond it
 FINE = 1 << 16  # steps of what moves continuously
@@ -113,10 +114,12 @@ def sample_scenes(n, seed, avoid=()):
     or leaves the frame, and each shows LEAST_VISIBLE of itself. avoid: looks to leave out.
     """
     rng = generator(seed)
-    counts = torch.randint(1, MAX_OBJECTS + 1, (n,), generator=rng)  # fixed first: hard layouts do not become rare
+    # how many objects and their shapes are fixed first: three objects and cubes, which need more room, are not rare
+    counts = torch.randint(1, MAX_OBJECTS + 1, (n,), generator=rng)
+    shapes = torch.randint(len(SHAPES), (n, MAX_OBJECTS), generator=rng)
     result, pending = torch.zeros(n, MAX_OBJECTS * len(FIELDS), dtype=torch.long), torch.arange(n)
     while len(pending):
-        layouts, fits = draw_layouts(counts[pending].repeat(ATTEMPTS), rng)
+        layouts, fits = draw_layouts(counts[pending].repeat(ATTEMPTS), shapes[pending].repeat(ATTEMPTS, 1), rng)
         first = fits.view(ATTEMPTS, -1).float().argmax(0)  # attempt that fits, for every pending scene
         rows = first * len(pending) + torch.arange(len(pending))
         codes = layouts[rows]
@@ -126,11 +129,13 @@ def sample_scenes(n, seed, avoid=()):
     return result
 
 
-def draw_layouts(counts, rng):
-    """Codes (B, 21) of random scenes with counts (B,) objects, and whether all of these found a place (B,)."""
+def draw_layouts(counts, shapes, rng):
+    """Codes (B, 21) of random scenes with counts (B,) objects of shapes (B, 3), and whether all found a place (B,)."""
     B, exists = len(counts), torch.arange(MAX_OBJECTS) < counts[:, None]  # (B, 3)
-    most = {"shape": len(SHAPES), "color": len(COLORS), "material": len(MATERIALS), "size": len(SIZES), "turn": TURNS}
+    most = {"color": len(COLORS), "material": len(MATERIALS), "size": 100, "turn": TURNS}
     code = {name: torch.randint(count, (B, MAX_OBJECTS), generator=rng) for name, count in most.items()}
+    code["shape"] = shapes
+    code["size"] = (code["size"] < LARGE).long()
     code["turn"] *= code["shape"] == 0  # round shapes have no sides
     code["row"], code["column"], found = place_objects(code, exists, rng)
     order = (code["row"] * PLACES - code["column"]).masked_fill(~exists, -PLACES).argsort(1, descending=True)

@@ -298,6 +298,8 @@ def test_reflow_straightens(tiny, tmp_path, monkeypatch):
     first, = (root / "checkpoints").iterdir()
     run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=100", "--seed=1", "--save=true", f"--load={first}",
                                  "--reflow=200", "--label_drop=0", "--data=nowhere"])
+    with pytest.raises(train_flow.Fault, match="--reflow=10 images are fewer than a batch of 16"):
+        run_here(monkeypatch, root, [*SMALL, *tiny[1], f"--load={first}", "--reflow=10"])
     assert runs.footers(root)[1]["data_sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
     for path in (first, *(set((root / "checkpoints").iterdir()) - {first})):
         model = small_model()
@@ -309,8 +311,6 @@ def test_reflow_straightens(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv,message", [
     (["--reflow=10"], "--reflow needs a model"),
-    (["--reflow=10", "--load=data/frozen/flow.safetensors", "--dim=128", "--head_dim=64", "--depth=2"],
-     "--reflow=10 images are fewer than a batch of 16"),
     (["--data=nowhere"], "no training data in .* our own is made with `python data/scenes.py --objects`"),
     (["--frozen=none.npz"], "none.npz is missing: it is no part of the repository .* `python data/cifar10.py`"),
     (["--frozen=data/frozen/none.npz"], "it belongs to the repository .`git checkout data/frozen/none.npz`"),
