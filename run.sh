@@ -86,7 +86,7 @@ train() {  # train TASK [--field=value ...]
     look "$@"
     # What a CPU does in a few minutes: 4M a little less than its record, the others more, for samples worth a look.
     case "$task $track $#" in
-        "4m cpu 0") set -- --num_steps=400 --eval_every=200 --quality_scenes=100;;
+        "4m cpu 0") set -- --eval_every=300 --quality_scenes=200;;
         "gpt cpu 0") set -- --depth=4 --dim=192 --orders=3 --window=128 --context=128 --batch=16 --num_steps=500 --eval_every=100;;
         "maskgit cpu 0") set -- --num_steps=1500 --eval_every=300;;
         "flow cpu 0") set -- --num_steps=3000 --eval_every=500;;

@@ -1,6 +1,6 @@
 """Weights and states on disk: what --save, --load, --save_every and --resume do, and what a signal has saved.
 
-From Python: weights, config = checkpoints.read_checkpoint(train_4m, "data/frozen/4m.safetensors", train_4m.CONFIGS["cpu"])
+From Python: weights, config = checkpoints.read_checkpoint(train_4m, "checkpoints/4m.safetensors", train_4m.CONFIGS["cpu"])
 """
 import dataclasses
 import hashlib

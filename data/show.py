@@ -3,7 +3,7 @@
 A training script opens this before its clock starts, so that what is missing is noticed then, and uses it once the
 result is filed. It is a command as well, which evaluates a checkpoint and shows what it can do:
 
-    python data/show.py train_4m.py --load=data/frozen/4m.safetensors [--quality_scenes=50 ...]
+    python data/show.py train_4m.py --load=checkpoints/4m.safetensors [--quality_scenes=50 ...]
 
 The samples of a run are in samples/<run id>/, those of the latest run in samples/ itself as well.
 """
