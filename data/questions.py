@@ -162,8 +162,9 @@ def choose(family, scene, said, asked):
 def ask(facts, rng, describe_first=DESCRIBE_FIRST):
     """Questions about scenes, each a list of objects: per scene a list of 3 to 5 turns (family, question, answer).
 
-    describe_first: in one scene of so many describe is the first turn, 0: in none. Over all of them the families are even, and the answers of each template as even as the world lets them be. What a
-    turn describes is no part of what another turn of the scene does, so that none simply gives away another's answer.
+    describe_first: in one scene of so many describe is the first turn, 0: in none. Over all of them the families are
+    even, and the answers of each template as even as the world lets them be. What a turn describes is no part of what
+    another turn of the scene does, so that none simply gives away another's answer.
     """
     asked, dialogues = Counter(), []
     for objects in facts:
@@ -199,6 +200,14 @@ def parse_description(answer):
 def text(turns):
     """The turns as one text, in nanoVLM's form; every turn ends with a line end."""
     return "".join(f"Question: {question} Answer: {answer}\n" for _, question, answer in turns)
+
+
+def fitting(encoding, turns, length):
+    """The turns, less the longest questions where all of them take more than `length` tokens, as next to none do."""
+    turns = list(turns)
+    while len(encoding.encode_ordinary(text(turns))) >= length:
+        turns.remove(max(turns[:-1] if turns[-1][0] == len(FAMILIES) else turns[1:], key=lambda turn: len(turn[1])))
+    return turns
 
 
 def encode(encoding, turns, length):

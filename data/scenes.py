@@ -132,7 +132,7 @@ def write(kind, codes, seed, encoding, describe_first):
         for m, lines in texts.items():
             arrays[m] = np.array([tokenizer.text_tokens(encoding, text, LENGTHS[m]) for text in lines], np.uint16)
         return arrays, texts
-    dialogues = questions.ask(objects, rng, describe_first)
+    dialogues = [questions.fitting(encoding, turns, LENGTHS["qa"]) for turns in questions.ask(objects, rng, describe_first)]
     tokens, marks = zip(*(questions.encode(encoding, turns, LENGTHS["qa"]) for turns in dialogues))
     families = [[family for family, _, _ in turns] + [0] * (questions.MOST + 1 - len(turns)) for turns in dialogues]
     arrays |= {"qa": np.array(tokens, np.uint16), "answer": np.array(marks, np.uint8)}
