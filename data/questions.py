@@ -162,8 +162,9 @@ def choose(family, scene, said, asked):
 def ask(facts, rng, describe_first=DESCRIBE_FIRST):
     """Questions about scenes, each a list of objects: per scene a list of 3 to 5 turns (family, question, answer).
 
-    describe_first: in one scene of so many describe is the first turn, 0: in none. Over all of them the families are even, and the answers of each template as even as the world lets them be. What a
-    turn describes is no part of what another turn of the scene does, so that none simply gives away another's answer.
+    describe_first: in one scene of so many describe is the first turn, 0: in none. Over all of them the families are
+    even, and the answers of each template as even as the world lets them be. What a turn describes is no part of what
+    another turn of the scene does, so that none simply gives away another's answer.
     """
     asked, dialogues = Counter(), []
     for objects in facts:
