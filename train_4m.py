@@ -665,6 +665,21 @@ def input_budget(step, config):
     return config.budget * (eighth + 1) // 8
 
 
+def step_shape(step, layout, config):
+    """Whether a step is a drawing step, and how many inputs, image targets and text targets it has a scene."""
+    if step < config.naming_steps:
+        return False, layout.modalities["rgb"]["length"], 0, 2 * FACTS
+    drawing = bool(config.draw_every) and step % config.draw_every == 0
+    inputs = config.budget // 4 if drawing else input_budget(step, config)
+    return drawing, inputs, image_targets(drawing, layout, config), config.text_targets
+
+
+def warm_up_steps(layout, config):
+    """A step of every shape: of the budgets a drawing step in two leaves, 18 steps miss one."""
+    steps = (0, *range(config.naming_steps, config.naming_steps + 64))
+    return list({step_shape(step, layout, config): step for step in steps}.values())
+
+
 def make_optimizers(model, config, run):
     """Muon for hidden matrices, Adam for embeddings and heads; every parameter is in exactly one."""
     hidden, rest = [], []
@@ -898,13 +913,10 @@ def target_weights(dec_pos, counted, layout, config):
 
 def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run):
     """One step on a global batch (B, size): this rank's part of its loss, how many tokens it had, and its FLOPs."""
-    drawing = bool(config.draw_every) and step % config.draw_every == 0
-    images = image_targets(drawing, layout, config)
+    drawing, inputs, images, texts = step_shape(step, layout, config)
     if step < config.naming_steps:
-        images = 0
         enc_pos, dec_pos, counted = naming_positions(batch, layout)
     else:
-        inputs = config.budget // 4 if drawing else input_budget(step, config)
         enc_pos, dec_pos, counted = draw_positions(batch, layout, inputs, drawing, config, rng)
     weight = target_weights(dec_pos, counted, layout, config)
     mine = run.slice(config.batch)
@@ -917,7 +929,7 @@ def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run
     adam.param_groups[0]["lr"] = config.adam_lr * factor
     adam.step()
     model.zero_grad(set_to_none=True)
-    flops = config.batch * flops_per_scene(model, config, enc_pos.size(1), images, dec_pos.size(1) - images)
+    flops = config.batch * flops_per_scene(model, config, inputs, images, texts)
     return loss.detach(), enc_pos.numel() + counted.sum(), flops
 
 
@@ -1207,7 +1219,7 @@ def main(argv):
             muon, adam = make_optimizers(model, config, run)
             rng = torch.Generator(run.device).manual_seed(0)
             dummy = torch.zeros(config.batch, layout.size, dtype=torch.long, device=run.device)
-            for step in (0, *range(config.naming_steps, config.naming_steps + 18)):  # every input length
+            for step in warm_up_steps(layout, config):
                 train_step(step, dummy, rng, loss_of, model, muon, adam, layout, config, run)
     muon, adam = make_optimizers(model, config, run)
 
