@@ -657,6 +657,13 @@ def input_budget(step, config):
     return config.budget * (eighth + 1) // 8
 
 
+def step_shape(step, layout, config):
+    """How many inputs, image targets and text targets a step has per scene."""
+    if step < config.naming_steps:
+        return layout.modalities["rgb"]["length"], 0, 2 * FACTS
+    return input_budget(step, config), config.image_targets, config.text_targets
+
+
 def make_optimizers(model, config, run):
     """Muon for hidden matrices, Adam for embeddings and heads; every parameter is in exactly one."""
     hidden, rest = [], []
@@ -890,12 +897,11 @@ def target_weights(dec_pos, counted, layout, config):
 
 def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run):
     """One step on a global batch (B, size): this rank's part of its loss, how many tokens it had, and its FLOPs."""
-    images = config.image_targets
+    inputs, images, texts = step_shape(step, layout, config)
     if step < config.naming_steps:
-        images = 0
         enc_pos, dec_pos, counted = naming_positions(batch, layout)
     else:
-        enc_pos, dec_pos, counted = draw_positions(batch, layout, input_budget(step, config), config, rng)
+        enc_pos, dec_pos, counted = draw_positions(batch, layout, inputs, config, rng)
     weight = target_weights(dec_pos, counted, layout, config)
     mine = run.slice(config.batch)
     with run.autocast():
@@ -907,7 +913,7 @@ def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run
     adam.param_groups[0]["lr"] = config.adam_lr * factor
     adam.step()
     model.zero_grad(set_to_none=True)
-    flops = config.batch * flops_per_scene(model, config, enc_pos.size(1), images, dec_pos.size(1) - images)
+    flops = config.batch * flops_per_scene(model, config, inputs, images, texts)
     return loss.detach(), enc_pos.numel() + counted.sum(), flops
 
 
@@ -1197,7 +1203,7 @@ def main(argv):
             muon, adam = make_optimizers(model, config, run)
             rng = torch.Generator(run.device).manual_seed(0)
             dummy = torch.zeros(config.batch, layout.size, dtype=torch.long, device=run.device)
-            for step in (0, *range(config.naming_steps, config.naming_steps + 9)):  # every input length
+            for step in (0, *range(config.naming_steps, config.naming_steps + 9)):  # every shape
                 train_step(step, dummy, rng, loss_of, model, muon, adam, layout, config, run)
     muon, adam = make_optimizers(model, config, run)
 

@@ -29,7 +29,8 @@ from leaderboard import COLOURS, GREY, save_plot, table
 from rules import ROOT, parse_log, read_settings
 
 WORLDS = (1, 2, 3, 4)  # processes
-ARGV = ["--track=cpu", "--batch=48", "--quality_scenes=0"]  # a batch that all of WORLDS divide
+# a batch that all of WORLDS divide; no naming steps, which would be all that a short run has
+ARGV = ["--track=cpu", "--batch=48", "--quality_scenes=0", "--naming_steps=0"]
 FLOAT = 4  # bytes; all messages are float32
 REPLICATED = {"loader": "the loader's global batch", "masking": "its inputs and targets",
               "adam": "Adam of embeddings and heads"}
@@ -329,9 +330,8 @@ def read_model(track):
     layout = train_4m.Layout(modalities)
     with torch.device("meta"):  # shapes alone
         model = train_4m.Nano4M(config, layout)
-    targets = config.image_targets + config.text_targets
-    budgets = [train_4m.input_budget(step, config) for step in range(config.num_steps)]
-    flops = statistics.mean(train_4m.flops_per_scene(model, config, inputs, targets) for inputs in budgets)
+    shapes = [train_4m.step_shape(step, layout, config) for step in range(config.naming_steps, config.num_steps)]
+    flops = statistics.mean(train_4m.flops_per_scene(model, config, *shape) for shape in shapes)
     sharded = "reduce_scatter" in (ROOT / "train_4m.py").read_text()
     return *parameters(model), sharded, config.batch * flops, config.batch * layout.size, config.batch
 

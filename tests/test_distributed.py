@@ -1,4 +1,6 @@
 """Muon over any number of processes, a model divided among them, graphs without breaks."""
+import inspect
+import re
 import shutil
 
 import pytest
@@ -95,27 +97,34 @@ def compiled(function, backend=BACKEND):
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
 
-def test_the_loss_of_4m_is_one_graph_an_input_length(layout, frozen):
-    """Traced by AOTAutograd for the first length; for the others to see that there is one graph is enough, and fast."""
+def test_the_loss_of_4m_is_one_graph_a_shape(layout, frozen):
+    """Naming and eight input lengths. Traced by AOTAutograd for the first; for the others to see that there is one
+    graph is enough, and fast."""
     model, tokens, traced = test_train_4m.small_model(layout), frozen[0], []
+    config = train_4m.dataclasses.replace(train_4m.CONFIGS["cpu"], naming_steps=2)
+    warm_up = (0, *range(2, 11))
 
     def trace_first(graph, inputs):
         traced.append(graph)
         return torch._dynamo.lookup_backend(BACKEND if len(traced) == 1 else "eager")(graph, inputs)
-    with torch._dynamo.config.patch(recompile_limit=16):
+    limit = int(re.search(r"recompile_limit = (\d+)", inspect.getsource(train_4m.main))[1])
+    with torch._dynamo.config.patch(recompile_limit=limit):
         loss_of, before = compiled(train_4m.masked_loss, trace_first), graphs()
-        for step in range(24):
-            batch = tokens[8 * step:8 * step + 8]
-            budget = train_4m.input_budget(step, train_4m.CONFIGS["cpu"])
-            inputs, targets, counted = test_train_4m.draw(batch, layout, budget, seed=step)
-            weight = train_4m.target_weights(targets, counted, layout)
-            with torch._dynamo.config.patch(error_on_recompile=step >= 9):  # nine warm-up steps have every length
-                loss = loss_of(model, batch, inputs, targets, weight, 60)
+        for i, step in enumerate([*warm_up, *range(24)]):
+            batch = tokens[8 * i:8 * i + 8]
+            budget, images, _ = train_4m.step_shape(step, layout, config)
+            if step < config.naming_steps:
+                inputs, targets, counted = train_4m.naming_positions(batch, layout)
+            else:
+                inputs, targets, counted = test_train_4m.draw(batch, layout, budget, seed=step)
+            weight = train_4m.target_weights(targets, counted, layout, config)
+            with torch._dynamo.config.patch(error_on_recompile=i >= len(warm_up)):
+                loss = loss_of(model, batch, inputs, targets, weight, images)
             loss.backward()
-            if step % 8 == 0:
+            if i % 8 == 0:
                 assert loss.item() == pytest.approx(
-                    train_4m.masked_loss(model, batch, inputs, targets, weight, 60).item(), rel=1e-4)
-    assert graphs() - before == len(traced) == 8
+                    train_4m.masked_loss(model, batch, inputs, targets, weight, images).item(), rel=1e-4)
+    assert graphs() - before == len(traced) == 9
 
 
 def test_the_forward_pass_of_gpt_is_one_graph():
