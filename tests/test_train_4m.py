@@ -191,7 +191,7 @@ def test_modalities_are_given_one_after_another(frozen, layout, inputs):
             assert not torch.equal(shown, first), "a picture in part: places anywhere"
         else:
             assert torch.equal(shown, first), "a text in part: its beginning"
-    assert in_part[:, :5].sum() > 10 and in_part[:, 5:].sum() > 10, "both happen"
+    assert in_part[:, :5].any() and in_part[:, 5:].any(), "both happen"
 
 
 def test_which_modality_is_given_first(frozen, layout):
