@@ -30,7 +30,7 @@ def test_step_by_hand():
 def test_projection():
     large = scaling.read_model("gpu")
     stacks, rest, _, flops, places, batch = large
-    assert batch == 512 and places == 512 * (5 * 256 + 93) and stacks[512, 512] == 6 * 4 + 6 * 4 + 1
+    assert batch == 512 and places == 512 * (5 * 256 + 72) and stacks[512, 512] == 6 * 4 + 6 * 4 + 1
     one, eight, sixteen = (scaling.project(world, stacks, rest, True, flops, places) for world in (1, 8, 16))
     assert one["sent"] == one["messages"] == 0 and one["replicated"] == sixteen["replicated"]
     assert eight["messages"] == pytest.approx(eight["sent"] / 450e9)
