@@ -488,7 +488,7 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     run_here(monkeypatch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
     run_id, log = log.stem, rules.parse_log(log)
-    assert [step for step, _, _ in log["steps"]] == [10, 20, 30] and log["footer"]["val_loss"] < 2.5
+    assert [step for step, _, _ in log["steps"]] == [10, 20, 30] and log["footer"]["val_loss"] < 3.2
     assert {str(p.relative_to(root / "samples")) for p in (root / "samples").rglob("*.png")} == {
         "vlm.png", f"{run_id}/vlm.png"}
     assert log["footer"]["pictures"] > 30 and log["footer"]["sampled_per_second"] > 0
