@@ -225,7 +225,7 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     log, = (root / "logs").iterdir()
     log = rules.parse_log(log)
     assert [step for step, _, _ in log["steps"]] == [10, 20, 30]
-    assert log["footer"]["val_loss"] < 0.25 < 1 < log["footer"]["constant_loss"]
+    assert log["footer"]["val_loss"] < 0.5 < 1 < log["footer"]["constant_loss"]
     path, = (root / "checkpoints").iterdir()
     assert {p.name for p in (root / "samples").iterdir()} == {"flow.png", "flow.gif", path.stem}
     for name in ("flow.png", "flow.gif"):
