@@ -221,10 +221,10 @@ def test_objects_are_large_apart_visible_and_counted_evenly():
     for i, j in itertools.combinations(SLOTS, 2):
         gap = (scenes["center"][:, i] - scenes["center"][:, j])[:, :2].norm(dim=1)
         assert (gap > foot[:, i] + foot[:, j] - 0.05)[exists[:, i] & exists[:, j]].all(), "the camera is not infinitely far"
-    some = {name: value[:100] for name, value in scenes.items()}
+    some = {name: value[:60] for name, value in scenes.items()}
     together = raycaster.trace(some, *raycaster.primary_rays(some, 128))[1].unflatten(1, (128, 128))
     for k in SLOTS:
-        there, (boxes, alone) = exists[:100, k], extents(some, k)
+        there, (boxes, alone) = exists[:60, k], extents(some, k)
         boxes, sizes = boxes[there], alone.sum((1, 2))[there]
         assert (boxes[:, 2] - boxes[:, 0]).min() >= 0.28, "narrower than 28 % of the frame"
         visible = (together == k).sum((1, 2))[there] / sizes
@@ -253,8 +253,7 @@ def test_places_and_order():
         assert met.min() >= 0 and met.max() < values and len(met) >= values - 4, world.FIELDS[field]
     for name, values in (("shape", 3), ("color", 8), ("material", 2), ("size", 2)):
         share = objects[..., world.FIELDS.index(name)][exists].bincount(minlength=values) / exists.sum()
-        # of cubes and of large objects fewer: three of them find no room
-        assert (share * values - 1).abs().max() < 0.35, (name, share)
+        assert (share * values - 1).abs().max() < 0.15, (name, share)
     x, y, _ = raycaster.project(world.build(codes, torch.double))
     middle = (torch.stack([column, row], 2) + 0.5) / world.PLACES
     assert (torch.stack([x, y], 2) - middle)[exists].abs().max() < 1e-6, "an object is in the middle of its cell"
