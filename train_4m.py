@@ -48,7 +48,7 @@ class Config:
     frozen_masks: str = "data/frozen/eval_4m_64.npz"  # their inputs and targets
     # model
     dim: int = 192  # channels
-    head_dim: int = 32  # channels per attention head: more heads than 64 makes, places are told apart better
+    head_dim: int = 32  # channels per attention head
     enc_depth: int = 3  # encoder blocks
     dec_depth: int = 3  # decoder blocks
     mlp_ratio: int = 4  # hidden channels of an MLP per channel

@@ -321,3 +321,11 @@ def test_in_a_browser(tmp_path):
         assert browser.errors == [] and len(grounds) == 2 == len(set(dict(grounds).values()))
         browser.ask("Page.navigate", url=(tmp_path / "docs/none.html").as_uri())  # a fault would have been seen
         assert any("ERR_FILE_NOT_FOUND" in error for error in browser.errors)
+
+
+def test_readme_says_what_the_log_says():
+    footer = rules.parse_log(ROOT / "docs" / "4m.log")["footer"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    single, whole = footer["quality_desc_f1"], footer["quality_desc_object_f1"]
+    assert f"attributes F1 {single:.2f}, whole objects {whole:.2f} over 1,000 scenes" in text
+    assert "--quality_scenes=1000" in footer["overrides"] and f"train {footer['steps']} steps" in text

@@ -272,13 +272,6 @@ ONE = {  # a log that contradicts itself, its script, its track or the other tri
 }
 
 
-@pytest.mark.parametrize("case", ONE)
-def test_doctored_log(root, case):
-    changes, message = ONE[case]
-    doctor(root, "one", changes)
-    assert any(message in fault for fault in faults(root)), faults(root)
-
-
 OTHER = "2 cores of Other CPU"
 ALL = {  # all logs and the script tell the same story, and it breaks a rule
     "frozen block": ([both("    return 1", "    return 2")], "its block frozen: eval is not the repository's"),
@@ -316,10 +309,10 @@ ALL = {  # all logs and the script tell the same story, and it breaks a rule
 }
 
 
-@pytest.mark.parametrize("case", ALL)
-def test_doctored_everywhere(root, case):
-    changes, message = ALL[case]
-    doctor(root, "all", changes)
+@pytest.mark.parametrize("logs, case", [*(("one", case) for case in ONE), *(("all", case) for case in ALL)])
+def test_doctored_logs(root, logs, case):
+    changes, message = {"one": ONE, "all": ALL}[logs][case]
+    doctor(root, logs, changes)
     assert any(message in fault for fault in faults(root)), faults(root)
 
 
