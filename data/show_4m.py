@@ -85,7 +85,7 @@ class Show:
         """The labelled grid: what the model makes of eight validation scenes, the truth beside it."""
         tokens = self.tokens[:SHEET_SCENES]
         true = self.studio.truth(self.size, len(tokens))
-        rows = ["rgb in  >  depth, normal, seg, edge, desc out (chained)", *self.from_rgb(model, tokens[:4], true),
+        rows = ["rgb in  >  desc, depth, normal, seg, edge out (chained)", *self.from_rgb(model, tokens[:4], true),
                 "desc in  >  rgb, depth, normal out (chained)", *self.from_desc(model, tokens, true),
                 "caption in  >  rgb out (four draws)", *self.from_caption(model, tokens, true),
                 "half of rgb in  >  the whole rgb out (four draws)", *self.from_half(model, tokens, true)]
@@ -93,7 +93,7 @@ class Show:
 
     def from_rgb(self, model, tokens, true):
         Output, images = self.script.Output, self.script.IMAGES[1:]
-        chain = [*(Output(m, temperature=0.4) for m in images), Output("desc", temperature=0)]
+        chain = [Output("desc", temperature=0), *(Output(m, temperature=0.4) for m in images)]
         out = self.generate(model, tokens, self.only(tokens, "rgb"), chain)
         made, rows = {m: self.pictures(out, m) for m in images}, []
         for b, (said, meant) in enumerate(zip(self.texts(out, "desc"), self.texts(tokens, "desc"))):
