@@ -47,27 +47,23 @@ class Config:
     frozen: str = "data/frozen/scenes64.npz"  # validation scenes
     frozen_masks: str = "data/frozen/eval_4m_64.npz"  # their inputs and targets
     # model
-    dim: int = 192  # channels
+    dim: int = 128  # channels
     head_dim: int = 32  # channels per attention head
-    enc_depth: int = 3  # encoder blocks
-    dec_depth: int = 3  # decoder blocks
+    enc_depth: int = 2  # encoder blocks
+    dec_depth: int = 2  # decoder blocks
     mlp_ratio: int = 4  # hidden channels of an MLP per channel
     shard: bool = False  # divide the blocks among the processes by FSDP2: for what one GPU cannot hold
     # optim
-    muon_lr: float = 0.03  # of hidden matrices
-    momentum: float = 0.95  # of Muon
+    muon_lr: float = 0.02  # of hidden matrices
+    momentum: float = 0.9  # of Muon
     adam_lr: float = 0.01  # of embeddings and heads
     # schedule
-    num_steps: int = 600  # training steps
-    naming_steps: int = 150  # of them the first, in which rgb is given and the nearest object's facts are asked alone
+    num_steps: int = 1000  # training steps
+    word_steps: int = 300  # of them the first, in which only words and rgb are linked
     batch: int = 64  # scenes per step, over all processes
-    budget: int = 128  # input tokens per scene at most: steps have 1/8, 2/8 .. 8/8 of it
-    image_targets: int = 16  # target tokens of pictures per scene
-    text_targets: int = 48  # target tokens of texts and boxes per scene: all of them, mostly
-    whole: float = 0.75  # share of scenes of which modalities are given one after another, as in generation
-    first_rgb: float = 6.0  # how much likelier than a picture or boxes rgb is to be given first
-    first_text: float = 2.0  # the same of desc and caption
-    word_weight: float = 4.0  # what a text or the boxes count in the loss, a picture 1
+    budget: int = 128  # input tokens per scene of a course step at most: it has 1/8, 2/8 .. 8/8 of it
+    image_targets: int = 32  # target tokens of pictures per scene of a course step
+    text_targets: int = 32  # target tokens of texts and boxes per scene of a course step
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
     target: float = 0.0  # validation loss to reach; 0: the track has not been opened
@@ -98,7 +94,6 @@ for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
 ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
     "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96),
-    "whole": (0, 1), "first_rgb": (0.01, 1000), "first_text": (0.01, 1000), "word_weight": (0.01, 1000),
     "mlp_ratio": (1, 16), "momentum": (0, 0.9999), "batch": (1, math.inf), "budget": (16, math.inf),
     "image_targets": (1, math.inf), "text_targets": (1, math.inf), "cooldown": (0.001, 1), "eval_every": (1, math.inf),
     "quality_scenes": (0, 2000), "precision": ("auto", "fp32", "bf16"),
@@ -487,43 +482,23 @@ def uniform(shape, rng):
     return torch.rand(shape, generator=rng, device=rng.device).clamp(1e-12, 1 - 1e-7)
 
 
-def split_budget(available, inputs, config, rng):
-    """How many tokens of each modality are inputs (B, K), and for which scenes these are whole modalities (B, 1).
+def course_positions(tokens, layout, inputs, config, rng):
+    """Inputs and targets of any modalities, as 4M's masks draw them: enc_pos (B, inputs), dec_pos (B, image + text
+    targets), and for which of each there is a token (None: for all inputs).
 
-    4M's masks split the inputs by a Dirichlet(1) draw: a picture then shows an eighth of itself, and hardly ever what a
-    word asks about. So of most scenes modalities are given as a whole, one after another, the last one in part.
-    """
-    B, K = available.shape
-    share = -uniform((B, K), rng).log()  # normalised: Dirichlet(1)
-    edges = (share.cumsum(1) / share.sum(1, keepdim=True) * inputs).round()
-    count = edges.diff(dim=1, prepend=torch.zeros_like(edges[:, :1]))
-    weight = torch.ones(K, device=available.device)
-    weight[MODALITIES.index("rgb")] = config.first_rgb
-    weight[[MODALITIES.index("desc"), MODALITIES.index("caption")]] = config.first_text
-    order = (-uniform((B, K), rng).log() / weight).argsort(1)  # an exponential race: a draw by weight
-    size = available.gather(1, order)
-    before = size.cumsum(1) - size
-    filled = torch.zeros_like(count).scatter(1, order, torch.minimum((inputs - before).clamp(min=0), size))
-    whole = uniform((B, 1), rng) < config.whole
-    return torch.where(whole, filled, count), whole
-
-
-def draw_positions(tokens, layout, inputs, config, rng):
-    """Draw inputs and targets for every scene: enc_pos (B, inputs), dec_pos and counted (B, image + text targets).
-
-    One budget for all scenes, so that nothing is padded. Places inside a modality are uniform without replacement, but
-    of a text that is given in part the first ones; where a modality has fewer tokens than its part any others step in.
+    One budget for all scenes, so that no input is padding, is split over the modalities by a Dirichlet(1) draw. Places
+    inside a modality are uniform without replacement; where it has fewer tokens than its part any others step in.
     Targets, image tokens first, are drawn from the rest, every modality as likely; where too few are left, one is
-    padding, for which counted is False.
+    padding.
     """
     B, K, device = tokens.shape[0], len(MODALITIES), tokens.device
     valid = layout.valid(tokens)
     available = torch.zeros(B, K, device=device).index_add_(1, layout.kind, valid.float())
-    count, whole = split_budget(available, inputs, config, rng)
+    share = -uniform((B, K), rng).log()  # normalised: Dirichlet(1)
+    edges = (share.cumsum(1) / share.sum(1, keepdim=True) * inputs).round()
+    count = edges.diff(dim=1, prepend=torch.zeros_like(edges[:, :1]))
     # a rank of every token among the valid ones of its modality; those below the modality's count come first
-    score = uniform((B, layout.size), rng)
-    score = torch.where(whole & (layout.kind >= len(IMAGES)), layout.offset / layout.size, score)
-    score = score + 2.0 * ~valid + 4.0 * layout.kind
+    score = uniform((B, layout.size), rng) + 2.0 * ~valid + 4.0 * layout.kind
     rank = score.argsort(1).argsort(1) - layout.start[layout.kind]
     later = (rank >= count[:, layout.kind]) + 2.0 * ~valid
     enc_pos = (later + uniform((B, layout.size), rng)).topk(inputs, 1, largest=False).indices
@@ -535,20 +510,24 @@ def draw_positions(tokens, layout, inputs, config, rng):
     image = race[:, :first_text].topk(config.image_targets, 1, largest=False)
     text = race[:, first_text:].topk(config.text_targets, 1, largest=False)
     counted = torch.cat([image.values, text.values], 1) < math.inf
-    return enc_pos, torch.cat([image.indices, text.indices + first_text], 1), counted
+    return enc_pos, None, torch.cat([image.indices, text.indices + first_text], 1), counted
 
 
-def naming_positions(tokens, layout):
-    """The same of the first steps: the rgb picture is given, and the nearest object's facts in desc and bbox are asked.
+def link_positions(tokens, layout, given, asked, share, rng):
+    """Inputs and targets of a link: enc_pos (B, N), dec_pos (B, M), and for which of each there is a token.
 
-    With everything asked at once colours and materials are still chance after 6,000 steps: pictures' targets teach
-    where objects are and nothing teaches hue. Asked for one object alone a model has all its facts after 10,000 scenes,
-    and those of the others follow.
+    The modality given is known as a whole, and all of those asked are targets, but for a share of the first of them
+    that is known too, as while it is generated: any places of a picture, the first ones of a text.
     """
-    places = torch.arange(layout.size, device=tokens.device)
-    facts = torch.cat([places[layout.span[m]][:FACTS] for m in ("desc", "bbox")])
-    dec_pos = facts.expand(len(tokens), -1)
-    return places[layout.span["rgb"]].expand(len(tokens), -1), dec_pos, torch.ones_like(dec_pos, dtype=torch.bool)
+    places = torch.arange(layout.size, device=tokens.device).expand(len(tokens), -1)
+    first, *others = [places[:, layout.span[m]] for m in asked]
+    if asked[0] in IMAGES:
+        first = first.gather(1, uniform(first.shape, rng).argsort(1))
+    known = int(share * first.size(1))
+    enc_pos = torch.cat([places[:, layout.span[given]], first[:, :known]], 1)
+    dec_pos = torch.cat([first[:, known:], *others], 1)
+    valid = layout.valid(tokens)
+    return enc_pos, valid.gather(1, enc_pos), dec_pos, valid.gather(1, dec_pos)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -649,19 +628,24 @@ def schedule(step, config):
 # --- end: schedule ---
 
 
-def input_budget(step, config):
-    """Input tokens per scene at this step: 16, 32, .. or 128 of 128, in the golden-ratio order, which is even at every
-    length. Eight lengths stand for all, because a CPU builds kernels for each.
+# What steps teach in turn, first those that the word steps consist of: a modality given and others asked, or None, any
+# tokens from any others. A link costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Words come
+# first: beside normals and depth, which teach where objects are, nothing teaches hue.
+LINKS = (("rgb", ("desc", "bbox", "caption")), ("desc", ("rgb",)), ("caption", ("rgb",)),
+         ("rgb", ("normal", "depth")), ("caption", ("desc", "bbox")), ("desc", ("rgb",)), ("rgb", ("seg", "edge")),
+         ("caption", ("rgb",)), None)
+WORD_LINKS = 3
+
+
+def step_shape(step, config):
+    """The link of a step and how much is known: of what it asks first 0, 1/4, 1/2 or 3/4, mostly 0; without a link
+    1/8, 2/8 .. 8/8 of the budget. In the golden-ratio order, which is even at every length; few lengths stand for all,
+    because a CPU builds kernels for each.
     """
+    links = LINKS[:WORD_LINKS] if step < config.word_steps else LINKS
+    link = links[step % len(links)]
     eighth = int((step * 0.618034 + 0.5) % 1 * 8)
-    return config.budget * (eighth + 1) // 8
-
-
-def step_shape(step, layout, config):
-    """How many inputs, image targets and text targets a step has per scene."""
-    if step < config.naming_steps:
-        return layout.modalities["rgb"]["length"], 0, 2 * FACTS
-    return input_budget(step, config), config.image_targets, config.text_targets
+    return link, (eighth + 1) / 8 if link is None else max(0, eighth - 4) / 4
 
 
 def make_optimizers(model, config, run):
@@ -761,13 +745,17 @@ def split_positions(layout):
 class Nano4M(nn.Module):
     """Encoder-decoder over places. Targets see the inputs alone: the decoder has no self-attention.
 
+    All pictures of a scene share a grid, and so do words that name a cell of it. What the encoder makes of a cell is
+    added to the target there, so that attention is left with what is elsewhere.
+
     An image token is a pair of digits (a, b), two levels of FSQ each: embedded as the sum of both and of the pair,
     predicted as p(a) p(b | a), so that codes which look alike share what is learned and no softmax has 4096 classes.
     """
 
     def __init__(self, config, layout):
         super().__init__()
-        C, side = config.dim, layout.modalities["rgb"]["length"]
+        C, device = config.dim, layout.kind.device
+        self.num_cells = layout.modalities["rgb"]["length"]
         self.kind, self.vocab = layout.kind, layout.vocab
         self.num_image_positions = layout.span["desc"].start
         self.base = math.isqrt(layout.vocab)  # of the digits
@@ -775,10 +763,15 @@ class Nano4M(nn.Module):
         self.text_vocab = layout.modalities["desc"]["vocab"]
         words = self.text_vocab + layout.modalities["bbox"]["vocab"]
         self.major, self.minor, num_major, num_minor = split_positions(layout)
-        # words that name a place of the grid share its embedding
-        places = torch.tensor(layout.modalities["desc"]["places"], device=layout.kind.device)  # (P, 3): id, row, column
-        self.place_words = layout.vocab + places[:, 0]
-        self.place_cells = places[:, 1:] * math.isqrt(side) // PLACES
+        # words that name a cell of the grid share its embedding
+        side = math.isqrt(self.num_cells)
+        named = torch.tensor(layout.modalities["desc"]["places"], device=device)  # (P, 3): word, row, column
+        self.place_words = layout.vocab + named[:, 0]
+        self.place_cells = named[:, 1:] * side // PLACES
+        # the cell of a place and of a word; num_cells: none
+        self.cell = torch.where(layout.kind < len(IMAGES), layout.offset, self.num_cells)
+        self.word_cell = torch.full((layout.vocab + words,), self.num_cells, device=device)
+        self.word_cell[self.place_words] = self.place_cells[:, 0] * side + self.place_cells[:, 1]
         # one token table: image tokens, words of desc and caption, bbox tokens
         is_text, is_box = layout.kind >= len(IMAGES), layout.kind == MODALITIES.index("bbox")
         self.token_offset = is_text * layout.vocab + is_box * self.text_vocab
@@ -787,6 +780,7 @@ class Nano4M(nn.Module):
         self.embed_major, self.embed_minor = nn.Embedding(num_major, C), nn.Embedding(num_minor, C)
         self.embed_enc_kind, self.embed_dec_kind = nn.Embedding(len(MODALITIES), C), nn.Embedding(len(MODALITIES), C)
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.enc_depth))
+        self.local = Linear(C, C)
         self.decoder = nn.ModuleList(Block(config) for _ in range(config.dec_depth))
         self.head_a, self.head_b, self.head_word = Linear(C, self.base), Linear(C, self.base), Linear(C, words)
         self.embed_first, self.mix = nn.Embedding(self.base, C), Linear(C, C)  # p(b | a) is a small MLP of both
@@ -803,16 +797,27 @@ class Nano4M(nn.Module):
         table = torch.cat([pairs + self.embed_pair.weight, self.embed_word.weight])
         cells = self.embed_major(self.place_cells[:, 0]) + self.embed_minor(self.place_cells[:, 1])
         table = table.index_add(0, self.place_words, cells)
-        x = F.embedding(tokens.gather(1, enc_pos) + self.token_offset[enc_pos], table)
-        x = x + self.embed_enc_kind(self.kind[enc_pos])
+        ids = tokens.gather(1, enc_pos) + self.token_offset[enc_pos]
+        x = F.embedding(ids, table) + self.embed_enc_kind(self.kind[enc_pos])
         x = norm(x + self.position(enc_pos))  # (B, N, C)
         for block in self.encoder:
             x = block(x, visible)
         x = norm(x)
         y = norm(self.embed_dec_kind(self.kind[dec_pos]) + self.position(dec_pos))  # (B, M, C)
+        y = y + self.local(self.at_cells(x, ids, enc_pos, visible, dec_pos))
         for block in self.decoder:
             y = block(y, visible, x)
         return norm(y)
+
+    def at_cells(self, x, ids, enc_pos, visible, dec_pos):
+        """Sum (B, M, C) of the encoder's states x (B, N, C) in the cell of each target; 0 for words."""
+        cell = torch.minimum(self.cell[enc_pos], self.word_cell[ids])
+        if visible is not None:
+            cell = cell.masked_fill(~visible, self.num_cells)
+        x = x.masked_fill((cell == self.num_cells)[..., None], 0)
+        grid = x.new_zeros(len(x), self.num_cells + 1, x.size(-1))
+        grid = grid.scatter_add(1, cell[..., None].expand_as(x), x)
+        return grid.gather(1, self.cell[dec_pos][..., None].expand(-1, -1, x.size(-1)))
 
     def logits_b(self, mixed, a):
         """Logits of the second digit given mix(states) (..., C) and first digits a (...)."""
@@ -858,7 +863,7 @@ def init_weights(model):
             nn.init.zeros_(p)
         elif "embed" in name:
             nn.init.normal_(p, std=0.02)
-        elif "encoder" in name or "decoder" in name or "mix" in name:
+        elif any(part in name for part in ("encoder", "decoder", "local", "mix")):
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
         else:
             raise AssertionError(f"no initialisation for {name}")
@@ -867,12 +872,12 @@ def init_weights(model):
 # ------------------------------------------------------------------------------------------------------------
 # Loss
 
-def masked_loss(model, tokens, enc_pos, dec_pos, weight, images):
+def masked_loss(model, tokens, enc_pos, visible, dec_pos, weight, images):
     """Sum over these scenes of weight (B, M) * cross-entropy in nats at the targets dec_pos (B, M).
 
     The first `images` targets of a scene are image tokens.
     """
-    y = model.hidden(tokens, enc_pos, None, dec_pos)
+    y = model.hidden(tokens, enc_pos, visible, dec_pos)
     ids = tokens.gather(1, dec_pos)
     image_nll = model.image_nll(y[:, :images].flatten(0, 1), ids[:, :images].flatten())
     word_places = dec_pos[:, images:].flatten()
@@ -882,30 +887,33 @@ def masked_loss(model, tokens, enc_pos, dec_pos, weight, images):
     return image_loss + word_loss
 
 
-def target_weights(dec_pos, counted, layout, config):
-    """Loss weight per target (B, M): over all ranks the weighted sum is the weighted mean over modalities of each one's
-    mean. 0 on padding.
+def target_weights(dec_pos, counted, layout):
+    """Loss weight per target (B, M): over all ranks the weighted sum is the mean over modalities of each one's mean. 0 on
+    padding.
     """
     kind = layout.kind[dec_pos]
     count = torch.zeros(len(MODALITIES), device=dec_pos.device)
     count.index_add_(0, kind.flatten(), counted.flatten().float())
-    weight = (count > 0).float()
-    weight[len(IMAGES):] *= config.word_weight
-    share = weight / weight.sum() / count.clamp(min=1)
+    share = 1 / count.clamp(min=1) / (count > 0).sum()
     return share[kind] * counted
 
 
 def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run):
     """One step on a global batch (B, size): this rank's part of its loss, how many tokens it had, and its FLOPs."""
-    inputs, images, texts = step_shape(step, layout, config)
-    if step < config.naming_steps:
-        enc_pos, dec_pos, counted = naming_positions(batch, layout)
+    link, share = step_shape(step, config)
+    if link:
+        enc_pos, visible, dec_pos, counted = link_positions(batch, layout, *link, share, rng)
+        images = dec_pos.size(1) if link[1][0] in IMAGES else 0
     else:
-        enc_pos, dec_pos, counted = draw_positions(batch, layout, inputs, config, rng)
-    weight = target_weights(dec_pos, counted, layout, config)
+        inputs, images = int(share * config.budget), config.image_targets
+        enc_pos, visible, dec_pos, counted = course_positions(batch, layout, inputs, config, rng)
+    weight = target_weights(dec_pos, counted, layout)
+    num_tokens = counted.sum() + (enc_pos.numel() if visible is None else visible.sum())
     mine = run.slice(config.batch)
+    if visible is not None:
+        visible = visible[mine]
     with run.autocast():
-        loss = loss_of(model, batch[mine], enc_pos[mine], dec_pos[mine], weight[mine], images)
+        loss = loss_of(model, batch[mine], enc_pos[mine], visible, dec_pos[mine], weight[mine], images)
     loss.backward()
     sum_gradients(adam, run.world)
     factor = schedule(step, config)
@@ -913,8 +921,8 @@ def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run
     adam.param_groups[0]["lr"] = config.adam_lr * factor
     adam.step()
     model.zero_grad(set_to_none=True)
-    flops = config.batch * flops_per_scene(model, config, inputs, images, texts)
-    return loss.detach(), enc_pos.numel() + counted.sum(), flops
+    flops = config.batch * flops_per_scene(model, config, enc_pos.size(1), images, dec_pos.size(1) - images)
+    return loss.detach(), num_tokens, flops
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -973,25 +981,33 @@ def draw_tokens(model, layout, tokens, known, dec_pos, output, rng):
     return ids, logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
+def fill(tokens, known, places, ids, chosen):
+    """Write ids (B, M) at the places (B, M) that are chosen (B, M); changes tokens and known."""
+    tokens.scatter_(1, places, torch.where(chosen, ids, tokens.gather(1, places)))
+    known.scatter_(1, places, known.gather(1, places) | chosen)
+
+
 def generate_masked(model, layout, tokens, known, output, scheme, rng):
     """Fill a modality in random order (roar) or the most confident tokens first (maskgit); changes tokens and known."""
-    open_places = ~known & (layout.kind == MODALITIES.index(output.modality))
-    total = left = int(open_places[0].sum())
+    in_modality = layout.kind == MODALITIES.index(output.modality)
     priority = torch.rand(tokens.shape, generator=rng, device=tokens.device)
-    steps = min(output.steps, total)
+    total = (~known & in_modality).sum(1, keepdim=True)
+    steps = min(output.steps, int(total.max()))
     for step in range(steps):
+        unknown = ~known & in_modality
         share_left = math.cos(math.pi / 2 * (step + 1) / steps)  # few tokens at first and ever more
-        place_now = left if step + 1 == steps else max(1, left - int(total * share_left + 1e-9))
-        order = priority.masked_fill(~open_places, math.inf).argsort(1)
-        places = order[:, :left if scheme == "maskgit" else place_now]
-        ids, confidence = draw_tokens(model, layout, tokens, known, places, output, rng)
-        if scheme == "maskgit":
-            best = confidence.topk(place_now, 1).indices
-            places, ids = places.gather(1, best), ids.gather(1, best)
-        tokens.scatter_(1, places, ids)
-        known.scatter_(1, places, True)
-        open_places.scatter_(1, places, False)
-        left -= place_now
+        left = (total * share_left + 1e-6).long()
+        num_now = (unknown.sum(1, keepdim=True) - left).clamp(min=1)
+        if scheme == "roar":
+            first = priority.masked_fill(~unknown, math.inf).argsort(1).argsort(1) < num_now
+            places, chosen = gather_places(unknown & first)
+            ids, _ = draw_tokens(model, layout, tokens, known, places, output, rng)
+        else:
+            places, open_ = gather_places(unknown)
+            ids, confidence = draw_tokens(model, layout, tokens, known, places, output, rng)
+            order = confidence.masked_fill(~open_, -math.inf).argsort(1, descending=True)
+            chosen = open_ & (order.argsort(1) < num_now)
+        fill(tokens, known, places, ids, chosen)
 
 
 def generate_ar(model, layout, tokens, known, output, rng):
@@ -999,14 +1015,12 @@ def generate_ar(model, layout, tokens, known, output, rng):
     given = known.clone()
     span = layout.span[output.modality]
     end = layout.end.get(output.modality)
-    open_places = ~known & (layout.kind == MODALITIES.index(output.modality))
-    columns = open_places.nonzero()[:, 1].view(len(tokens), -1)  # (B, places to fill), in order
+    places, open_ = gather_places(~known & (layout.kind == MODALITIES.index(output.modality)))  # in order
     running = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # no end token yet
-    for places in columns.split(1, dim=1):
-        ids, _ = draw_tokens(model, layout, tokens, known, places, output, rng)
-        tokens.scatter_(1, places, ids)
-        known.scatter_(1, places, running)
-        running &= ids != end
+    for place, chosen in zip(places.split(1, dim=1), open_.split(1, dim=1)):
+        ids, _ = draw_tokens(model, layout, tokens, known, place, output, rng)
+        fill(tokens, known, place, ids, chosen & running)
+        running &= (ids != end) | ~chosen
         if not bool(running.any()):
             break
     if end is not None:  # whatever follows the end token is padding
@@ -1022,7 +1036,8 @@ def generate_ar(model, layout, tokens, known, output, rng):
 def generate(model, layout, tokens, known, outputs, seed=0):
     """Fill the modalities of outputs one after another; each result is an input of the next.
 
-    tokens int64 (B, size), known bool (B, size): what is given. A given part of an output modality stays as it is.
+    tokens int64 (B, size), known bool (B, size): what is given. A given part of an output modality stays as it is, and
+    rows may have any numbers of places open.
     Returns new tokens and known. Raises Fault for a modality or scheme there is not, or when a row has nothing known.
     """
     tokens, known = tokens.clone(), known.clone()
@@ -1035,9 +1050,6 @@ def generate(model, layout, tokens, known, outputs, seed=0):
         scheme = output.scheme or ("maskgit" if output.modality in IMAGES else "ar")
         if scheme not in ("roar", "maskgit", "ar") or output.steps < 1:
             raise Fault(f"scheme {scheme!r}, {output.steps} steps: schemes are roar, maskgit and ar, steps at least 1")
-        open_counts = (~known[:, layout.span[output.modality]]).sum(1)
-        if not bool((open_counts == open_counts[0]).all()):
-            raise Fault("every row must leave the same number of tokens of a modality open")
         if scheme == "ar":
             generate_ar(model, layout, tokens, known, output, rng)
         else:
@@ -1172,7 +1184,7 @@ def flops_per_scene(model, config, inputs, images, texts):
     C, mlp, targets = config.dim, 2 * config.mlp_ratio * config.dim ** 2, images + texts
     encoder = config.enc_depth * inputs * (4 * C * C + mlp + 2 * inputs * C)
     decoder = config.dec_depth * (targets * (2 * C * C + mlp + 2 * inputs * C) + inputs * 2 * C * C)
-    heads = images * (2 * model.base + C) * C + texts * model.head_word.out_features * C
+    heads = targets * C * C + images * (2 * model.base + C) * C + texts * model.head_word.out_features * C
     return 6 * (encoder + decoder + heads)
 
 
@@ -1190,7 +1202,7 @@ def main(argv):
     init_weights(model)
     loss_of = masked_loss
     if config.shard:
-        blocks = (*model.encoder, *model.decoder, model.mix)
+        blocks = (*model.encoder, model.local, *model.decoder, model.mix)
         import_ours("sharding").shard_blocks(model, blocks, run.world, run.device, PRECISIONS[run.precision])
     elif run.device.type == "cuda":
         torch._dynamo.config.recompile_limit = 16  # one graph per input length
@@ -1203,7 +1215,8 @@ def main(argv):
             muon, adam = make_optimizers(model, config, run)
             rng = torch.Generator(run.device).manual_seed(0)
             dummy = torch.zeros(config.batch, layout.size, dtype=torch.long, device=run.device)
-            for step in (0, *range(config.naming_steps, config.naming_steps + 9)):  # every shape
+            shapes = {step_shape(step, config): step for step in range(config.num_steps)}
+            for step in shapes.values():
                 train_step(step, dummy, rng, loss_of, model, muon, adam, layout, config, run)
     muon, adam = make_optimizers(model, config, run)
 
