@@ -58,7 +58,7 @@ class Config:
     momentum: float = 0.9  # of Muon
     adam_lr: float = 0.01  # of embeddings and heads
     # schedule
-    num_steps: int = 1000  # training steps
+    num_steps: int = 1500  # training steps
     word_steps: int = 300  # of them the first, in which only words and rgb are linked
     batch: int = 64  # scenes per step, over all processes
     budget: int = 128  # input tokens per scene of a course step at most: it has 1/8, 2/8 .. 8/8 of it
@@ -67,7 +67,7 @@ class Config:
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
     target: float = 0.0  # validation loss to reach; 0: the track has not been opened
-    eval_every: int = 100  # steps between evaluations; the clock is paused
+    eval_every: int = 500  # steps between evaluations; the clock is paused
 
 
 @dataclass
@@ -524,7 +524,8 @@ def link_positions(tokens, layout, given, asked, share, rng):
     if asked[0] in IMAGES:
         first = first.gather(1, uniform(first.shape, rng).argsort(1))
     known = int(share * first.size(1))
-    enc_pos = torch.cat([places[:, layout.span[given]], first[:, :known]], 1)
+    whole = places[:, layout.span[given]] if given else places[:, :0]
+    enc_pos = torch.cat([whole, first[:, :known]], 1)
     dec_pos = torch.cat([first[:, known:], *others], 1)
     valid = layout.valid(tokens)
     return enc_pos, valid.gather(1, enc_pos), dec_pos, valid.gather(1, dec_pos)
@@ -628,24 +629,27 @@ def schedule(step, config):
 # --- end: schedule ---
 
 
-# What steps teach in turn, first those that the word steps consist of: a modality given and others asked, or None, any
+# What steps teach in turn, first those that the word steps consist of: a modality given, "" for none, and others asked; or None, any
 # tokens from any others. A link costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Words come
 # first: beside normals and depth, which teach where objects are, nothing teaches hue.
 LINKS = (("rgb", ("desc", "bbox", "caption")), ("desc", ("rgb",)), ("caption", ("rgb",)),
-         ("rgb", ("normal", "depth")), ("caption", ("desc", "bbox")), ("desc", ("rgb",)), ("rgb", ("seg", "edge")),
-         ("caption", ("rgb",)), None)
+         ("rgb", ("normal", "depth")), ("caption", ("desc", "bbox")), ("", ("rgb",)), ("rgb", ("seg", "edge")),
+         ("caption", ("rgb",)), ("rgb", ("normal", "depth")), None)
 WORD_LINKS = 3
 
 
 def step_shape(step, config):
-    """The link of a step and how much is known: of what it asks first 0, 1/4, 1/2 or 3/4, mostly 0; without a link
-    1/8, 2/8 .. 8/8 of the budget. In the golden-ratio order, which is even at every length; few lengths stand for all,
+    """The link of a step and how much is known: of what it asks first 0, 1/4, 1/2 or 3/4, mostly 0, or 1/4 where nothing
+    else is given; without a link 1/8, 2/8 .. 8/8 of the budget. In the golden-ratio order, which is even at every length; few lengths stand for all,
     because a CPU builds kernels for each.
     """
     links = LINKS[:WORD_LINKS] if step < config.word_steps else LINKS
     link = links[step % len(links)]
     eighth = int((step * 0.618034 + 0.5) % 1 * 8)
-    return link, (eighth + 1) / 8 if link is None else max(0, eighth - 4) / 4
+    if link is None:
+        return link, (eighth + 1) / 8
+    least = 0 if link[0] else 1
+    return link, max(least, eighth - 4) / 4
 
 
 def make_optimizers(model, config, run):

@@ -87,7 +87,7 @@ class Show:
         true = self.studio.truth(self.size, len(tokens))
         rows = ["rgb in  >  desc, depth, normal, seg, edge out (chained)", *self.from_rgb(model, tokens[:4], true),
                 "desc in  >  rgb, depth, normal out (chained)", *self.from_desc(model, tokens, true),
-                "caption in  >  rgb out (four draws)", *self.from_caption(model, tokens, true),
+                "caption in  >  desc, rgb out (chained, four draws)", *self.from_caption(model, tokens, true),
                 "half of rgb in  >  the whole rgb out (four draws)", *self.from_half(model, tokens, true)]
         draw.sheet(rows, path)
 
@@ -104,7 +104,7 @@ class Show:
 
     def from_desc(self, model, tokens, true, scenes=slice(4, 7)):
         Output, some = self.script.Output, tokens[scenes]
-        chain = [Output("rgb", "roar", steps=24, temperature=0.7, guidance=2.0), Output("depth", temperature=0.4),
+        chain = [Output("rgb", "roar", steps=16, temperature=0.4), Output("depth", temperature=0.4),
                  Output("normal", temperature=0.4)]
         out = self.generate(model, some, self.only(some, "desc"), chain)
         made = {m: self.pictures(out, m) for m in ("rgb", "depth", "normal")}
@@ -114,9 +114,10 @@ class Show:
                 for b, text in enumerate(self.texts(some, "desc"))]
 
     def from_caption(self, model, tokens, true, scenes=(7, 1)):
-        output = self.script.Output("rgb", "roar", steps=24, temperature=0.7, guidance=2.0)
+        Output = self.script.Output
+        chain = [Output("desc", temperature=0.5), Output("rgb", "roar", steps=16, temperature=0.4)]
         same = tokens[list(scenes)].repeat_interleave(4, 0)
-        made = self.pictures(self.generate(model, same, self.only(same, "caption"), [output]), "rgb")
+        made = self.pictures(self.generate(model, same, self.only(same, "caption"), chain), "rgb")
         labels = self.labels(judges.caption_f1, made, same)
         texts = self.texts(tokens[list(scenes)], "caption")
         return [[*zip(made[4 * i:], labels[4 * i:4 * i + 4]), (true["rgb"][b], "true rgb"), None, text]
