@@ -48,21 +48,21 @@ class Config:
     frozen_masks: str = "data/frozen/eval_maskgit_64.npz"  # which of their tokens are masked
     # model
     dim: int = 128  # channels
-    head_dim: int = 64  # channels per attention head
-    depth: int = 2  # blocks
+    head_dim: int = 32  # channels per attention head
+    depth: int = 4  # blocks
     mlp_ratio: int = 4  # hidden channels of an MLP per channel
     # optim
-    muon_lr: float = 0.03  # of hidden matrices
-    momentum: float = 0.95  # of Muon
-    adam_lr: float = 0.02  # of embeddings and heads
+    muon_lr: float = 0.02  # of hidden matrices
+    momentum: float = 0.9  # of Muon
+    adam_lr: float = 0.01  # of embeddings and heads
     # schedule
-    num_steps: int = 600  # training steps
+    num_steps: int = 1100  # training steps
     batch: int = 64  # rows per step, over all processes
     label_drop: float = 0.1  # share of rows without their label, for classifier-free guidance; 0 or 1: no guidance
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
     target: float = 0.0  # validation loss to reach; 0: the track has not been opened
-    eval_every: int = 200  # steps between evaluations; the clock is paused
+    eval_every: int = 500  # steps between evaluations; the clock is paused
 
 
 @dataclass
@@ -80,7 +80,8 @@ CONFIGS = {
     "cpu": Config(),
     # the course's size on pictures of 256 tokens
     "gpu": Config(track="gpu", data="data/objects128/train", frozen="data/frozen/objects128.npz",
-                  frozen_masks="data/frozen/eval_maskgit_128.npz", dim=512, depth=8, batch=256, num_steps=4000,
+                  frozen_masks="data/frozen/eval_maskgit_128.npz", dim=512, head_dim=64, depth=8, batch=256,
+                  num_steps=4000,
                   muon_lr=0.02, adam_lr=0.005, target=0.0),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio")  # what a checkpoint must agree on
@@ -711,24 +712,38 @@ def gumbel(shape, rng):
     return -(-uniform.log()).log()
 
 
-def predict(model, tokens, labels, masked, guidance):
-    """Logits (N, vocab) of the N masked tokens; guidance: u + guidance * (c - u), u not knowing the label."""
-    logits = model.log_probs(tokens, labels, masked)
+def draw_digits(logits, base_logits, guidance, temperature, rng):
+    """Draws (N,) and their log-probabilities from logits (N, base); guidance: u + guidance * (c - u)."""
+    log_probs = logits.float().log_softmax(-1)
+    if base_logits is not None:
+        base = base_logits.float().log_softmax(-1)
+        log_probs = (base + guidance * (log_probs - base)).log_softmax(-1)
+    ids = (log_probs / max(temperature, 1e-4) + gumbel(log_probs.shape, rng)).argmax(-1)
+    return ids, log_probs.gather(-1, ids[:, None])[:, 0]
+
+
+def draw_tokens(model, tokens, labels, masked, guidance, temperature, rng):
+    """Ids (N,) of the N masked tokens, digit by digit, and their log-probabilities; u of guidance knows no label."""
+    y, base = model(tokens, labels, masked)[masked], None
     if guidance != 1:
-        unlabelled = torch.full_like(labels, model.num_labels)
-        base = model.log_probs(tokens, unlabelled, masked)
-        logits = base + guidance * (logits - base)
-    return logits
+        base = model(tokens, torch.full_like(labels, model.num_labels), masked)[masked]
+    base_a = None if base is None else model.head_a(base)
+    a, log_a = draw_digits(model.head_a(y), base_a, guidance, temperature, rng)
+    base_b = None if base is None else model.logits_b(base, a)
+    b, log_b = draw_digits(model.logits_b(y, a), base_b, guidance, temperature, rng)
+    return a + model.base * b, log_a + log_b
 
 
 @torch.no_grad()
-def generate(model, labels, tokens=None, masked=None, steps=12, order=None, noise=4.5, cosine=True, temperature=1.0,
-             guidance=1.0, seed=0, return_history=False):
+def generate(model, labels, tokens=None, masked=None, steps=16, order=None, noise=4.5, cosine=True, temperature=1.0,
+             last_temperature=0.1, guidance=1.0, seed=0, return_history=False):
     """Fill in tokens (B, L) where masked (B, L), everywhere if they are None, for labels (B,): new tokens (B, L).
 
     order (L,): the places one after another; None keeps the likeliest draws first, their log-probabilities blurred by
     Gumbel noise times `noise`, which falls to 0. cosine: few places at first and ever more; False: as many in each step.
-    guidance: see predict. return_history: also a list of (tokens, masked) after each step.
+    The temperature falls to last_temperature and guidance rises from 1: the first tokens decide where and how large an
+    object is, and need variety; the last ones are its details. return_history: also a list of (tokens, masked) after
+    each step.
     """
     if steps < 1:
         raise Fault(f"{steps} steps: there is at least 1")
@@ -742,11 +757,11 @@ def generate(model, labels, tokens=None, masked=None, steps=12, order=None, nois
         rank = order.argsort().to(device).float().expand(B, L)  # when a place is filled in
     for step in range(steps):
         progress = (step + 1) / steps
-        logits = predict(model, tokens, labels, masked, guidance) / max(temperature, 1e-4)
-        ids = (logits + gumbel(logits.shape, rng)).argmax(-1)
+        late = step / max(1, steps - 1)  # 0 .. 1
+        heat = temperature + (last_temperature - temperature) * late
+        ids, confidence = draw_tokens(model, tokens, labels, masked, 1 + (guidance - 1) * late, heat, rng)
         tokens = tokens.masked_scatter(masked, ids)
         if order is None:
-            confidence = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
             confidence += noise * (1 - progress) * gumbel(ids.shape, rng)
             rank = torch.zeros(B, L, device=device).masked_scatter(masked, -confidence)
         share = math.cos(math.pi / 2 * progress) if cosine else 1 - progress

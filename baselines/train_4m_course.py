@@ -829,25 +829,33 @@ def draw_tokens(model, layout, tokens, known, dec_pos, output, rng):
     return ids, logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
+def fill(tokens, known, places, ids, chosen):
+    """Write ids (B, M) at the places (B, M) that are chosen (B, M); changes tokens and known."""
+    tokens.scatter_(1, places, torch.where(chosen, ids, tokens.gather(1, places)))
+    known.scatter_(1, places, known.gather(1, places) | chosen)
+
+
 def generate_masked(model, layout, tokens, known, output, scheme, rng):
     """Fill a modality in random order (roar) or the most confident tokens first (maskgit); changes tokens and known."""
-    open_places = ~known & (layout.kind == MODALITIES.index(output.modality))
-    total = left = int(open_places[0].sum())
+    in_modality = layout.kind == MODALITIES.index(output.modality)
     priority = torch.rand(tokens.shape, generator=rng, device=tokens.device)
-    steps = min(output.steps, total)
+    total = (~known & in_modality).sum(1, keepdim=True)
+    steps = min(output.steps, int(total.max()))
     for step in range(steps):
+        unknown = ~known & in_modality
         share_left = math.cos(math.pi / 2 * (step + 1) / steps)  # few tokens at first and ever more
-        place_now = left if step + 1 == steps else max(1, left - int(total * share_left + 1e-9))
-        order = priority.masked_fill(~open_places, math.inf).argsort(1)
-        places = order[:, :left if scheme == "maskgit" else place_now]
-        ids, confidence = draw_tokens(model, layout, tokens, known, places, output, rng)
-        if scheme == "maskgit":
-            best = confidence.topk(place_now, 1).indices
-            places, ids = places.gather(1, best), ids.gather(1, best)
-        tokens.scatter_(1, places, ids)
-        known.scatter_(1, places, True)
-        open_places.scatter_(1, places, False)
-        left -= place_now
+        left = (total * share_left + 1e-6).long()
+        num_now = (unknown.sum(1, keepdim=True) - left).clamp(min=1)
+        if scheme == "roar":
+            first = priority.masked_fill(~unknown, math.inf).argsort(1).argsort(1) < num_now
+            places, chosen = gather_places(unknown & first)
+            ids, _ = draw_tokens(model, layout, tokens, known, places, output, rng)
+        else:
+            places, open_ = gather_places(unknown)
+            ids, confidence = draw_tokens(model, layout, tokens, known, places, output, rng)
+            order = confidence.masked_fill(~open_, -math.inf).argsort(1, descending=True)
+            chosen = open_ & (order.argsort(1) < num_now)
+        fill(tokens, known, places, ids, chosen)
 
 
 def generate_ar(model, layout, tokens, known, output, rng):
@@ -855,14 +863,12 @@ def generate_ar(model, layout, tokens, known, output, rng):
     given = known.clone()
     span = layout.span[output.modality]
     end = layout.end.get(output.modality)
-    open_places = ~known & (layout.kind == MODALITIES.index(output.modality))
-    columns = open_places.nonzero()[:, 1].view(len(tokens), -1)  # (B, places to fill), in order
+    places, open_ = gather_places(~known & (layout.kind == MODALITIES.index(output.modality)))  # in order
     running = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # no end token yet
-    for places in columns.split(1, dim=1):
-        ids, _ = draw_tokens(model, layout, tokens, known, places, output, rng)
-        tokens.scatter_(1, places, ids)
-        known.scatter_(1, places, running)
-        running &= ids != end
+    for place, chosen in zip(places.split(1, dim=1), open_.split(1, dim=1)):
+        ids, _ = draw_tokens(model, layout, tokens, known, place, output, rng)
+        fill(tokens, known, place, ids, chosen & running)
+        running &= (ids != end) | ~chosen
         if not bool(running.any()):
             break
     if end is not None:  # whatever follows the end token is padding
@@ -878,7 +884,8 @@ def generate_ar(model, layout, tokens, known, output, rng):
 def generate(model, layout, tokens, known, outputs, seed=0):
     """Fill the modalities of outputs one after another; each result is an input of the next.
 
-    tokens int64 (B, size), known bool (B, size): what is given. A given part of an output modality stays as it is.
+    tokens int64 (B, size), known bool (B, size): what is given. A given part of an output modality stays as it is, and
+    rows may have any numbers of places open.
     Returns new tokens and known. Raises Fault for a modality or scheme there is not, or when a row has nothing known.
     """
     tokens, known = tokens.clone(), known.clone()
@@ -891,9 +898,6 @@ def generate(model, layout, tokens, known, outputs, seed=0):
         scheme = output.scheme or ("maskgit" if output.modality in IMAGES else "ar")
         if scheme not in ("roar", "maskgit", "ar") or output.steps < 1:
             raise Fault(f"scheme {scheme!r}, {output.steps} steps: schemes are roar, maskgit and ar, steps at least 1")
-        open_counts = (~known[:, layout.span[output.modality]]).sum(1)
-        if not bool((open_counts == open_counts[0]).all()):
-            raise Fault("every row must leave the same number of tokens of a modality open")
         if scheme == "ar":
             generate_ar(model, layout, tokens, known, output, rng)
         else:

@@ -12,7 +12,7 @@ import tokenizer
 import world
 
 STEPS = (1, 4, 8, 16, 32, 64)  # numbers of network evaluations that the judge's numbers are taken at
-TABLE_PER_CLASS = 2  # pictures of each class that are drawn for it
+TABLE_PER_CLASS = 10  # pictures of each class that are drawn for it
 FLOOR_STEPS = 16  # network evaluations of the pictures of a track's floors
 PART = 240  # pictures drawn at once
 FIRST_ROWS = 12  # validation rows that are filled in
@@ -45,6 +45,7 @@ class Show:
     def __init__(self, script, run, modalities, frozen):
         self.script, self.device = script, run.device
         self.tokens, self.labels, self.masked = (part[:FIRST_ROWS] for part in frozen)
+        self.valid_tokens, self.valid_labels = frozen[:2]
         self.side = math.isqrt(modalities["rgb"]["length"])
         self.order = halton_order(self.side)
         self.is_text = run.config.data == "text"
@@ -53,7 +54,7 @@ class Show:
         self.classes = torch.arange(modalities["label"]["vocab"], device=run.device)
         self.per_class = run.options.quality_pictures // len(self.classes)
         # a model that never, or always, saw labels has nothing to be guided by
-        self.guidance = 2.0 if 0 < run.config.label_drop < 1 else 1.0
+        self.guidance = 1.5 if 0 < run.config.label_drop < 1 else 1.0
         length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
         if self.side ** 2 != length or vocab != tokenizer.VOCAB:
             raise script.Fault(f"the tokenizer decodes squares of tokens out of {tokenizer.VOCAB}, and "
@@ -76,7 +77,7 @@ class Show:
         self.judge = judges.load(run.device)
 
     def show(self, model, folder):
-        tasks = 2 if self.is_text else 3 + (1 + len(STEPS)) * bool(self.per_class)
+        tasks = 2 if self.is_text else 3 + (2 + len(STEPS)) * bool(self.per_class)
         with tqdm(total=tasks, desc="samples", unit="task", dynamic_ncols=True) as bar:
             self.bar = bar
             if self.is_text:
@@ -151,7 +152,24 @@ class Show:
             numbers |= {f"accuracy_{steps}_steps": accuracy, f"frechet_{steps}_steps": distance}
         accuracy, distance = self.judged(model, FLOOR_STEPS, self.per_class)
         return numbers | {"quality_class_accuracy": accuracy, "quality_frechet": distance,
+                          "quality_inpainting_accuracy": self.inpainted(model),
                           "quality_steps": FLOOR_STEPS, "quality_guidance": self.guidance}
+
+    def inpainted(self, model):
+        """Class accuracy of validation pictures of which another random half of the tokens is given each."""
+        n = min(self.per_class * len(self.classes), len(self.valid_tokens))
+        self.bar.set_postfix_str(f"{n} pictures filled in")
+        tokens, labels = self.valid_tokens[:n].to(self.device), self.valid_labels[:n].to(self.device)
+        hidden = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)).argsort(1) < tokens.size(1) // 2
+        parts = zip(tokens.split(PART), labels.split(PART), hidden.to(self.device).split(PART))
+        made = [self.script.generate(model, part_labels, part, masked, steps=FLOOR_STEPS, guidance=self.guidance,
+                                     order=self.order) for part, part_labels, masked in parts]
+        self.bar.update()
+        return round(self.judge.accuracy(self.judged_size(torch.cat(made)), labels), 4)
+
+    def judged_size(self, tokens):
+        """Pictures (B, 3, 64, 64), which the judge knows."""
+        return F.avg_pool2d(self.studio.pictures(tokens), self.side // 8)
 
     def judged(self, model, steps, per_class):
         """Class accuracy and Frechet distance of some pictures of each class; one task of the bar."""
@@ -159,7 +177,7 @@ class Show:
         self.bar.set_postfix_str(f"{len(labels)} pictures in {steps} steps")
         parts = [self.script.generate(model, part, steps=steps, guidance=self.guidance, order=self.order, seed=i)
                  for i, part in enumerate(labels.split(PART))]
-        pictures = F.avg_pool2d(self.studio.pictures(torch.cat(parts)), self.side // 8)  # the judge knows 64 pixels
+        pictures = self.judged_size(torch.cat(parts))
         self.bar.update()
         return (round(self.judge.accuracy(pictures, labels), 4),
                 round(self.judge.frechet_distance(pictures, "objects_decoded"), 3))
