@@ -1,0 +1,106 @@
+"""Loss and quality against seconds of training: what a run can do after how long.
+
+    python records/curves.py train_4m.py baselines/train_4m_course.py --every=250 [--quality_scenes=200 ...]
+    python records/curves.py --plot              # draw the plots again from what is there
+
+Trains the scripts one after another and measures the numbers that a track has floors for at every evaluation, while
+the clock stands still. Writes docs/curves/<script>.json and, for all scripts of one task, docs/curves/<task>.png. The
+fields go to all of them. A run like that is no record: it is evaluated more often, and nothing is filed.
+"""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+import leaderboard
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "curves"
+sys.path.insert(0, str(ROOT / "data"))
+
+
+def measure(path, fields):
+    """Train a script and write {task, hardware, points: [{seconds, val_loss, quality_..}]}."""
+    import show
+
+    script = show.load_script(path)
+    found, evaluate = {"points": []}, script.evaluate
+
+    class Run(script.Run):
+        def prepare(self, model, **show_data):
+            found["run"] = self
+            super().prepare(model, **show_data)
+
+    def evaluate_and_judge(model, *arguments):
+        result = evaluate(model, *arguments)
+        run = found["run"]
+        shown = run.samples.task_show
+        with tqdm(disable=True) as shown.bar:
+            numbers = shown.quality(model)
+        quality = {key: value for key, value in numbers.items() if key.startswith("quality_") and value is not None}
+        loss = result[0] if isinstance(result, tuple) else result
+        found["points"].append({"step": run.step, "seconds": round(run.seconds, 1), "val_loss": round(loss, 4)} | quality)
+        return result
+
+    script.Run, script.evaluate = Run, evaluate_and_judge
+    try:
+        script.main(fields)
+    except script.Fault as fault:
+        sys.exit(f"curves.py: {path}: {fault}")
+    run = found["run"]
+    FOLDER.mkdir(exist_ok=True)
+    about = {"script": Path(path).name, "task": run.task, "track": run.config.track, "fields": fields,
+             "hardware": script.hardware(run.device), "precision": run.precision}
+    text = json.dumps(about | {"points": found["points"]}, indent=1)
+    (FOLDER / f"{Path(path).stem}.json").write_text(re.sub(r"\n\s{2,}", " ", text) + "\n")
+
+
+def draw_curves(axes, curves):
+    """A panel per number, a line per script. curves: [(script, [points])]."""
+    keys = [key for key in curves[0][1][0] if key not in ("step", "seconds")]
+    varied = [key for key in keys if len({point.get(key) for _, points in curves for point in points}) > 1]
+    for ax, key in zip(axes.flat, varied):
+        for k, (name, points) in enumerate(curves):
+            ax.plot([p["seconds"] for p in points], [p[key] for p in points], marker=".", label=name,
+                    color=leaderboard.COLOURS[k])
+        ax.set(xlabel="train time (s)", title=key.removeprefix("quality_").replace("_", " "), xscale="log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.grid(color=leaderboard.GREY, alpha=0.2)
+    for ax in axes.flat[len(varied):]:
+        ax.axis("off")
+    axes.flat[0].legend(frameon=False)
+
+
+def plot():
+    """A plot per task of all curves that there are."""
+    from matplotlib import figure, rc_context
+
+    by_task = {}
+    for path in sorted(FOLDER.glob("*.json")):
+        found = json.loads(path.read_text())
+        by_task.setdefault(found["task"], []).append((found["script"], found["points"]))
+    parts = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color"
+    for task, curves in by_task.items():
+        with rc_context({part: leaderboard.GREY for part in parts.split()} | {"font.size": 9}):
+            sheet = figure.Figure(figsize=(11, 6), layout="constrained")
+            draw_curves(sheet.subplots(2, 4), curves)
+            sheet.savefig(FOLDER / f"{task}.png", dpi=120, transparent=True, metadata={"Software": None})
+        print(FOLDER / f"{task}.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scripts", nargs="*", help="training scripts")
+    parser.add_argument("--every", type=int, default=100, metavar="STEPS", help="steps between measurements")
+    parser.add_argument("--plot", action="store_true", help="draw the plots alone")
+    args, rest = parser.parse_known_args()
+    if not args.scripts and not args.plot:
+        parser.error("no script given; --plot draws what there is")
+    for missing in [path for path in args.scripts if not Path(path).is_file()]:
+        parser.error(f"there is no {missing}")
+    for path in args.scripts:
+        measure(path, [f"--eval_every={args.every}", *rest])
+    plot()
