@@ -35,7 +35,8 @@ def fixed(text, source):
 
 
 def read_scripts(root=ROOT):
-    return {path.name: path.read_text() for path in sorted(root.glob("train_*.py"))}
+    paths = [*sorted(root.glob("train_*.py")), *sorted(root.glob("baselines/*.py"))]
+    return {str(path.relative_to(root)): path.read_text() for path in paths}
 
 
 def test_blocks_are_identical():
