@@ -35,7 +35,7 @@ def fixed(text, source):
 
 
 def read_scripts(root=ROOT):
-    paths = [*sorted(root.glob("train_*.py")), *sorted(root.glob("baselines/*.py"))]
+    paths = sorted([*root.glob("train_*.py"), *root.glob("baselines/*.py")])
     return {str(path.relative_to(root)): path.read_text() for path in paths}
 
 
