@@ -673,13 +673,15 @@ def predict(model, tokens, labels, masked, guidance):
 
 
 @torch.no_grad()
-def generate(model, labels, tokens=None, masked=None, steps=12, order=None, noise=4.5, cosine=True, temperature=1.0,
-             guidance=1.0, seed=0, return_history=False):
+def generate(model, labels, tokens=None, masked=None, steps=16, order=None, noise=4.5, cosine=True, temperature=1.0,
+             last_temperature=0.1, guidance=1.0, seed=0, return_history=False):
     """Fill in tokens (B, L) where masked (B, L), everywhere if they are None, for labels (B,): new tokens (B, L).
 
     order (L,): the places one after another; None keeps the likeliest draws first, their log-probabilities blurred by
     Gumbel noise times `noise`, which falls to 0. cosine: few places at first and ever more; False: as many in each step.
-    guidance: see predict. return_history: also a list of (tokens, masked) after each step.
+    The temperature falls to last_temperature and guidance rises from 1: the first tokens decide where and how large an
+    object is, and need variety; the last ones are its details. return_history: also a list of (tokens, masked) after
+    each step.
     """
     if steps < 1:
         raise Fault(f"{steps} steps: there is at least 1")
@@ -693,11 +695,13 @@ def generate(model, labels, tokens=None, masked=None, steps=12, order=None, nois
         rank = order.argsort().to(device).float().expand(B, L)  # when a place is filled in
     for step in range(steps):
         progress = (step + 1) / steps
-        logits = predict(model, tokens, labels, masked, guidance) / max(temperature, 1e-4)
-        ids = (logits + gumbel(logits.shape, rng)).argmax(-1)
+        late = step / max(1, steps - 1)  # 0 .. 1
+        heat = temperature + (last_temperature - temperature) * late
+        logits = predict(model, tokens, labels, masked, 1 + (guidance - 1) * late)
+        ids = (logits / max(heat, 1e-4) + gumbel(logits.shape, rng)).argmax(-1)
+        confidence = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         tokens = tokens.masked_scatter(masked, ids)
         if order is None:
-            confidence = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
             confidence += noise * (1 - progress) * gumbel(ids.shape, rng)
             rank = torch.zeros(B, L, device=device).masked_scatter(masked, -confidence)
         share = math.cos(math.pi / 2 * progress) if cosine else 1 - progress
