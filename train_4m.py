@@ -1206,7 +1206,7 @@ def main(argv):
         blocks = (*model.encoder, model.local, *model.decoder, model.mix)
         import_ours("sharding").shard_blocks(model, blocks, run.world, run.device, PRECISIONS[run.precision])
     elif run.device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 16  # one graph per input length
+        torch._dynamo.config.recompile_limit = 32  # one graph per shape of a step: there are 28
         loss_of = torch.compile(masked_loss, fullgraph=True, dynamic=False)
     run.prepare(model, layout=layout, tokens=val_tokens)
     val_tokens, val_roles = val_tokens.to(run.device), val_roles.to(run.device)
