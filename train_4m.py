@@ -629,8 +629,8 @@ def schedule(step, config):
 
 
 # What steps teach in turn, first those that the word steps consist of: a modality given and others asked, or None, any
-# tokens from any others. A link costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Words come
-# first: beside normals and depth, which teach where objects are, nothing teaches hue.
+# tokens from any others. A link costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Words
+# come first: beside normals and depth, which teach where objects are, nothing teaches hue.
 LINKS = (("rgb", ("desc", "bbox", "caption")), ("desc", ("rgb",)), ("caption", ("rgb",)),
          ("rgb", ("normal", "depth")), ("caption", ("desc", "bbox")), ("desc", ("rgb",)), ("rgb", ("seg", "edge")),
          ("caption", ("rgb",)), None)
@@ -888,8 +888,8 @@ def masked_loss(model, tokens, enc_pos, visible, dec_pos, weight, images):
 
 
 def target_weights(dec_pos, counted, layout):
-    """Loss weight per target (B, M): over all ranks the weighted sum is the mean over modalities of each one's mean. 0 on
-    padding.
+    """Loss weight per target (B, M): over all ranks the weighted sum is the mean over modalities of each one's mean. 0
+    on padding.
     """
     kind = layout.kind[dec_pos]
     count = torch.zeros(len(MODALITIES), device=dec_pos.device)
