@@ -629,9 +629,9 @@ def schedule(step, config):
 # --- end: schedule ---
 
 
-# What steps teach in turn, first those that the word steps consist of: a modality given, "" for none, and others asked; or None, any
-# tokens from any others. A link costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Words come
-# first: beside normals and depth, which teach where objects are, nothing teaches hue.
+# What steps teach in turn, the word steps the first three: a modality given, "" for none, and others asked; or None, any
+# tokens from any others. A link costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Words
+# come first: beside normals and depth, which teach where objects are, nothing teaches hue.
 LINKS = (("rgb", ("desc", "bbox", "caption")), ("desc", ("rgb",)), ("caption", ("rgb",)),
          ("rgb", ("normal", "depth")), ("caption", ("desc", "bbox")), ("", ("rgb",)), ("rgb", ("seg", "edge")),
          ("caption", ("rgb",)), ("rgb", ("normal", "depth")), None)
@@ -892,8 +892,8 @@ def masked_loss(model, tokens, enc_pos, visible, dec_pos, weight, images):
 
 
 def target_weights(dec_pos, counted, layout):
-    """Loss weight per target (B, M): over all ranks the weighted sum is the mean over modalities of each one's mean. 0 on
-    padding.
+    """Loss weight per target (B, M): over all ranks the weighted sum is the mean over modalities of each one's mean. 0
+    on padding.
     """
     kind = layout.kind[dec_pos]
     count = torch.zeros(len(MODALITIES), device=dec_pos.device)
@@ -1021,7 +1021,8 @@ def generate_ar(model, layout, tokens, known, output, rng):
     end = layout.end.get(output.modality)
     places, open_ = gather_places(~known & (layout.kind == MODALITIES.index(output.modality)))  # in order
     running = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # no end token yet
-    for place, chosen in zip(places.split(1, dim=1), open_.split(1, dim=1)):
+    for i in range(places.size(1)):
+        place, chosen = places[:, i:i + 1], open_[:, i:i + 1]
         ids, _ = draw_tokens(model, layout, tokens, known, place, output, rng)
         fill(tokens, known, place, ids, chosen & running)
         running &= (ids != end) | ~chosen
@@ -1209,7 +1210,7 @@ def main(argv):
         blocks = (*model.encoder, model.local, *model.decoder, model.mix)
         import_ours("sharding").shard_blocks(model, blocks, run.world, run.device, PRECISIONS[run.precision])
     elif run.device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 16  # one graph per input length
+        torch._dynamo.config.recompile_limit = 32  # one graph per shape of a step: there are 28
         loss_of = torch.compile(masked_loss, fullgraph=True, dynamic=False)
     run.prepare(model, layout=layout, tokens=val_tokens)
     val_tokens, val_roles = val_tokens.to(run.device), val_roles.to(run.device)

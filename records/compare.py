@@ -2,7 +2,7 @@
 Race training scripts against one another: the ablation tool.
 
     python records/compare.py train_4m.py my_4m.py --seeds=8
-    python records/compare.py train_4m.py "train_4m.py --muon_lr=0.02" "train_4m.py --muon_lr=0.05" --jobs=4
+    python records/compare.py train_4m.py "train_4m.py --muon_lr=0.01" "train_4m.py --muon_lr=0.03" --jobs=4
 
 Runs them in turn, A B A B ..., a round for each seed, so that drift of the machine hits all alike; then prints a table
 and a verdict, and writes them with the difference of the scripts, the loss curves and the logs to logs/compare/.

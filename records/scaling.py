@@ -29,8 +29,8 @@ from leaderboard import COLOURS, GREY, save_plot, table
 from rules import ROOT, parse_log, read_settings
 
 WORLDS = (1, 2, 3, 4)  # processes
-# a batch that all of WORLDS divide; no naming steps, which would be all that a short run has
-ARGV = ["--track=cpu", "--batch=48", "--quality_scenes=0", "--naming_steps=0"]
+# a batch that all of WORLDS divide; no word steps, which would be all that a short run has
+ARGV = ["--track=cpu", "--batch=48", "--quality_scenes=0", "--word_steps=0"]
 FLOAT = 4  # bytes; all messages are float32
 REPLICATED = {"loader": "the loader's global batch", "masking": "its inputs and targets",
               "adam": "Adam of embeddings and heads"}
@@ -38,7 +38,8 @@ REPLICATED = {"loader": "the loader's global batch", "masking": "its inputs and 
 GPU = dict(flops=989e12, reached=0.4, memory=4.8e12, nvlink=450e9, card=50e9, per_machine=8)
 GPUS = (1, 8, 16, 64)
 ADAM_PASSES = 7  # over a parameter: reads it, its gradient and two moments, writes all but the gradient
-MASKING_PASSES = 100  # over the global batch, 8 bytes a place: random numbers, sorts and comparisons, counted roughly
+# over the global batch, 8 bytes a place: random numbers, sorts and comparisons of a course step, counted roughly
+MASKING_PASSES = 100
 POLAR_STEPS = 5
 
 # -----------------------------------------------------------------------------
@@ -142,8 +143,8 @@ def work(out, argv):
         timed(dist, name, "messages", 1)
     timed(dist, "all_reduce", "messages", 2)
     timed(train_4m.Loader, "__call__", "loader")
-    timed(train_4m, "draw_positions", "masking")
-    timed(train_4m, "target_weights", "masking")
+    for name in "link_positions", "course_positions", "target_weights":
+        timed(train_4m, name, "masking")
     timed(torch.optim.Adam, "step", "adam")
     start_clock = train_4m.Loader.__init__
 
@@ -320,6 +321,16 @@ def report(runs, cores, scenes, scene_seconds, model, large):
     line = [(world, round(1000 * seconds, 3)) for world, seconds in found["line"].items()]
     return text, (draw_scaling, points, line, cores)
 
+def step_sizes(script, step, tokens, layout, config):
+    """Inputs, image targets and text targets per scene of a step of train_4m.py; tokens (B, size): of any scenes."""
+    import torch
+    link, share = script.step_shape(step, config)
+    if link is None:
+        return int(share * config.budget), config.image_targets, config.text_targets
+    enc_pos, _, dec_pos, _ = script.link_positions(tokens, layout, *link, share, torch.Generator())
+    inputs, targets = enc_pos.size(1), dec_pos.size(1)
+    return (inputs, targets, 0) if link[1][0] in script.IMAGES else (inputs, 0, targets)
+
 def read_model(track):
     """(stacks, rest, sharded, FLOPs of a global batch, its places, batch) of a track of train_4m.py."""
     sys.path.insert(0, str(ROOT))
@@ -330,8 +341,8 @@ def read_model(track):
     layout = train_4m.Layout(modalities)
     with torch.device("meta"):  # shapes alone
         model = train_4m.Nano4M(config, layout)
-    shapes = [train_4m.step_shape(step, layout, config) for step in range(config.naming_steps, config.num_steps)]
-    flops = statistics.mean(train_4m.flops_per_scene(model, config, *shape) for shape in shapes)
+    sizes = [step_sizes(train_4m, step, tokens[:1], layout, config) for step in range(config.num_steps)]
+    flops = statistics.mean(train_4m.flops_per_scene(model, config, *size) for size in sizes)
     sharded = "reduce_scatter" in (ROOT / "train_4m.py").read_text()
     return *parameters(model), sharded, config.batch * flops, config.batch * layout.size, config.batch
 
@@ -339,7 +350,7 @@ def main(argv):
     if argv[:1] == ["--work"]:
         return work(argv[1], argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40, help="of a run; inputs have 8 lengths in turn")
+    parser.add_argument("--steps", type=int, default=45, help="of a run; nine kinds take turns")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each number of processes")
     parser.add_argument("--scenes", type=int, default=2000, help="training scenes to make")
     options = parser.parse_args(argv)

@@ -24,17 +24,15 @@ def spy_on_scenes(script):
 
 
 def kill_rank_1(script):
-    """Have the second process of train_4m.py die in its fifteenth step, the warm-up's included."""
-    calls, loss = [], script.masked_loss
+    """Have the second process of train_4m.py die in its fifth step."""
+    steps, loss = [], script.masked_loss
 
-    def dies(*rest):
-        calls.append(1)
-        if os.environ["RANK"] == "1" and len(calls) == 15:
+    def dies(model, tokens, *rest):
+        steps.extend([1] * bool(tokens.any()))  # the warm-up's are all zero
+        if os.environ["RANK"] == "1" and len(steps) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        return loss(*rest)
+        return loss(model, tokens, *rest)
     script.masked_loss = dies
-
-
 
 
 def wait_for_a_signal(script):

@@ -78,10 +78,12 @@ def test_help_names_every_field(capsys):
 
 
 def test_overrides_are_typed():
-    config, options, given = train_4m.read_options("--save=True --dim=128 --adam_lr=1e-3 --load=a=b".split())
-    assert (options.save, config.dim, config.adam_lr, options.load) == (True, 128, 1e-3, "a=b")
-    assert given == {"save": "True", "dim": "128", "adam_lr": "1e-3", "load": "a=b"}
-    assert train_4m.CONFIGS["cpu"].dim == 192 and train_4m.Options().load == "", "the defaults themselves changed"
+    before = dataclasses.asdict(train_4m.CONFIGS["cpu"])
+    config, options, given = train_4m.read_options("--save=True --dim=96 --adam_lr=1e-3 --load=a=b".split())
+    assert (options.save, config.dim, config.adam_lr, options.load) == (True, 96, 1e-3, "a=b")
+    assert given == {"save": "True", "dim": "96", "adam_lr": "1e-3", "load": "a=b"}
+    assert before["dim"] != 96 and dataclasses.asdict(train_4m.CONFIGS["cpu"]) == before, "the defaults themselves changed"
+    assert train_4m.Options().load == ""
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -1,4 +1,5 @@
 """Muon over any number of processes, a model divided among them, graphs without breaks."""
+import contextlib
 import inspect
 import re
 import shutil
@@ -98,33 +99,35 @@ def compiled(function, backend=BACKEND):
 
 
 def test_the_loss_of_4m_is_one_graph_a_shape(layout, frozen):
-    """Naming and eight input lengths. Traced by AOTAutograd for the first; for the others to see that there is one
-    graph is enough, and fast."""
+    """Traced by AOTAutograd for a link and a course step; for the others to see that there is one graph is enough, and
+    fast."""
     model, tokens, traced = test_train_4m.small_model(layout), frozen[0], []
-    config = train_4m.dataclasses.replace(train_4m.CONFIGS["cpu"], naming_steps=2)
-    warm_up = (0, *range(2, 11))
+    config = train_4m.dataclasses.replace(train_4m.CONFIGS["cpu"], **test_train_4m.DIMS, batch=4, word_steps=3)
+    run, rng = runs.fake_run(), torch.Generator().manual_seed(0)
+    run.slice, run.autocast = lambda batch: slice(0, batch), contextlib.nullcontext
+    optimizers = train_4m.make_optimizers(model, config, run)
+    warm_up = {train_4m.step_shape(step, config): step for step in range(config.num_steps)}  # as main has it
+    met = set()
 
-    def trace_first(graph, inputs):
+    def trace_some(graph, inputs):
         traced.append(graph)
-        return torch._dynamo.lookup_backend(BACKEND if len(traced) == 1 else "eager")(graph, inputs)
+        return torch._dynamo.lookup_backend(BACKEND if len(traced) in (1, 9) else "eager")(graph, inputs)
+
+    def loss_of(*arguments):
+        loss = compiled_loss(*arguments)
+        _, _, enc_pos, visible, dec_pos, _, images = arguments
+        met.add((enc_pos.size(1), visible is None, dec_pos.size(1), images))
+        if len(met) % 4 == 1:
+            assert loss.item() == pytest.approx(train_4m.masked_loss(*arguments).item(), rel=1e-4)
+        return loss
+
     limit = int(re.search(r"recompile_limit = (\d+)", inspect.getsource(train_4m.main))[1])
     with torch._dynamo.config.patch(recompile_limit=limit):
-        loss_of, before = compiled(train_4m.masked_loss, trace_first), graphs()
-        for i, step in enumerate([*warm_up, *range(24)]):
-            batch = tokens[8 * i:8 * i + 8]
-            budget, images, _ = train_4m.step_shape(step, layout, config)
-            if step < config.naming_steps:
-                inputs, targets, counted = train_4m.naming_positions(batch, layout)
-            else:
-                inputs, targets, counted = test_train_4m.draw(batch, layout, budget, seed=step)
-            weight = train_4m.target_weights(targets, counted, layout, config)
+        compiled_loss, before = compiled(train_4m.masked_loss, trace_some), graphs()
+        for i, step in enumerate([*warm_up.values(), *range(100)]):
             with torch._dynamo.config.patch(error_on_recompile=i >= len(warm_up)):
-                loss = loss_of(model, batch, inputs, targets, weight, images)
-            loss.backward()
-            if i % 8 == 0:
-                assert loss.item() == pytest.approx(
-                    train_4m.masked_loss(model, batch, inputs, targets, weight, images).item(), rel=1e-4)
-    assert graphs() - before == len(traced) == 9
+                train_4m.train_step(step, tokens[4 * i:4 * i + 4], rng, loss_of, model, *optimizers, layout, config, run)
+    assert graphs() - before == len(traced) == len(met) == 28
 
 
 def test_the_forward_pass_of_gpt_is_one_graph():

@@ -30,12 +30,29 @@ def test_step_by_hand():
 def test_projection():
     large = scaling.read_model("gpu")
     stacks, rest, _, flops, places, batch = large
-    assert batch == 512 and places == 512 * (5 * 256 + 72) and stacks[512, 512] == 6 * 4 + 6 * 4 + 1
+    assert batch == 512 and places == 512 * (5 * 256 + 72) and stacks[512, 512] == 6 * 4 + 6 * 4 + 2
     one, eight, sixteen = (scaling.project(world, stacks, rest, True, flops, places) for world in (1, 8, 16))
     assert one["sent"] == one["messages"] == 0 and one["replicated"] == sixteen["replicated"]
     assert eight["messages"] == pytest.approx(eight["sent"] / 450e9)
     assert sixteen["messages"] == pytest.approx(sixteen["sent"] / 400e9), "InfiniBand between two machines"
     assert one["compute"] / 16 < sixteen["compute"] < one["compute"] / 12, "Muon's matrices leave a remainder"
+
+
+def test_step_sizes():
+    config = train_4m.CONFIGS["cpu"]
+    tokens, _, modalities, _ = train_4m.read_frozen(config)
+    layout, made = train_4m.Layout(modalities), {}
+    for step in range(config.num_steps):
+        sizes = scaling.step_sizes(train_4m, step, tokens[:1], layout, config)
+        made.setdefault(train_4m.step_shape(step, config), set()).add(sizes)
+    assert all(len(sizes) == 1 for sizes in made.values()), "a shape says it all"
+    found = {shape: sizes.pop() for shape, sizes in made.items()}  # by hand: pictures 64, texts 16, 40 and 16
+    assert found[("rgb", ("desc", "bbox", "caption")), 0] == (64, 0, 72)
+    assert found[("rgb", ("desc", "bbox", "caption")), 0.75] == (64 + 12, 0, 60)
+    assert found[("desc", ("rgb",)), 0.25] == (16 + 16, 48, 0)
+    assert found[("rgb", ("normal", "depth")), 0.5] == (64 + 32, 96, 0)
+    assert found[("caption", ("desc", "bbox")), 0.25] == (40 + 4, 0, 28)
+    assert found[None, 0.375] == (48, config.image_targets, config.text_targets)
 
 
 def test_bytes_of_a_real_run(tiny, tmp_path):  # noqa: F811
