@@ -629,8 +629,8 @@ def schedule(step, config):
 # --- end: schedule ---
 
 
-# What steps teach in turn, the word steps the first three: a modality given, "" for none, and others asked; or None, any
-# tokens from any others. A link costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Words
+# What steps teach in turn, the word steps the first three: a modality given, "" for none, and others asked; or None,
+# any tokens from any others. A link costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Words
 # come first: beside normals and depth, which teach where objects are, nothing teaches hue.
 LINKS = (("rgb", ("desc", "bbox", "caption")), ("desc", ("rgb",)), ("caption", ("rgb",)),
          ("rgb", ("normal", "depth")), ("caption", ("desc", "bbox")), ("", ("rgb",)), ("rgb", ("seg", "edge")),
@@ -639,9 +639,10 @@ WORD_LINKS = 3
 
 
 def step_shape(step, config):
-    """The link of a step and how much is known: of what it asks first 0, 1/4, 1/2 or 3/4, mostly 0, or 1/4 where nothing
-    else is given; without a link 1/8, 2/8 .. 8/8 of the budget. In the golden-ratio order, which is even at every length; few lengths stand for all,
-    because a CPU builds kernels for each.
+    """The link of a step and how much is known: of what it asks first 0, 1/4, 1/2 or 3/4, mostly 0, or 1/4 where
+    nothing else is given; without a link 1/8, 2/8 .. 8/8 of the budget.
+
+    In the golden-ratio order, which is even at every length. Few lengths stand for all: a CPU builds kernels for each.
     """
     links = LINKS[:WORD_LINKS] if step < config.word_steps else LINKS
     link = links[step % len(links)]
@@ -1210,7 +1211,7 @@ def main(argv):
         blocks = (*model.encoder, model.local, *model.decoder, model.mix)
         import_ours("sharding").shard_blocks(model, blocks, run.world, run.device, PRECISIONS[run.precision])
     elif run.device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 32  # one graph per shape of a step: there are 28
+        torch._dynamo.config.recompile_limit = 32  # one graph per shape of a step: there are 31
         loss_of = torch.compile(masked_loss, fullgraph=True, dynamic=False)
     run.prepare(model, layout=layout, tokens=val_tokens)
     val_tokens, val_roles = val_tokens.to(run.device), val_roles.to(run.device)

@@ -865,7 +865,8 @@ def generate_ar(model, layout, tokens, known, output, rng):
     end = layout.end.get(output.modality)
     places, open_ = gather_places(~known & (layout.kind == MODALITIES.index(output.modality)))  # in order
     running = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # no end token yet
-    for place, chosen in zip(places.split(1, dim=1), open_.split(1, dim=1)):
+    for i in range(places.size(1)):
+        place, chosen = places[:, i:i + 1], open_[:, i:i + 1]
         ids, _ = draw_tokens(model, layout, tokens, known, place, output, rng)
         fill(tokens, known, place, ids, chosen & running)
         running &= (ids != end) | ~chosen

@@ -678,7 +678,7 @@ def generate(model, labels, tokens=None, masked=None, steps=16, order=None, nois
     """Fill in tokens (B, L) where masked (B, L), everywhere if they are None, for labels (B,): new tokens (B, L).
 
     order (L,): the places one after another; None keeps the likeliest draws first, their log-probabilities blurred by
-    Gumbel noise times `noise`, which falls to 0. cosine: few places at first and ever more; False: as many in each step.
+    Gumbel noise times `noise`, which falls to 0. cosine: few places at first and ever more; False: as many each.
     The temperature falls to last_temperature and guidance rises from 1: the first tokens decide where and how large an
     object is, and need variety; the last ones are its details. return_history: also a list of (tokens, masked) after
     each step.

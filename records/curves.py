@@ -42,7 +42,8 @@ def measure(path, fields):
             numbers = shown.quality(model)
         quality = {key: value for key, value in numbers.items() if key.startswith("quality_") and value is not None}
         loss = result[0] if isinstance(result, tuple) else result
-        found["points"].append({"step": run.step, "seconds": round(run.seconds, 1), "val_loss": round(loss, 4)} | quality)
+        point = {"step": run.step, "seconds": round(run.seconds, 1), "val_loss": round(loss, 4)}
+        found["points"].append(point | quality)
         return result
 
     script.Run, script.evaluate = Run, evaluate_and_judge

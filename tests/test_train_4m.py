@@ -208,15 +208,17 @@ def test_a_link_gives_one_modality_and_asks_for_others(frozen, layout, given, as
     tokens, rows = frozen[0][:300], 300
     ask = lambda seed: train_4m.link_positions(tokens, layout, given, asked, share, torch.Generator().manual_seed(seed))
     enc_pos, visible, dec_pos, counted = ask(0)
-    places = torch.cat([torch.arange(layout.size)[layout.span[m]] for m in (given, *asked)]).sort().values
+    mentioned = [m for m in (given, *asked) if m]
+    places = torch.cat([torch.arange(layout.size)[layout.span[m]] for m in mentioned]).sort().values
     met = torch.cat([enc_pos, dec_pos], 1).sort(1).values
     assert torch.equal(met, places.expand(rows, -1)), "each place of these modalities is an input or a target, not both"
     valid = layout.valid(tokens)
     assert torch.equal(visible, valid.gather(1, enc_pos)) and torch.equal(counted, valid.gather(1, dec_pos))
-    assert given in IMAGES or not visible.all(), "some texts are padded"
+    assert given in ("", *IMAGES) or not visible.all(), "some texts are padded"
     assert asked[0] in IMAGES or not counted.all()
     known = torch.zeros_like(valid).scatter(1, enc_pos, True)
-    assert known[:, layout.span[given]].all() and not any(known[:, layout.span[m]].any() for m in asked[1:])
+    assert not given or known[:, layout.span[given]].all()
+    assert not any(known[:, layout.span[m]].any() for m in asked[1:])
     first, size = known[:, layout.span[asked[0]]], layout.modalities[asked[0]]["length"]
     assert (first.sum(1) == share * size).all()
     if asked[0] in TEXTS:
@@ -246,9 +248,11 @@ def test_links_take_turns():
         for link in set(links):
             shares = collections.Counter(share for other, share in steps if other == link)
             expected = {0: 5 / 8, 0.25: 1 / 8, 0.5: 1 / 8, 0.75: 1 / 8} if link else {k / 8: 1 / 8 for k in range(1, 9)}
+            if link == ("", ("rgb",)):  # there is always something to start from
+                expected = {0.25: 6 / 8, 0.5: 1 / 8, 0.75: 1 / 8}
             assert set(shares) == set(expected), link
             for share, part in expected.items():
-                assert abs(shares[share] - part * shares.total()) <= 4, (link, share)
+                assert abs(shares[share] - part * shares.total()) <= 8, (link, share)
     assert all({given, *asked} <= {"rgb", *TEXTS} for (given, asked), _ in words)
 
 
@@ -268,7 +272,7 @@ def test_the_warm_up_meets_every_shape(tiny, tmp_path, monkeypatch, word_steps, 
     assert len(training) == num_steps and set(warm_up) == set(training)
     config = dataclasses.replace(train_4m.CONFIGS["cpu"], word_steps=word_steps)
     assert len(warm_up) == len({train_4m.step_shape(step, config) for step in range(num_steps)}), "each once"
-    assert num_steps < 200 or (len(warm_up) == 32 and len(set(warm_up)) == 28), "all there are; two links are alike"
+    assert num_steps < 200 or (len(warm_up) == 35 and len(set(warm_up)) == 31), "all there are; two links are alike"
 
 
 def test_a_step_is_what_its_shape_says(layout, frozen):
@@ -294,7 +298,7 @@ def test_a_step_is_what_its_shape_says(layout, frozen):
         links.add(link)
         if link:
             given, (first, *others) = link
-            length = lambda m: layout.modalities[m]["length"]
+            length = lambda m: layout.modalities[m]["length"] if m else 0
             known = int(share * length(first))
             assert enc_pos.shape == visible.shape == (4, length(given) + known)
             assert dec_pos.shape == (4, sum(map(length, (first, *others))) - known)
@@ -476,7 +480,8 @@ def test_targets_start_from_what_is_in_their_cell(model, layout, frozen):
         return None
 
     valid = layout.valid(tokens).gather(1, enc_pos)
-    for visible in (valid, valid & (torch.rand(valid.shape, generator=rng) < 0.5), None):
+    alone = 0
+    for visible in (valid, valid & (torch.rand(valid.shape, generator=rng) < 0.25), None):
         expected, words = torch.zeros(6, 200, 8), 0
         for b in range(6):
             by_cell = collections.defaultdict(list)
@@ -488,9 +493,11 @@ def test_targets_start_from_what_is_in_their_cell(model, layout, frozen):
                 if layout.kind[place] < len(IMAGES) and by_cell[layout.offset[place].item()]:
                     expected[b, m] = sum(by_cell[layout.offset[place].item()])
         found = model.at_cells(x, ids, enc_pos, visible, dec_pos)
-        assert torch.allclose(found, expected, atol=1e-5) and words > 3
+        assert torch.allclose(found, expected, atol=1e-5) and words
         is_text = layout.kind[dec_pos] >= len(IMAGES)
-        assert (found[is_text] == 0).all() and (found[~is_text] == 0).all(-1).any() and (found != 0).any()
+        assert (found[is_text] == 0).all() and (found != 0).any()
+        alone += int((found[~is_text] == 0).all(-1).sum())
+    assert alone, "cells with nothing in them"
 
 
 def test_a_target_moves_with_the_tokens_of_its_cell_alone(layout):
