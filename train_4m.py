@@ -1,7 +1,8 @@
 """nano4M: one encoder-decoder learns to predict any subset of eight modalities from any other.
 
-After 4M (arXiv:2312.06647) and the nano4M of EPFL's course COM-304, made fast: Muon, one input budget per step instead
-of padding, image tokens embedded and predicted as two digits, QK-norm, ReLU^2, zero-initialised projections.
+After 4M (arXiv:2312.06647) and the nano4M of EPFL's course COM-304, made fast: a step links one modality to others, all
+of whose tokens it asks for; targets start from what is known of their cell; Muon, image tokens embedded and predicted
+as two digits, QK-norm, ReLU^2, zero-initialised projections.
 
     python train_4m.py                                          # the cpu track, data from `python data/scenes.py`
     torchrun --standalone --nproc_per_node=8 train_4m.py        # the gpu track (not yet run on a GPU)

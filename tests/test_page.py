@@ -324,8 +324,11 @@ def test_in_a_browser(tmp_path):
 
 
 def test_readme_says_what_the_log_says():
-    footer = rules.parse_log(ROOT / "docs" / "4m.log")["footer"]
-    text = " ".join((ROOT / "README.md").read_text().split())
+    log = rules.parse_log(ROOT / "docs" / "4m.log")
+    footer, text = log["footer"], " ".join((ROOT / "README.md").read_text().split())
     single, whole = footer["quality_desc_f1"], footer["quality_desc_object_f1"]
     assert f"attributes F1 {single:.2f}, whole objects {whole:.2f} over 1,000 scenes" in text
-    assert "--quality_scenes=1000" in footer["overrides"] and f"train {footer['steps']} steps" in text
+    drawn, told = footer["quality_rgb_from_desc_f1"], footer["quality_rgb_from_caption_f1"]
+    assert f"from a description (F1 {drawn:.2f} by the judge) or a caption ({told:.2f})" in text
+    assert f"normals within {footer['quality_normal_degrees']:.1f} degrees" in text
+    assert '"quality_scenes": 1000' in log["config"] and f"train {footer['steps']:,} steps" in text
