@@ -23,7 +23,9 @@ import leaderboard  # noqa: E402
 from rules import parse_log  # noqa: E402
 
 ORDER = "4m gpt maskgit flow vlm".split()  # of the families; others follow by name
-SHOWN = {"4m.png": "What it makes of validation scenes it has never seen, the truth beside it.",
+SHOWN = {"maskgit.png": "Four draws of every class, and validation pictures of which half is given.",
+         "maskgit_steps.gif": "Every class as it is filled in, in 16 steps.",
+         "4m.png": "What it makes of validation scenes it has never seen, the truth beside it.",
          "gpt.txt": 'What the ready model says after "ROMEO:".'}
 
 PAGE = """<!doctype html>
