@@ -1,0 +1,56 @@
+"""records/curves.py: what it measures at every evaluation of a run, and what it draws."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "records"), str(ROOT / "data")]
+import curves
+
+SCRIPT = '''
+import types
+class Fault(Exception): pass
+class Run:
+    def __init__(self, argv):
+        self.argv, self.step, self.seconds, self.task, self.device, self.precision = argv, 0, 0.0, "toy", "cpu", "fp32"
+        self.config = types.SimpleNamespace(track="cpu")
+    def prepare(self, model, **data):
+        quality = lambda model: {"quality_share": model["share"], "quality_none": None, "table": 3}
+        self.samples = types.SimpleNamespace(task_show=types.SimpleNamespace(quality=quality))
+def hardware(device): return "2 cores"
+def evaluate(model, rank): return (5.0 - model["share"], {"more": 1}) if rank == 0 else None
+def main(argv):
+    if "--bad=1" in argv: raise Fault("no such field")
+    run, model = Run(argv), {"share": 0.0}
+    run.prepare(model, tokens=None)
+    for step in (0, 2, 4):
+        run.step, run.seconds, model["share"] = step, step * 1.26, step / 4
+        assert evaluate(model, 0)[1] == {"more": 1}, "the script gets what its own evaluation returns"
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "FOLDER", tmp_path / "curves")
+    path = tmp_path / "toy_script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_points_and_plot(toy, tmp_path):
+    curves.measure(toy, ["--eval_every=2"])
+    found = json.loads((tmp_path / "curves/toy_script.json").read_text())
+    assert found["script"] == "toy_script.py" and found["fields"] == ["--eval_every=2"] and found["hardware"] == "2 cores"
+    assert found["points"] == [{"step": 0, "seconds": 0.0, "val_loss": 5.0, "quality_share": 0.0},
+                               {"step": 2, "seconds": 2.5, "val_loss": 4.5, "quality_share": 0.5},
+                               {"step": 4, "seconds": 5.0, "val_loss": 4.0, "quality_share": 1.0}]
+    curves.plot()
+    assert (tmp_path / "curves/toy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_fault_of_the_script_is_one_sentence(toy, tmp_path):
+    with pytest.raises(SystemExit, match=r"toy_script.py: no such field$"):
+        curves.measure(toy, ["--bad=1"])
+    assert not (tmp_path / "curves").exists()
