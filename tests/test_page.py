@@ -332,3 +332,6 @@ def test_readme_says_what_the_log_says():
     assert f"from a description (F1 {drawn:.2f} by the judge) or a caption ({told:.2f})" in text
     assert f"normals within {footer['quality_normal_degrees']:.1f} degrees" in text
     assert '"quality_scenes": 1000' in log["config"] and f"train {footer['steps']:,} steps" in text
+    maskgit = rules.parse_log(ROOT / "docs" / "maskgit.log")["footer"]
+    assert f"after {maskgit['train_seconds']:.0f} seconds of training ([log](docs/maskgit.log))" in text
+    assert f"{100 * maskgit['quality_class_accuracy']:.0f} % of them right by the judge" in text
