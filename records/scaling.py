@@ -350,7 +350,7 @@ def main(argv):
     if argv[:1] == ["--work"]:
         return work(argv[1], argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=45, help="of a run; nine kinds take turns")
+    parser.add_argument("--steps", type=int, default=50, help="of a run; ten kinds take turns")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each number of processes")
     parser.add_argument("--scenes", type=int, default=2000, help="training scenes to make")
     options = parser.parse_args(argv)
