@@ -67,8 +67,7 @@ def draw_curves(axes, curves):
         for k, (name, points) in enumerate(curves):
             ax.plot([p["seconds"] for p in points], [p[key] for p in points], marker=".", label=name,
                     color=leaderboard.COLOURS[k])
-        ax.set(xlabel="train time (s)", title=key.removeprefix("quality_").replace("_", " "), xscale="log")
-        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set(xlabel="train time (s)", title=key.removeprefix("quality_").replace("_", " "))
         ax.grid(color=leaderboard.GREY, alpha=0.2)
     for ax in axes.flat[len(varied):]:
         ax.axis("off")
