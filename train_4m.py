@@ -89,6 +89,13 @@ CONFIGS = {
                   frozen_masks="data/frozen/eval_4m_128.npz", dim=512, enc_depth=6, dec_depth=6, batch=512,
                   num_steps=1500, eval_every=250, target=0.0),
 }
+# What steps teach in turn: modalities given and asked, or None, any tokens from any others, as the course masks. A link
+# costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Word steps take the first ones alone:
+# beside normals and depth, which teach where objects are, nothing teaches hue.
+LINKS = ((("rgb",), ("desc", "bbox", "caption")), (("desc",), ("rgb",)), (("caption",), ("rgb",)),
+         (("rgb",), ("normal", "depth")), (("caption",), ("desc", "bbox")), ((), ("rgb",)), (("rgb",), ("seg", "edge")),
+         (("caption",), ("rgb",)), (("rgb",), ("normal", "depth")), None)
+WORD_LINKS = 3
 # 4M's L and XL, for which weights, gradients and momentum are divided among the GPUs
 for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
     CONFIGS[name] = dataclasses.replace(CONFIGS["gpu"], track=name, dim=dim, enc_depth=24, dec_depth=24, shard=True)
@@ -405,6 +412,7 @@ PLACES = 8  # rows and columns of the grid that texts name places of
 FACTS = 5  # tokens per object in desc and bbox
 
 
+# --- copied: layout ---
 class Layout:
     """All of a scene's tokens side by side in one row of `size` places, a span per modality.
 
@@ -428,6 +436,7 @@ class Layout:
     def valid(self, tokens):
         """True where a row holds a token and not padding: (B, size)."""
         return tokens != self.pads[self.kind]
+# --- end: layout ---
 
 
 # --- copied: content ---
@@ -443,12 +452,14 @@ def content_sha256(folder, texts, pictures):
 # --- end: content ---
 
 
+# --- copied: shards ---
 def read_shards(config, modalities):
     """The training tokens, a memory map (scenes, length) per modality, and their sha256."""
     if not STANDALONE:
         import_ours("checks").check_scenes(sys.modules[__name__], config, modalities)
     arrays = [np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in MODALITIES]
     return arrays, content_sha256(ROOT / config.data, TEXTS, IMAGES)
+# --- end: shards ---
 
 
 # --- copied: loader ---
@@ -517,16 +528,16 @@ def course_positions(tokens, layout, inputs, config, rng):
 def link_positions(tokens, layout, given, asked, share, rng):
     """Inputs and targets of a link: enc_pos (B, N), dec_pos (B, M), and for which of each there is a token.
 
-    The modality given is known as a whole, and all of those asked are targets, but for a share of the first of them
+    The modalities given are known as a whole, and all of those asked are targets, but for a share of the first of them
     that is known too, as while it is generated: any places of a picture, the first ones of a text.
     """
     places = torch.arange(layout.size, device=tokens.device).expand(len(tokens), -1)
+    whole = [places[:, layout.span[m]] for m in given]
     first, *others = [places[:, layout.span[m]] for m in asked]
     if asked[0] in IMAGES:
         first = first.gather(1, uniform(first.shape, rng).argsort(1))
     known = int(share * first.size(1))
-    whole = places[:, layout.span[given]] if given else places[:, :0]
-    enc_pos = torch.cat([whole, first[:, :known]], 1)
+    enc_pos = torch.cat([*whole, first[:, :known]], 1)
     dec_pos = torch.cat([first[:, known:], *others], 1)
     valid = layout.valid(tokens)
     return enc_pos, valid.gather(1, enc_pos), dec_pos, valid.gather(1, dec_pos)
@@ -630,15 +641,6 @@ def schedule(step, config):
 # --- end: schedule ---
 
 
-# What steps teach in turn, the word steps the first three: a modality given, "" for none, and others asked; or None,
-# any tokens from any others. A link costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Words
-# come first: beside normals and depth, which teach where objects are, nothing teaches hue.
-LINKS = (("rgb", ("desc", "bbox", "caption")), ("desc", ("rgb",)), ("caption", ("rgb",)),
-         ("rgb", ("normal", "depth")), ("caption", ("desc", "bbox")), ("", ("rgb",)), ("rgb", ("seg", "edge")),
-         ("caption", ("rgb",)), ("rgb", ("normal", "depth")), None)
-WORD_LINKS = 3
-
-
 def step_shape(step, config):
     """The link of a step and how much is known: of what it asks first 0, 1/4, 1/2 or 3/4, mostly 0, or 1/4 where
     nothing else is given; without a link 1/8, 2/8 .. 8/8 of the budget.
@@ -650,7 +652,8 @@ def step_shape(step, config):
     eighth = int((step * 0.618034 + 0.5) % 1 * 8)
     if link is None:
         return link, (eighth + 1) / 8
-    least = 0 if link[0] else 1
+    given, _ = link
+    least = 0 if given else 1
     return link, max(least, eighth - 4) / 4
 
 
@@ -909,7 +912,8 @@ def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run
     link, share = step_shape(step, config)
     if link:
         enc_pos, visible, dec_pos, counted = link_positions(batch, layout, *link, share, rng)
-        images = dec_pos.size(1) if link[1][0] in IMAGES else 0
+        _, asked = link  # either pictures or texts
+        images = dec_pos.size(1) if asked[0] in IMAGES else 0
     else:
         inputs, images = int(share * config.budget), config.image_targets
         enc_pos, visible, dec_pos, counted = course_positions(batch, layout, inputs, config, rng)
@@ -950,6 +954,7 @@ def sharpen(logits, temperature, top_k, top_p):
 # --- end: sharpen ---
 
 
+# --- copied: sampling ---
 @dataclass
 class Output:
     """One modality to generate and how: scheme roar (random order), maskgit (most confident first) or ar (in order)."""
@@ -1009,10 +1014,10 @@ def generate_masked(model, layout, tokens, known, output, scheme, rng):
             places, chosen = gather_places(unknown & first)
             ids, _ = draw_tokens(model, layout, tokens, known, places, output, rng)
         else:
-            places, open_ = gather_places(unknown)
+            places, is_unknown = gather_places(unknown)
             ids, confidence = draw_tokens(model, layout, tokens, known, places, output, rng)
-            order = confidence.masked_fill(~open_, -math.inf).argsort(1, descending=True)
-            chosen = open_ & (order.argsort(1) < num_now)
+            order = confidence.masked_fill(~is_unknown, -math.inf).argsort(1, descending=True)
+            chosen = is_unknown & (order.argsort(1) < num_now)
         fill(tokens, known, places, ids, chosen)
 
 
@@ -1021,13 +1026,14 @@ def generate_ar(model, layout, tokens, known, output, rng):
     given = known.clone()
     span = layout.span[output.modality]
     end = layout.end.get(output.modality)
-    places, open_ = gather_places(~known & (layout.kind == MODALITIES.index(output.modality)))  # in order
+    places, is_unknown = gather_places(~known & (layout.kind == MODALITIES.index(output.modality)))  # in order
     running = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # no end token yet
     for i in range(places.size(1)):
-        place, chosen = places[:, i:i + 1], open_[:, i:i + 1]
+        place = places[:, i:i + 1]
+        running &= is_unknown[:, i:i + 1]
         ids, _ = draw_tokens(model, layout, tokens, known, place, output, rng)
-        fill(tokens, known, place, ids, chosen & running)
-        running &= (ids != end) | ~chosen
+        fill(tokens, known, place, ids, running)
+        running &= ids != end
         if not bool(running.any()):
             break
     if end is not None:  # whatever follows the end token is padding
@@ -1043,9 +1049,9 @@ def generate_ar(model, layout, tokens, known, output, rng):
 def generate(model, layout, tokens, known, outputs, seed=0):
     """Fill the modalities of outputs one after another; each result is an input of the next.
 
-    tokens int64 (B, size), known bool (B, size): what is given. A given part of an output modality stays as it is, and
-    rows may have any numbers of places open.
-    Returns new tokens and known. Raises Fault for a modality or scheme there is not, or when a row has nothing known.
+    tokens int64 (B, size), known bool (B, size): what is given, any places of each row. A given part of an output
+    modality stays as it is. Returns new tokens and known. Raises Fault for a modality or scheme there is not, or when a
+    row has nothing known.
     """
     tokens, known = tokens.clone(), known.clone()
     if not bool(known.any(1).all()):
@@ -1070,6 +1076,7 @@ def only(layout, tokens, *names):
     for name in names:
         known[:, layout.span[name]] = layout.valid(tokens)[:, layout.span[name]]
     return known
+# --- end: sampling ---
 
 
 # ------------------------------------------------------------------------------------------------------------

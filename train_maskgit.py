@@ -82,8 +82,7 @@ CONFIGS = {
     # the course's size on pictures of 256 tokens
     "gpu": Config(track="gpu", data="data/objects128/train", frozen="data/frozen/objects128.npz",
                   frozen_masks="data/frozen/eval_maskgit_128.npz", dim=512, head_dim=64, depth=8, batch=256,
-                  num_steps=4000,
-                  muon_lr=0.02, adam_lr=0.005, target=0.0),
+                  num_steps=4000, adam_lr=0.005),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
@@ -394,12 +393,14 @@ def content_sha256(folder, texts, pictures):
 # --- end: content ---
 
 
+# --- copied: objects ---
 def read_shards(config, modalities):
     """Training tokens (N, L) and labels (N,) uint16, memory maps, and their sha256."""
     if not STANDALONE:
         import_ours("checks").check_objects(sys.modules[__name__], config, modalities)
     tokens, labels = (np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in ("rgb", "label"))
     return tokens, labels[:, 0], content_sha256(ROOT / config.data, ("label",), ("rgb",))
+# --- end: objects ---
 
 
 # --- copied: loader ---
@@ -718,32 +719,32 @@ def train_step(step, tokens, labels, rng, model, muon, adam, config, run):
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 
-def gumbel(shape, rng):
-    """Gumbel noise: argmax(logits + noise) is a draw from the softmax."""
-    uniform = torch.rand(shape, generator=rng, device=rng.device).clamp(1e-20, 1 - 1e-7)
-    return -(-uniform.log()).log()
+def draw_digit(logits, guidance, temperature, rng):
+    """Draws (N,) and their log-probabilities from logits (N, base): with the label, and last without, if that is known.
 
-
-def draw_digits(logits, base_logits, guidance, temperature, rng):
-    """Draws (N,) and their log-probabilities from logits (N, base); guidance: u + guidance * (c - u)."""
-    log_probs = logits.float().log_softmax(-1)
-    if base_logits is not None:
-        base = base_logits.float().log_softmax(-1)
-        log_probs = (base + guidance * (log_probs - base)).log_softmax(-1)
+    guidance: u + guidance * (c - u), u not knowing the label.
+    """
+    c, u = (each.float().log_softmax(-1) for each in (logits[0], logits[-1]))
+    log_probs = (u + guidance * (c - u)).log_softmax(-1)
     ids = (log_probs / max(temperature, 1e-4) + gumbel(log_probs.shape, rng)).argmax(-1)
     return ids, log_probs.gather(-1, ids[:, None])[:, 0]
 
 
 def draw_tokens(model, tokens, labels, masked, guidance, temperature, rng):
-    """Ids (N,) of the N masked tokens, digit by digit, and their log-probabilities; u of guidance knows no label."""
-    y, base = model(tokens, labels, masked)[masked], None
+    """Ids (N,) of the N masked tokens, digit by digit, and their log-probabilities."""
+    states = [model(tokens, labels, masked)[masked]]
     if guidance != 1:
-        base = model(tokens, torch.full_like(labels, model.num_labels), masked)[masked]
-    base_a = None if base is None else model.head_a(base)
-    a, log_a = draw_digits(model.head_a(y), base_a, guidance, temperature, rng)
-    base_b = None if base is None else model.logits_b(base, a)
-    b, log_b = draw_digits(model.logits_b(y, a), base_b, guidance, temperature, rng)
+        states.append(model(tokens, torch.full_like(labels, model.num_labels), masked)[masked])
+    a, log_a = draw_digit([model.head_a(y) for y in states], guidance, temperature, rng)
+    b, log_b = draw_digit([model.logits_b(y, a) for y in states], guidance, temperature, rng)
     return a + model.base * b, log_a + log_b
+
+
+# --- copied: generate ---
+def gumbel(shape, rng):
+    """Gumbel noise: argmax(logits + noise) is a draw from the softmax."""
+    uniform = torch.rand(shape, generator=rng, device=rng.device).clamp(1e-20, 1 - 1e-7)
+    return -(-uniform.log()).log()
 
 
 @torch.no_grad()
@@ -784,6 +785,7 @@ def generate(model, labels, tokens=None, masked=None, steps=16, order=None, nois
         masked = ranked.argsort(1).argsort(1) >= L - left
         history.append((tokens.masked_fill(masked, 0), masked))
     return (tokens, history) if return_history else tokens
+# --- end: generate ---
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -413,6 +413,7 @@ IMAGES, TEXTS = ("rgb", "depth", "normal", "seg", "edge"), ("desc", "caption", "
 MODALITIES = IMAGES + TEXTS
 
 
+# --- copied: layout ---
 class Layout:
     """All of a scene's tokens side by side in one row of `size` places, a span per modality.
 
@@ -436,6 +437,7 @@ class Layout:
     def valid(self, tokens):
         """True where a row holds a token and not padding: (B, size)."""
         return tokens != self.pads[self.kind]
+# --- end: layout ---
 
 
 # --- copied: content ---
@@ -451,12 +453,14 @@ def content_sha256(folder, texts, pictures):
 # --- end: content ---
 
 
+# --- copied: shards ---
 def read_shards(config, modalities):
     """The training tokens, a memory map (scenes, length) per modality, and their sha256."""
     if not STANDALONE:
         import_ours("checks").check_scenes(sys.modules[__name__], config, modalities)
     arrays = [np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in MODALITIES]
     return arrays, content_sha256(ROOT / config.data, TEXTS, IMAGES)
+# --- end: shards ---
 
 
 # --- copied: loader ---
@@ -792,6 +796,7 @@ def sharpen(logits, temperature, top_k, top_p):
 # --- end: sharpen ---
 
 
+# --- copied: sampling ---
 @dataclass
 class Output:
     """One modality to generate and how: scheme roar (random order), maskgit (most confident first) or ar (in order)."""
@@ -851,10 +856,10 @@ def generate_masked(model, layout, tokens, known, output, scheme, rng):
             places, chosen = gather_places(unknown & first)
             ids, _ = draw_tokens(model, layout, tokens, known, places, output, rng)
         else:
-            places, open_ = gather_places(unknown)
+            places, is_unknown = gather_places(unknown)
             ids, confidence = draw_tokens(model, layout, tokens, known, places, output, rng)
-            order = confidence.masked_fill(~open_, -math.inf).argsort(1, descending=True)
-            chosen = open_ & (order.argsort(1) < num_now)
+            order = confidence.masked_fill(~is_unknown, -math.inf).argsort(1, descending=True)
+            chosen = is_unknown & (order.argsort(1) < num_now)
         fill(tokens, known, places, ids, chosen)
 
 
@@ -863,13 +868,14 @@ def generate_ar(model, layout, tokens, known, output, rng):
     given = known.clone()
     span = layout.span[output.modality]
     end = layout.end.get(output.modality)
-    places, open_ = gather_places(~known & (layout.kind == MODALITIES.index(output.modality)))  # in order
+    places, is_unknown = gather_places(~known & (layout.kind == MODALITIES.index(output.modality)))  # in order
     running = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # no end token yet
     for i in range(places.size(1)):
-        place, chosen = places[:, i:i + 1], open_[:, i:i + 1]
+        place = places[:, i:i + 1]
+        running &= is_unknown[:, i:i + 1]
         ids, _ = draw_tokens(model, layout, tokens, known, place, output, rng)
-        fill(tokens, known, place, ids, chosen & running)
-        running &= (ids != end) | ~chosen
+        fill(tokens, known, place, ids, running)
+        running &= ids != end
         if not bool(running.any()):
             break
     if end is not None:  # whatever follows the end token is padding
@@ -885,9 +891,9 @@ def generate_ar(model, layout, tokens, known, output, rng):
 def generate(model, layout, tokens, known, outputs, seed=0):
     """Fill the modalities of outputs one after another; each result is an input of the next.
 
-    tokens int64 (B, size), known bool (B, size): what is given. A given part of an output modality stays as it is, and
-    rows may have any numbers of places open.
-    Returns new tokens and known. Raises Fault for a modality or scheme there is not, or when a row has nothing known.
+    tokens int64 (B, size), known bool (B, size): what is given, any places of each row. A given part of an output
+    modality stays as it is. Returns new tokens and known. Raises Fault for a modality or scheme there is not, or when a
+    row has nothing known.
     """
     tokens, known = tokens.clone(), known.clone()
     if not bool(known.any(1).all()):
@@ -912,6 +918,7 @@ def only(layout, tokens, *names):
     for name in names:
         known[:, layout.span[name]] = layout.valid(tokens)[:, layout.span[name]]
     return known
+# --- end: sampling ---
 
 
 # ------------------------------------------------------------------------------------------------------------

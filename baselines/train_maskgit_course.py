@@ -421,12 +421,14 @@ def content_sha256(folder, texts, pictures):
 # --- end: content ---
 
 
+# --- copied: objects ---
 def read_shards(config, modalities):
     """Training tokens (N, L) and labels (N,) uint16, memory maps, and their sha256."""
     if not STANDALONE:
         import_ours("checks").check_objects(sys.modules[__name__], config, modalities)
     tokens, labels = (np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in ("rgb", "label"))
     return tokens, labels[:, 0], content_sha256(ROOT / config.data, ("label",), ("rgb",))
+# --- end: objects ---
 
 
 # --- copied: loader ---
@@ -656,20 +658,22 @@ def train_step(step, ids, masked, model, adam, config, run):
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 
+def draw_tokens(model, tokens, labels, masked, guidance, temperature, rng):
+    """Ids (N,) of the N masked tokens and their log-probabilities; guidance: u + guidance * (c - u), u not knowing the
+    label."""
+    logits = model.log_probs(tokens, labels, masked)
+    if guidance != 1:
+        base = model.log_probs(tokens, torch.full_like(labels, model.num_labels), masked)
+        logits = base + guidance * (logits - base)
+    ids = (logits / max(temperature, 1e-4) + gumbel(logits.shape, rng)).argmax(-1)
+    return ids, logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
+
+# --- copied: generate ---
 def gumbel(shape, rng):
     """Gumbel noise: argmax(logits + noise) is a draw from the softmax."""
     uniform = torch.rand(shape, generator=rng, device=rng.device).clamp(1e-20, 1 - 1e-7)
     return -(-uniform.log()).log()
-
-
-def predict(model, tokens, labels, masked, guidance):
-    """Logits (N, vocab) of the N masked tokens; guidance: u + guidance * (c - u), u not knowing the label."""
-    logits = model.log_probs(tokens, labels, masked)
-    if guidance != 1:
-        unlabelled = torch.full_like(labels, model.num_labels)
-        base = model.log_probs(tokens, unlabelled, masked)
-        logits = base + guidance * (logits - base)
-    return logits
 
 
 @torch.no_grad()
@@ -697,9 +701,7 @@ def generate(model, labels, tokens=None, masked=None, steps=16, order=None, nois
         progress = (step + 1) / steps
         late = step / max(1, steps - 1)  # 0 .. 1
         heat = temperature + (last_temperature - temperature) * late
-        logits = predict(model, tokens, labels, masked, 1 + (guidance - 1) * late)
-        ids = (logits / max(heat, 1e-4) + gumbel(logits.shape, rng)).argmax(-1)
-        confidence = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        ids, confidence = draw_tokens(model, tokens, labels, masked, 1 + (guidance - 1) * late, heat, rng)
         tokens = tokens.masked_scatter(masked, ids)
         if order is None:
             confidence += noise * (1 - progress) * gumbel(ids.shape, rng)
@@ -712,6 +714,7 @@ def generate(model, labels, tokens=None, masked=None, steps=16, order=None, nois
         masked = ranked.argsort(1).argsort(1) >= L - left
         history.append((tokens.masked_fill(masked, 0), masked))
     return (tokens, history) if return_history else tokens
+# --- end: generate ---
 
 
 # ------------------------------------------------------------------------------------------------------------

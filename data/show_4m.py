@@ -9,6 +9,7 @@ import studio as metrics
 from texts import parse_desc
 
 CHAIN_STEPS, SHEET_SCENES = 8, 8
+DRAWING = {"modality": "rgb", "scheme": "roar", "steps": 16, "temperature": 0.5}  # how a text becomes a picture
 PART = 100  # scenes generated at once: 1,000 would take 5 GB
 TRUTH_SCENES = 250  # that depth and normals are measured on, over all their pixels
 
@@ -68,7 +69,7 @@ class Show:
         depth = self.generate(model, few, shown[:len(few)], [Output("depth", steps=CHAIN_STEPS, temperature=0.3)])
         normal = self.generate(model, few, shown[:len(few)], [Output("normal", steps=CHAIN_STEPS, temperature=0.3)])
         told = self.described(self.generate(model, tokens, shown, [Output("desc", temperature=0)]))
-        drawing = [Output("rgb", "roar", steps=16, temperature=0.5)]
+        drawing = [Output(**DRAWING)]
         from_desc = self.pictures(self.generate(model, tokens, self.only(tokens, "desc"), drawing), "rgb")
         from_caption = self.pictures(self.generate(model, tokens, self.only(tokens, "caption"), drawing), "rgb")
         meant = self.described(tokens)
@@ -104,8 +105,7 @@ class Show:
 
     def from_desc(self, model, tokens, true, scenes=slice(4, 7)):
         Output, some = self.script.Output, tokens[scenes]
-        chain = [Output("rgb", "roar", steps=16, temperature=0.4), Output("depth", temperature=0.4),
-                 Output("normal", temperature=0.4)]
+        chain = [Output(**DRAWING), Output("depth", temperature=0.4), Output("normal", temperature=0.4)]
         out = self.generate(model, some, self.only(some, "desc"), chain)
         made = {m: self.pictures(out, m) for m in ("rgb", "depth", "normal")}
         labels = self.labels(judges.object_f1, made["rgb"], some)
@@ -114,8 +114,7 @@ class Show:
                 for b, text in enumerate(self.texts(some, "desc"))]
 
     def from_caption(self, model, tokens, true, scenes=(7, 1)):
-        Output = self.script.Output
-        chain = [Output("desc", temperature=0.5), Output("rgb", "roar", steps=16, temperature=0.4)]
+        chain = [self.script.Output("desc", temperature=0.5), self.script.Output(**DRAWING)]
         same = tokens[list(scenes)].repeat_interleave(4, 0)
         made = self.pictures(self.generate(model, same, self.only(same, "caption"), chain), "rgb")
         labels = self.labels(judges.caption_f1, made, same)

@@ -44,8 +44,7 @@ class Show:
 
     def __init__(self, script, run, modalities, frozen):
         self.script, self.device = script, run.device
-        self.tokens, self.labels, self.masked = (part[:FIRST_ROWS] for part in frozen)
-        self.valid_tokens, self.valid_labels = frozen[:2]
+        self.tokens, self.labels, self.masked = frozen
         self.side = math.isqrt(modalities["rgb"]["length"])
         self.order = halton_order(self.side)
         self.is_text = run.config.data == "text"
@@ -96,12 +95,13 @@ class Show:
 
     def text(self, model, path):
         """Rows from nothing and validation rows with gaps filled in, in a file and on the console."""
+        tokens, labels, masked = (part[:FIRST_ROWS] for part in (self.tokens, self.labels, self.masked))
         settings = {"steps": model.length, "cosine": False}
-        made = self.generate(model, "from nothing", self.labels, **settings)
-        filled = self.generate(model, "filled in", self.labels, self.tokens, self.masked, **settings)
-        gaps = self.tokens.masked_fill(self.masked, ord("_"))
+        made = self.generate(model, "from nothing", labels, **settings)
+        filled = self.generate(model, "filled in", labels, tokens, masked, **settings)
+        gaps = tokens.masked_fill(masked, ord("_"))
         lines = [f"from nothing  {as_text(row)}" for row in made]
-        for given, result, true in zip(gaps, filled, self.tokens):
+        for given, result, true in zip(gaps, filled, tokens):
             lines += ["", f"given         {as_text(given)}", f"filled in     {as_text(result)}",
                       f"true          {as_text(true)}"]
         path.write_text("\n".join(lines) + "\n")
@@ -157,30 +157,28 @@ class Show:
 
     def inpainted(self, model):
         """Class accuracy of validation pictures of which another random half of the tokens is given each."""
-        n = min(self.per_class * len(self.classes), len(self.valid_tokens))
-        self.bar.set_postfix_str(f"{n} pictures filled in")
-        tokens, labels = self.valid_tokens[:n].to(self.device), self.valid_labels[:n].to(self.device)
-        hidden = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)).argsort(1) < tokens.size(1) // 2
-        parts = zip(tokens.split(PART), labels.split(PART), hidden.to(self.device).split(PART))
-        made = [self.script.generate(model, part_labels, part, masked, steps=FLOOR_STEPS, guidance=self.guidance,
-                                     order=self.order) for part, part_labels, masked in parts]
-        self.bar.update()
-        return round(self.judge.accuracy(self.judged_size(torch.cat(made)), labels), 4)
-
-    def judged_size(self, tokens):
-        """Pictures (B, 3, 64, 64), which the judge knows."""
-        return F.avg_pool2d(self.studio.pictures(tokens), self.side // 8)
+        n = min(self.per_class * len(self.classes), len(self.tokens))
+        tokens, labels = self.tokens[:n].to(self.device), self.labels[:n].to(self.device)
+        rng = torch.Generator().manual_seed(0)
+        hidden = torch.rand(tokens.shape, generator=rng).argsort(1) < tokens.size(1) // 2
+        pictures = self.drawn(model, "filled in", FLOOR_STEPS, labels, tokens, hidden.to(self.device))
+        return round(self.judge.accuracy(pictures, labels), 4)
 
     def judged(self, model, steps, per_class):
-        """Class accuracy and Frechet distance of some pictures of each class; one task of the bar."""
+        """Class accuracy and Frechet distance of some pictures of each class."""
         labels = self.classes.repeat(per_class)
-        self.bar.set_postfix_str(f"{len(labels)} pictures in {steps} steps")
-        parts = [self.script.generate(model, part, steps=steps, guidance=self.guidance, order=self.order, seed=i)
-                 for i, part in enumerate(labels.split(PART))]
-        pictures = self.judged_size(torch.cat(parts))
-        self.bar.update()
+        pictures = self.drawn(model, f"in {steps} steps", steps, labels)
         return (round(self.judge.accuracy(pictures, labels), 4),
                 round(self.judge.frechet_distance(pictures, "objects_decoded"), 3))
+
+    def drawn(self, model, what, steps, *given):
+        """Pictures as the judge knows them, of 64 pixels, for labels and perhaps tokens and masks; one task of the bar."""
+        self.bar.set_postfix_str(f"{len(given[0])} pictures {what}")
+        settings = {"steps": steps, "guidance": self.guidance, "order": self.order}
+        parts = zip(*(part.split(PART) for part in given))
+        tokens = [self.script.generate(model, *part, seed=i, **settings) for i, part in enumerate(parts)]
+        self.bar.update()
+        return F.avg_pool2d(self.studio.pictures(torch.cat(tokens)), self.side // 8)
 
 
 def as_text(row):

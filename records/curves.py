@@ -16,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import leaderboard
+from rules import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "curves"
 sys.path.insert(0, str(ROOT / "data"))
 
@@ -60,34 +60,30 @@ def measure(path, fields):
 
 
 def draw_curves(axes, curves):
-    """A panel per number, a line per script. curves: [(script, [points])]."""
-    keys = [key for key in curves[0][1][0] if key not in ("step", "seconds")]
-    varied = [key for key in keys if len({point.get(key) for _, points in curves for point in points}) > 1]
-    for ax, key in zip(axes.flat, varied):
+    """A panel per number, a line per script. curves: [(script, [points])], whose points have the same numbers."""
+    numbers = [key for key in curves[0][1][0] if key not in ("step", "seconds")]
+    for ax, key in zip(axes, numbers):
         for k, (name, points) in enumerate(curves):
-            ax.plot([p["seconds"] for p in points], [p[key] for p in points], marker=".", label=name,
-                    color=leaderboard.COLOURS[k])
+            ax.plot([point["seconds"] for point in points], [point[key] for point in points], marker=".",
+                    color=leaderboard.COLOURS[k], label=name if ax is axes[0] else "")
         ax.set(xlabel="train time (s)", title=key.removeprefix("quality_").replace("_", " "))
-        ax.grid(color=leaderboard.GREY, alpha=0.2)
-    for ax in axes.flat[len(varied):]:
+    for ax in axes[len(numbers):]:
         ax.axis("off")
-    axes.flat[0].legend(frameon=False)
 
 
-def plot():
-    """A plot per task of all curves that there are."""
-    from matplotlib import figure, rc_context
-
+def read_curves():
+    """What has been measured: {task: [(script, [points])]}."""
     by_task = {}
     for path in sorted(FOLDER.glob("*.json")):
         found = json.loads(path.read_text())
         by_task.setdefault(found["task"], []).append((found["script"], found["points"]))
-    parts = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color"
-    for task, curves in by_task.items():
-        with rc_context({part: leaderboard.GREY for part in parts.split()} | {"font.size": 9}):
-            sheet = figure.Figure(figsize=(11, 6), layout="constrained")
-            draw_curves(sheet.subplots(2, 4), curves)
-            sheet.savefig(FOLDER / f"{task}.png", dpi=120, transparent=True, metadata={"Software": None})
+    return by_task
+
+
+def plot():
+    """A plot per task of all curves that there are."""
+    for task, curves in read_curves().items():
+        leaderboard.save_plot(FOLDER / f"{task}.png", draw_curves, curves, panels=(2, 4))
         print(FOLDER / f"{task}.png")
 
 

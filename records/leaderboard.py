@@ -199,17 +199,21 @@ def draw_history(ax, history):
     ax.yaxis.set_major_formatter("{x:g}x")
     ax.margins(x=0.12, y=0.12)
 
-def save_plot(path, draw, *arguments):
-    """A PNG of draw(axes, *arguments) on a transparent ground, with a digest of what it shows."""
+def save_plot(path, draw, *arguments, panels=(1, 1)):
+    """A PNG of draw(axes, *arguments) on a transparent ground, with a digest of what it shows. axes: one, or a row of
+    as many as rows x columns of panels."""
     from matplotlib import figure, rc_context  # here, so that the tables need no plots
     parts = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color"
     with rc_context({part: GREY for part in parts.split()} | {"font.size": 11}):
-        ax = figure.Figure(figsize=(8, 5), layout="constrained").subplots()
-        draw(ax, *arguments)
-        ax.grid(color=GREY, alpha=0.2)
-        ax.figure.legend(loc="outside lower center", ncols=2, frameon=False)
-        ax.figure.savefig(path, dpi=150, transparent=True,
-                          metadata={"Software": None, "Description": plot_digest(draw, *arguments)})
+        rows, columns = panels
+        sheet = figure.Figure(figsize=(max(8, 3.5 * columns), max(5, 3 * rows)), layout="constrained")
+        axes = sheet.subplots(rows, columns, squeeze=False).flatten()
+        draw(axes if len(axes) > 1 else axes[0], *arguments)
+        for ax in axes:
+            ax.grid(color=GREY, alpha=0.2)
+        sheet.legend(loc="outside lower center", ncols=2, frameon=False)
+        sheet.savefig(path, dpi=150, transparent=True,
+                      metadata={"Software": None, "Description": plot_digest(draw, *arguments)})
 
 def plot_digest(draw, *arguments):
     return hashlib.sha256(repr((draw.__name__, GREY, COLOURS, arguments)).encode()).hexdigest()

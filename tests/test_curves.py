@@ -54,3 +54,11 @@ def test_a_fault_of_the_script_is_one_sentence(toy, tmp_path):
     with pytest.raises(SystemExit, match=r"toy_script.py: no such field$"):
         curves.measure(toy, ["--bad=1"])
     assert not (tmp_path / "curves").exists()
+
+
+def test_committed_plots_show_what_was_measured():
+    by_task = curves.read_curves()
+    assert "4m" in by_task
+    for task, found in by_task.items():
+        digest = curves.leaderboard.plot_digest(curves.draw_curves, found)
+        assert digest.encode() in (curves.FOLDER / f"{task}.png").read_bytes(), "python records/curves.py --plot"

@@ -47,11 +47,11 @@ def test_step_sizes():
         made.setdefault(train_4m.step_shape(step, config), set()).add(sizes)
     assert all(len(sizes) == 1 for sizes in made.values()), "a shape says it all"
     found = {shape: sizes.pop() for shape, sizes in made.items()}  # by hand: pictures 64, texts 16, 40 and 16
-    assert found[("rgb", ("desc", "bbox", "caption")), 0] == (64, 0, 72)
-    assert found[("rgb", ("desc", "bbox", "caption")), 0.75] == (64 + 12, 0, 60)
-    assert found[("desc", ("rgb",)), 0.25] == (16 + 16, 48, 0)
-    assert found[("rgb", ("normal", "depth")), 0.5] == (64 + 32, 96, 0)
-    assert found[("caption", ("desc", "bbox")), 0.25] == (40 + 4, 0, 28)
+    assert found[(("rgb",), ("desc", "bbox", "caption")), 0] == (64, 0, 72)
+    assert found[(("rgb",), ("desc", "bbox", "caption")), 0.75] == (64 + 12, 0, 60)
+    assert found[(("desc",), ("rgb",)), 0.25] == (16 + 16, 48, 0)
+    assert found[(("rgb",), ("normal", "depth")), 0.5] == (64 + 32, 96, 0)
+    assert found[(("caption",), ("desc", "bbox")), 0.25] == (40 + 4, 0, 28)
     assert found[None, 0.375] == (48, config.image_targets, config.text_targets)
 
 
