@@ -763,7 +763,8 @@ class Nano4M(nn.Module):
 
     def __init__(self, config, layout):
         super().__init__()
-        C, device = config.dim, layout.kind.device
+        C = config.dim
+        device = layout.kind.device
         self.num_cells = layout.modalities["rgb"]["length"]
         self.kind, self.vocab = layout.kind, layout.vocab
         self.num_image_positions = layout.span["desc"].start
@@ -915,7 +916,8 @@ def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run
         _, asked = link  # either pictures or texts
         images = dec_pos.size(1) if asked[0] in IMAGES else 0
     else:
-        inputs, images = int(share * config.budget), config.image_targets
+        inputs = int(share * config.budget)
+        images = config.image_targets
         enc_pos, visible, dec_pos, counted = course_positions(batch, layout, inputs, config, rng)
     weight = target_weights(dec_pos, counted, layout)
     num_tokens = counted.sum() + (enc_pos.numel() if visible is None else visible.sum())

@@ -19,6 +19,7 @@ import leaderboard
 from rules import ROOT
 
 FOLDER = ROOT / "docs" / "curves"
+TASKS = ("4m", "maskgit", "flow")  # whose samples are judged
 sys.path.insert(0, str(ROOT / "data"))
 
 
@@ -27,10 +28,13 @@ def measure(path, fields):
     import show
 
     script = show.load_script(path)
-    found, evaluate = {"points": []}, script.evaluate
+    evaluate = script.evaluate
+    found = {"points": []}
 
     class Run(script.Run):
         def prepare(self, model, **show_data):
+            if self.task not in TASKS:
+                raise script.Fault(f"there is no judge for {self.task}, only for {', '.join(TASKS)}")
             found["run"] = self
             super().prepare(model, **show_data)
 
@@ -61,7 +65,8 @@ def measure(path, fields):
 
 def draw_curves(axes, curves):
     """A panel per number, a line per script. curves: [(script, [points])], whose points have the same numbers."""
-    numbers = [key for key in curves[0][1][0] if key not in ("step", "seconds")]
+    values = {key: {point[key] for _, points in curves for point in points} for key in curves[0][1][0]}
+    numbers = [key for key in values if key not in ("step", "seconds") and len(values[key]) > 1]
     for ax, key in zip(axes, numbers):
         for k, (name, points) in enumerate(curves):
             ax.plot([point["seconds"] for point in points], [point[key] for point in points], marker=".",

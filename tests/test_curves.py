@@ -14,7 +14,8 @@ import types
 class Fault(Exception): pass
 class Run:
     def __init__(self, argv):
-        self.argv, self.step, self.seconds, self.task, self.device, self.precision = argv, 0, 0.0, "toy", "cpu", "fp32"
+        self.argv, self.step, self.seconds, self.device, self.precision = argv, 0, 0.0, "cpu", "fp32"
+        self.task = "gpt" if "--task=gpt" in argv else "flow"
         self.config = types.SimpleNamespace(track="cpu")
     def prepare(self, model, **data):
         quality = lambda model: {"quality_share": model["share"], "quality_none": None, "table": 3}
@@ -47,12 +48,13 @@ def test_points_and_plot(toy, tmp_path):
                                {"step": 2, "seconds": 2.5, "val_loss": 4.5, "quality_share": 0.5},
                                {"step": 4, "seconds": 5.0, "val_loss": 4.0, "quality_share": 1.0}]
     curves.plot()
-    assert (tmp_path / "curves/toy.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "curves/flow.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_fault_of_the_script_is_one_sentence(toy, tmp_path):
-    with pytest.raises(SystemExit, match=r"toy_script.py: no such field$"):
-        curves.measure(toy, ["--bad=1"])
+    for field, sentence in ("--bad=1", "no such field$"), ("--task=gpt", "there is no judge for gpt, only for 4m, maskg"):
+        with pytest.raises(SystemExit, match=f"toy_script.py: {sentence}"):
+            curves.measure(toy, [field])
     assert not (tmp_path / "curves").exists()
 
 
