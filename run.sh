@@ -81,6 +81,17 @@ look() {  # look [--field=value ...]: sets gpus, how many are here, and track
     for arg in "$@"; do case $arg in --track=*) track=${arg#--track=};; esac; done
 }
 
+even() {  # even MACHINES TASK [--field=value ...]: no more gpus than can share the batch evenly
+    local all=$gpus
+    if [ "$gpus" -lt 2 ]; then return; fi
+    gpus=$($PY -c 'import importlib, sys
+machines, gpus, script = int(sys.argv[1]), int(sys.argv[2]), importlib.import_module(sys.argv[3])
+batch = script.read_options(sys.argv[4:])[0].batch
+print(max((n for n in range(1, gpus + 1) if batch % (n * machines) == 0), default=gpus))' \
+        "$1" "$gpus" "train_$2" "${@:3}" 2>/dev/null) || gpus=$all  # the script says what is wrong
+    if [ "$gpus" -lt "$all" ]; then echo "run.sh: $gpus of $all GPUs here, which share the batch evenly"; fi
+}
+
 train() {  # train TASK [--field=value ...]
     local task=$1 gpus track; shift
     look "$@"
@@ -92,6 +103,7 @@ train() {  # train TASK [--field=value ...]
         "vlm cpu 0") set -- --num_steps=800 --eval_every=200;;
     esac
     prepare "$task" "$track" "$@"
+    even 1 "$task" "$@"
     echo "training: train_$task.py $*"
     if [[ $track = gpu* ]] && [ "$gpus" -gt 0 ]; then
         $PY -m torch.distributed.run --standalone --nproc_per_node="$gpus" "train_$task.py" "$@"
@@ -115,6 +127,7 @@ nodes() {  # nodes HOST:PORT COUNT TASK [--field=value ...]: this machine's part
     setup
     look "$@"
     prepare "$task" "$track" "$@"
+    even "$count" "$task" "$@"
     exec 9>&-
     # torchrun announces a machine by its host name, which others may not know, and compares host names to see which
     # one is HOST. The way there tells both for sure: this end of it has an address, and is HOST's own on HOST alone.

@@ -5,7 +5,7 @@ of whose tokens it asks for; targets start from what is known of their cell; Muo
 as two digits, QK-norm, ReLU^2, zero-initialised projections.
 
     python train_4m.py                                          # the cpu track, data from `python data/scenes.py`
-    torchrun --standalone --nproc_per_node=8 train_4m.py        # the gpu track (not yet run on a GPU)
+    torchrun --standalone --nproc_per_node=8 train_4m.py        # the gpu track
     python train_4m.py --help                                   # every field and what it may be
 """
 import contextlib
@@ -62,6 +62,7 @@ class Config:
     num_steps: int = 1500  # training steps
     word_steps: int = 300  # of them the first, in which only words and rgb are linked
     batch: int = 64  # scenes per step, over all processes
+    micro_batch: int = 512  # of them that a process computes at a time
     budget: int = 128  # input tokens per scene of a course step at most: it has 1/8, 2/8 .. 8/8 of it
     image_targets: int = 32  # target tokens of pictures per scene of a course step
     text_targets: int = 32  # target tokens of texts and boxes per scene of a course step
@@ -87,7 +88,7 @@ CONFIGS = {
     # the course's size: dim 512, 6 + 6 blocks, global batch 512, 256-token images
     "gpu": Config(track="gpu", data="data/scenes128/train", frozen="data/frozen/scenes128.npz",
                   frozen_masks="data/frozen/eval_4m_128.npz", dim=512, enc_depth=6, dec_depth=6, batch=512,
-                  num_steps=1500, eval_every=250, target=0.0),
+                  micro_batch=256, adam_lr=0.005, eval_every=250),
 }
 # What steps teach in turn: modalities given and asked, or None, any tokens from any others, as the course masks. A link
 # costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Word steps take the first ones alone:
@@ -102,9 +103,9 @@ for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
 ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
     "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96),
-    "mlp_ratio": (1, 16), "momentum": (0, 0.9999), "batch": (1, math.inf), "budget": (16, math.inf),
-    "image_targets": (1, math.inf), "text_targets": (1, math.inf), "cooldown": (0.001, 1), "eval_every": (1, math.inf),
-    "quality_scenes": (0, 2000), "precision": ("auto", "fp32", "bf16"),
+    "mlp_ratio": (1, 16), "momentum": (0, 0.9999), "batch": (1, math.inf), "micro_batch": (1, math.inf),
+    "budget": (16, math.inf), "image_targets": (1, math.inf), "text_targets": (1, math.inf), "cooldown": (0.001, 1),
+    "eval_every": (1, math.inf), "quality_scenes": (0, 2000), "precision": ("auto", "fp32", "bf16"),
 }
 
 
@@ -240,7 +241,8 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            on_gpu = self.device.type == "cuda"  # NCCL would guess, and warn
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
         self.step = self.tokens = self.flops = 0  # so far
         self.seconds = self.eval_seconds = 0  # of training alone, and of evaluations and saved states
         self.compile_seconds = self.graphs = 0  # of the warm-up
@@ -908,7 +910,7 @@ def target_weights(dec_pos, counted, layout):
     return share[kind] * counted
 
 
-def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run):
+def train_step(step, batch, rng, model, muon, adam, layout, config, run):
     """One step on a global batch (B, size): this rank's part of its loss, how many tokens it had, and its FLOPs."""
     link, share = step_shape(step, config)
     if link:
@@ -922,11 +924,14 @@ def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run
     weight = target_weights(dec_pos, counted, layout)
     num_tokens = counted.sum() + (enc_pos.numel() if visible is None else visible.sum())
     mine = run.slice(config.batch)
-    if visible is not None:
-        visible = visible[mine]
-    with run.autocast():
-        loss = loss_of(model, batch[mine], enc_pos[mine], visible, dec_pos[mine], weight[mine], images)
-    loss.backward()
+    total = 0.0
+    for start in range(mine.start, mine.stop, config.micro_batch):
+        rows = slice(start, min(start + config.micro_batch, mine.stop))
+        shown = None if visible is None else visible[rows]
+        with run.autocast():
+            loss = masked_loss(model, batch[rows], enc_pos[rows], shown, dec_pos[rows], weight[rows], images)
+        loss.backward()
+        total += loss.detach()
     sum_gradients(adam, run.world)
     factor = schedule(step, config)
     muon.step(config.muon_lr * factor)
@@ -934,7 +939,7 @@ def train_step(step, batch, rng, loss_of, model, muon, adam, layout, config, run
     adam.step()
     model.zero_grad(set_to_none=True)
     flops = config.batch * flops_per_scene(model, config, enc_pos.size(1), images, dec_pos.size(1) - images)
-    return loss.detach(), num_tokens, flops
+    return total, num_tokens, flops
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1216,13 +1221,13 @@ def main(argv):
     torch.manual_seed(config.seed)
     model = Nano4M(config, layout).to(run.device)
     init_weights(model)
-    loss_of = masked_loss
+    if run.device.type == "cuda":  # block by block and for any lengths: few graphs, made in half a minute
+        torch.fx.experimental._config.use_duck_shape = False  # or lengths that happen to be equal have to stay so
+        for block in (*model.encoder, *model.decoder):
+            block.compile(fullgraph=True, dynamic=True)
     if config.shard:
         blocks = (*model.encoder, model.local, *model.decoder, model.mix)
         import_ours("sharding").shard_blocks(model, blocks, run.world, run.device, PRECISIONS[run.precision])
-    elif run.device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 32  # one graph per shape of a step: there are 31
-        loss_of = torch.compile(masked_loss, fullgraph=True, dynamic=False)
     run.prepare(model, layout=layout, tokens=val_tokens)
     val_tokens, val_roles = val_tokens.to(run.device), val_roles.to(run.device)
 
@@ -1233,12 +1238,15 @@ def main(argv):
             dummy = torch.zeros(config.batch, layout.size, dtype=torch.long, device=run.device)
             shapes = {step_shape(step, config): step for step in range(config.num_steps)}
             for step in shapes.values():
-                train_step(step, dummy, rng, loss_of, model, muon, adam, layout, config, run)
+                train_step(step, dummy, rng, model, muon, adam, layout, config, run)
+            if run.device.type == "cuda":  # without gradients its graphs are others
+                with run.autocast():
+                    evaluate(model, val_tokens, val_roles, modalities, run.rank, run.world)
     muon, adam = make_optimizers(model, config, run)
 
     run.start()
     if config.num_steps:
-        tokens = torch.from_numpy(np.concatenate(arrays, 1).astype(np.int16))
+        tokens = torch.cat([torch.from_numpy(array.astype(np.int16)).to(run.device) for array in arrays], 1)
         loader = Loader([tokens], config.batch, config.seed, run.device)
     if run.options.resume:
         import_ours("checkpoints").load_state(run, model, muon, adam, loader)
@@ -1251,7 +1259,7 @@ def main(argv):
         if last:
             break
         batch, = loader()
-        run.progress(*train_step(run.step, batch.long(), loader.rng, loss_of, model, muon, adam, layout, config, run))
+        run.progress(*train_step(run.step, batch.long(), loader.rng, model, muon, adam, layout, config, run))
         if run.saver:
             run.saver.after_step(model, muon, adam, loader)
 

@@ -4,12 +4,13 @@ After nanoGPT and modded-nanogpt: Muon, rotary positions, QK-norm, ReLU^2, zero-
 embeddings of the last few tokens. Times against the baseline, record #1, are in records/README.md.
 
     python train_gpt.py                                         # the cpu track, data from `python data/shakespeare.py`
-    torchrun --standalone --nproc_per_node=8 train_gpt.py       # the gpu track, data/fineweb.py (not yet run on a GPU)
+    torchrun --standalone --nproc_per_node=8 train_gpt.py       # the gpu track, data/fineweb.py
     python train_gpt.py --num_steps=1500 --save=true            # 20 s; then --num_steps=0 --load=<checkpoint>
     python train_gpt.py --help                                  # every field and what it may be
 """
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib
 import inspect
@@ -226,7 +227,8 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            on_gpu = self.device.type == "cuda"  # NCCL would guess, and warn
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
         self.step = self.tokens = self.flops = 0  # so far
         self.seconds = self.eval_seconds = 0  # of training alone, and of evaluations and saved states
         self.compile_seconds = self.graphs = 0  # of the warm-up
@@ -419,7 +421,7 @@ class Loader:
     """Endless batches at random offsets: inputs and targets (batch, context), the same on every rank."""
 
     def __init__(self, shards, config, device):
-        self.tokens = torch.from_numpy(np.concatenate(shards, dtype=np.int32)).to(device)
+        self.tokens = torch.cat([torch.from_numpy(shard.astype(np.int16)).to(device) for shard in shards])
         self.batch = config.batch
         self.window = torch.arange(config.context + 1, device=device)
         self.rng = torch.Generator(device).manual_seed(config.seed)
@@ -427,7 +429,7 @@ class Loader:
     def __call__(self):
         last = len(self.tokens) - len(self.window)
         start = torch.randint(last, (self.batch, 1), generator=self.rng, device=self.tokens.device)
-        rows = self.tokens[start + self.window].long()
+        rows = self.tokens[start + self.window].long() & 0xFFFF  # ids above 32767 are negative in 16 bits
         return rows[:, :-1], rows[:, 1:]
 
     def state_dict(self):
@@ -631,30 +633,30 @@ def apply_rotary(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def no_cache(layer, k, v):
-    """What KVCache.append gives when nothing was read before."""
+def no_cache(k, v):
+    """For a block where nothing was read before: the new keys and values are all there are."""
     return k, v
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.head_dim, self.layer = config.head_dim, layer
+        self.head_dim = config.head_dim
         self.q, self.k, self.v, self.proj = (Linear(config.dim, config.dim) for _ in range(4))
 
     def forward(self, x, cos, sin, mask, append):
         q = apply_rotary(norm(split_heads(self.q(x), self.head_dim)), cos, sin)
         k = apply_rotary(norm(split_heads(self.k(x), self.head_dim)), cos, sin)
-        k, v = append(self.layer, k, split_heads(self.v(x), self.head_dim))
+        k, v = append(k, split_heads(self.v(x), self.head_dim))
         return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     """Pre-norm block: attention, then a ReLU^2 MLP."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.up = Linear(config.dim, config.mlp_ratio * config.dim)
         self.down = Linear(config.mlp_ratio * config.dim, config.dim)
 
@@ -673,7 +675,7 @@ class GPT(nn.Module):
         self.grams, self.head_dim, self.mask_cache = config.grams, config.head_dim, {}
         self.embed = nn.Embedding(vocab, C)
         self.embed_grams = nn.ModuleList(nn.Embedding(self.grams, C) for _ in range(1, config.orders))
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Linear(C, vocab)
 
     def embedding(self, tokens, start):
@@ -707,14 +709,14 @@ class GPT(nn.Module):
         angle = torch.arange(start, stop, device=device)[:, None] * rate
         return angle.cos(), angle.sin()
 
-    def forward(self, tokens, mask, start=0, append=no_cache):
+    def forward(self, tokens, mask, start=0, appends=None):
         """Final states (B, T - start, C) of the places of tokens (B, T) from start on.
 
-        append(layer, k, v): from a block's new keys and values to all there are, those before start included.
+        appends: for each block a function from its new keys and values to all there are, those before start included.
         """
         x = norm(self.embedding(tokens, start))
         cos, sin = self.rotary(start, tokens.size(1), tokens.device)
-        for block in self.blocks:
+        for block, append in zip(self.blocks, appends or [no_cache] * len(self.blocks)):
             x = block(x, cos, sin, mask, append)
         return norm(x)
 
@@ -811,7 +813,8 @@ class KVCache:
 def read_tokens(model, tokens, cache):
     """Logits (B, new, V) after each of the tokens (B, T) that are not in the cache yet; then they are."""
     start = cache.length
-    return model.logits(model(tokens, model.mask(tokens, start), start, cache.append))
+    appends = [functools.partial(cache.append, layer) for layer in range(len(model.blocks))]
+    return model.logits(model(tokens, model.mask(tokens, start), start, appends))
 
 
 @torch.no_grad()
@@ -951,8 +954,9 @@ def main(argv):
     torch.manual_seed(config.seed)
     model = GPT(config, meta).to(run.device)
     init_weights(model)
-    if run.device.type == "cuda":
-        model.compile(fullgraph=True, dynamic=False)
+    if run.device.type == "cuda":  # block by block: all are one graph, made in seconds
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
     run.prepare(model, meta=meta)
     val_tokens = val_tokens.to(run.device)
 

@@ -231,7 +231,8 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            on_gpu = self.device.type == "cuda"  # NCCL would guess, and warn
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
         self.step = self.tokens = self.flops = 0  # so far
         self.seconds = self.eval_seconds = 0  # of training alone, and of evaluations and saved states
         self.compile_seconds = self.graphs = 0  # of the warm-up

@@ -1,7 +1,9 @@
-"""Contact sheets: rows of labelled pictures and texts in one PNG."""
+"""Contact sheets: rows of labelled pictures and texts in one PNG; animations, and a plot."""
 import textwrap
 from pathlib import Path
 
+import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 CELL, GAP, LABEL = 128, 6, 14  # pixels: a picture's side, the space around, a label's height
@@ -65,4 +67,20 @@ def animation(frames, path, columns=8, hold=10):
     part = path.with_name(path.name + ".part")
     images[0].save(part, "GIF", save_all=True, append_images=images[1:], loop=0,
                    duration=[200] * (len(images) - 1) + [200 * hold])
+    part.replace(path)
+
+
+def order_of_places(steps, path):
+    """Write a PNG of the steps (B, L) at which the places of some rows were filled in: how often, and their mean."""
+    steps = steps.cpu()
+    B, L = steps.shape
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    ax = figure.subplots()
+    edges = torch.arange(L + 1).numpy() + 0.5
+    ax.hist2d((1 + torch.arange(L)).repeat(B).numpy(), steps.flatten().numpy(), bins=(edges, edges), cmap="Blues")
+    ax.plot(1 + torch.arange(L).numpy(), steps.float().mean(0).numpy(), color="#c44e52", label=f"mean of {B} rows")
+    ax.set(xlabel="place", ylabel="step at which it is filled in", title="one token a step, the surest first")
+    ax.legend(frameon=False, loc="upper left")
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png", dpi=130)
     part.replace(path)

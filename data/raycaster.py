@@ -307,10 +307,8 @@ def render_batch(scenes, size, part=as_it_is):
 
 
 @functools.cache
-def can_compile(kind):
-    """Whether torch.compile works on this kind of device, "cpu" or "cuda", tried on one line where it may not."""
-    if kind == "cuda":
-        return True
+def can_compile():
+    """Whether torch.compile works on this CPU, tried on one line. On a GPU it is not worth two minutes of compiling."""
     # torch would take up what it compiled for another CPU with this cache, and compute NaN with it
     name = f"torchinductor_{os.environ.get('USER', '')}_{torch.backends.cpu.get_cpu_capability()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), name))
@@ -333,7 +331,7 @@ def render(scenes, size=64, compile=True):
     rgb, depth (linear in 1 / z, nearer is brighter), normal (camera space, (n + 1) / 2), seg (SEG_PALETTE) and edge.
     """
     device = scenes["lamp"].device
-    part = compiled if compile and can_compile(device.type) else as_it_is
+    part = compiled if compile and device.type == "cpu" and can_compile() else as_it_is
     n = len(scenes["lamp"])
     batch_size = RENDER_BATCH[device.type]
     order = (scenes["shape"] >= 0).sum(1).argsort(stable=True)  # scenes with few objects together: fewer slots to trace

@@ -41,6 +41,7 @@ IMAGES = ("rgb", "depth", "normal", "seg", "edge")
 CHUNK = 1000  # scenes made between two points of resumption, from a seed of their own
 PART = 250  # scenes whose pictures are in memory at once
 NO_INDEX = torch.zeros(1, 1, 1, dtype=torch.long)  # an object index for who has no use for boxes
+GPU_WORKERS = 8  # processes that share a GPU: it draws faster than one of them writes texts
 CHECKED, CHECKED_CHUNKS = 200, 4  # scenes that --check draws again, and from how many chunks
 SAME_TOKENS, SAME_PIXELS = 0.995, 0.999  # shares of a picture's tokens and bytes that are the same on any machine
 VALIDATION, VALIDATION_SEED = 2000, 1 << 52  # scenes, and a seed beyond all that training sets have
@@ -189,8 +190,7 @@ def open_arrays(part, identity, kind):
 def make_chunk(job, report, kind, size, device, more):
     """The arrays of one chunk. job: its number of scenes and its seed."""
     n, seed = job
-    if device == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     return make(kind, n, size, seed, device, report=report, **more)[0]
 
 
@@ -382,7 +382,8 @@ def main():
         elif arguments.check:
             print(check_shards(size, arguments.num, arguments.seed, device, kind))
         else:
-            make_shards(size, arguments.num, arguments.seed, device, kind, pool.cores() if device == "cpu" else 1)
+            workers = pool.cores() if device == "cpu" else min(pool.cores(), GPU_WORKERS)
+            make_shards(size, arguments.num, arguments.seed, device, kind, workers)
             if kind == "qa":
                 report_questions(ROOT / f"qa{size}" / "train")
             if kind == "objects" and size == 64:

@@ -15,8 +15,6 @@ def shard_blocks(model, blocks, world, device, dtype):
     policy = MixedPrecisionPolicy(weights, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world,))
     for block in blocks:
-        if device.type == "cuda" and not isinstance(block, torch.nn.Linear):
-            block.compile(fullgraph=True, dynamic=False)
         fully_shard(block, mesh=mesh, mp_policy=policy)
         block.set_gradient_divide_factor(1.0)
         block.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else

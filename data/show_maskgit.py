@@ -16,6 +16,8 @@ TABLE_PER_CLASS = 10  # pictures of each class that are drawn for it
 FLOOR_STEPS = 16  # network evaluations of the pictures of a track's floors
 PART = 240  # pictures drawn at once
 FIRST_ROWS = 12  # validation rows that are filled in
+TEXT_STEPS = (1, 4, 16, 64)  # numbers of network evaluations that texts are drawn in
+TEXT_ROWS = 200  # texts whose order of places is looked at
 
 
 def radical_inverse(i, base):
@@ -76,11 +78,11 @@ class Show:
         self.judge = judges.load(run.device)
 
     def show(self, model, folder):
-        tasks = 2 if self.is_text else 3 + (2 + len(STEPS)) * bool(self.per_class)
+        tasks = len(TEXT_STEPS) + 2 if self.is_text else 3 + (2 + len(STEPS)) * bool(self.per_class)
         with tqdm(total=tasks, desc="samples", unit="task", dynamic_ncols=True) as bar:
             self.bar = bar
             if self.is_text:
-                self.text(model, folder / "maskgit.txt")
+                self.text(model, folder)
                 return {}
             draw.sheet([*self.every_class(model), *self.from_half(model)], folder / "maskgit.png")
             self.animation(model, folder / "maskgit_steps.gif")
@@ -89,28 +91,34 @@ class Show:
     def generate(self, model, what, labels, *given, **settings):
         """What the script's generate returns; one task of the bar."""
         self.bar.set_postfix_str(f"{what}, {len(labels)} rows")
-        made = self.script.generate(model, labels, *given, order=self.order, **settings)
+        made = self.script.generate(model, labels, *given, **settings)
         self.bar.update()
         return made
 
-    def text(self, model, path):
-        """Rows from nothing and validation rows with gaps filled in, in a file and on the console."""
+    def text(self, model, folder):
+        """Rows from nothing in ever more steps and validation rows with gaps filled in, in a file and on the console;
+        and a plot of the order in which a model that draws one token a step, the surest, goes through a text."""
         tokens, labels, masked = (part[:FIRST_ROWS] for part in (self.tokens, self.labels, self.masked))
-        settings = {"steps": model.length, "cosine": False}
-        made = self.generate(model, "from nothing", labels, **settings)
-        filled = self.generate(model, "filled in", labels, tokens, masked, **settings)
+        lines = []
+        for steps in TEXT_STEPS:
+            made = self.generate(model, f"in {steps} steps", labels[:4], steps=steps, cosine=False)
+            lines += [*(f"{f'{steps} steps':14}{as_text(row)}" for row in made), ""]
+        filled = self.generate(model, "filled in", labels, tokens, masked, steps=model.length, cosine=False)
         gaps = tokens.masked_fill(masked, ord("_"))
-        lines = [f"from nothing  {as_text(row)}" for row in made]
         for given, result, true in zip(gaps, filled, tokens):
-            lines += ["", f"given         {as_text(given)}", f"filled in     {as_text(result)}",
-                      f"true          {as_text(true)}"]
-        path.write_text("\n".join(lines) + "\n")
+            lines += [f"given         {as_text(given)}", f"filled in     {as_text(result)}",
+                      f"true          {as_text(true)}", ""]
+        (folder / "maskgit.txt").write_text("\n".join(lines))
         tqdm.write("\n".join(lines))
+        many = self.labels[:1].expand(TEXT_ROWS)
+        settings = {"steps": model.length, "cosine": False, "noise": 0, "return_history": True}
+        _, history = self.generate(model, "one token a step", many, **settings)
+        draw.order_of_places(sum(hidden.long() for _, hidden in history) + 1, folder / "maskgit_order.png")
 
     def every_class(self, model):
         """Rows of the sheet: a heading, then four draws of every class."""
         labels = self.classes.repeat_interleave(4)
-        tokens = self.generate(model, "every class", labels, steps=16, guidance=self.guidance)
+        tokens = self.generate(model, "every class", labels, steps=16, guidance=self.guidance, order=self.order)
         cells = [(picture, self.names[label]) for picture, label in zip(self.studio.pictures(tokens), labels.tolist())]
         return ["four draws of every class", *(cells[i:i + 8] for i in range(0, len(cells), 8))]
 
@@ -137,7 +145,7 @@ class Show:
     def animation(self, model, path):
         """A picture of every class as it is filled in."""
         tokens, history = self.generate(model, "step by step", self.classes, steps=16, guidance=self.guidance,
-                                        return_history=True)
+                                        order=self.order, return_history=True)
         made, frames = self.studio.pictures(tokens), []
         for _, masked in history:  # a token that is placed stays: of the final picture show what there is
             cover = self.enlarge(masked)

@@ -54,6 +54,23 @@ def break_compiler(script):
     torch._inductor.config.cpp.cxx = (None, "/bin/false")
 
 
+def compile_divided_blocks(script):
+    """Have train_4m.py compile its blocks as on CUDA, but with torch's eager backend, before they are divided; how many
+    graphs there are at the end in a file."""
+    init, result = script.init_weights, script.Run.result
+
+    def init_and_compile(model):
+        init(model)
+        for block in (*model.encoder, *model.decoder):
+            block.compile(fullgraph=True, dynamic=True, backend="eager")
+
+    def count(run, *rest):
+        found = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        (script.ROOT / f"graphs{run.rank}.txt").write_text(str(found))
+        result(run, *rest)
+    script.init_weights, script.Run.result = init_and_compile, count
+
+
 def muon_steps(path):
     """Four steps of Muon and Adam on made-up gradients, which the ranks share; the parameters and momenta in a file."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -1,7 +1,5 @@
 """Muon over any number of processes, a model divided among them, graphs without breaks."""
 import contextlib
-import inspect
-import re
 import shutil
 
 import pytest
@@ -18,7 +16,6 @@ import train_maskgit
 from test_train_4m import SMALL, make_root
 
 tiny, layout, frozen = test_train_4m.tiny, test_train_4m.layout, test_train_4m.frozen
-maskgit_model = test_train_maskgit.model
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -93,77 +90,83 @@ def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def compiled(function, backend=BACKEND):
+def compile_blocks(blocks, dynamic, backend=BACKEND):
+    """As main compiles them on CUDA."""
     torch._dynamo.reset()
-    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+    torch.fx.experimental._config.use_duck_shape = not dynamic
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=dynamic, backend=backend)
+    return graphs()
 
 
-def test_the_loss_of_4m_is_one_graph_a_shape(layout, frozen):
-    """Traced by AOTAutograd for a link and a course step; for the others to see that there is one graph is enough, and
-    fast."""
-    model, tokens, traced = test_train_4m.small_model(layout), frozen[0], []
+def test_the_blocks_of_4m_are_two_graphs_for_all_shapes(layout, frozen):
+    """With and without padding among the inputs, of encoder and decoder; and as many for evaluations."""
+    tokens = frozen[0]
+    model, plain = (test_train_4m.small_model(layout, enc_depth=2, dec_depth=2) for _ in range(2))
     config = train_4m.dataclasses.replace(train_4m.CONFIGS["cpu"], **test_train_4m.DIMS, batch=4, word_steps=3)
-    run, rng = runs.fake_run(), torch.Generator().manual_seed(0)
+    run, rng, rng2 = runs.fake_run(), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     run.slice, run.autocast = lambda batch: slice(0, batch), contextlib.nullcontext
-    optimizers = train_4m.make_optimizers(model, config, run)
     warm_up = {train_4m.step_shape(step, config): step for step in range(config.num_steps)}  # as main has it
-    met = set()
-
-    def trace_some(graph, inputs):
-        traced.append(graph)
-        return torch._dynamo.lookup_backend(BACKEND if len(traced) in (1, 9) else "eager")(graph, inputs)
-
-    def loss_of(*arguments):
-        loss = compiled_loss(*arguments)
-        _, _, enc_pos, visible, dec_pos, _, images = arguments
-        met.add((enc_pos.size(1), visible is None, dec_pos.size(1), images))
-        if len(met) % 4 == 1:
-            assert loss.item() == pytest.approx(train_4m.masked_loss(*arguments).item(), rel=1e-4)
-        return loss
-
-    limit = int(re.search(r"recompile_limit = (\d+)", inspect.getsource(train_4m.main))[1])
-    with torch._dynamo.config.patch(recompile_limit=limit):
-        compiled_loss, before = compiled(train_4m.masked_loss, trace_some), graphs()
-        for i, step in enumerate([*warm_up.values(), *range(100)]):
-            with torch._dynamo.config.patch(error_on_recompile=i >= len(warm_up)):
-                train_4m.train_step(step, tokens[4 * i:4 * i + 4], rng, loss_of, model, *optimizers, layout, config, run)
-    assert graphs() - before == len(traced) == len(met) == 31
+    before = compile_blocks((*model.encoder, *model.decoder), True)
+    optimizers, others = (train_4m.make_optimizers(each, config, run) for each in (model, plain))
+    for i, step in enumerate([*warm_up.values(), *range(60)]):
+        batch = tokens[4 * i:4 * i + 4]
+        with torch._dynamo.config.patch(error_on_recompile=i >= len(warm_up)):
+            loss, *_ = train_4m.train_step(step, batch, rng, model, *optimizers, layout, config, run)
+        if i < 3:
+            again, *_ = train_4m.train_step(step, batch, rng2, plain, *others, layout, config, run)
+            assert loss.item() == pytest.approx(again.item(), rel=1e-4)
+    assert graphs() - before == 4
+    with torch.no_grad():
+        for n in (8, 12, 8):
+            train_4m.predict_targets(model, tokens[:n], frozen[1][:n], layout.vocab)
+    assert graphs() - before == 6
 
 
-def test_the_forward_pass_of_gpt_is_one_graph():
-    model, rng = test_train_gpt.small_model({**test_train_gpt.META, "document_start": 250}), torch.Generator()
-    forward = compiled(model.forward)
+def test_a_divided_model_is_compiled_once(tiny, tmp_path):
+    """Its blocks are, for any length and on any process: in 20 steps nothing meets a limit of torch.compile."""
+    argv = [*SMALL[:-1], "--word_steps=4", *tiny[1], "--enc_depth=2", "--dec_depth=2", "--num_steps=20", "--shard=true"]
+    runs.start("4m", argv, make_root(tmp_path / "root"), 2, ranks.compile_divided_blocks, compiled=True).succeed()
+    found = [int(path.read_text()) for path in (tmp_path / "root").glob("graphs*.txt")]
+    assert len(found) == 2 and max(found) <= 8
+
+
+def test_the_blocks_of_gpt_are_one_graph():
+    model, rng = test_train_gpt.small_model({**test_train_gpt.META, "document_start": 250}, depth=3), torch.Generator()
+    plain = test_train_gpt.small_model({**test_train_gpt.META, "document_start": 250}, depth=3)
+    before = compile_blocks(model.blocks, False)
     for step in range(4):
         tokens = torch.randint(256, (2, 64), generator=rng.manual_seed(step))
-        mask = model.mask(tokens)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            y = forward(tokens, mask)
+            y = model(tokens, model.mask(tokens))
         y.sum().backward()
-        assert torch.allclose(y, model(tokens, mask), atol=1e-5)
+        assert torch.allclose(y, plain(tokens, model.mask(tokens)), atol=1e-5)
+    assert graphs() - before == 1
 
 
-def test_the_forward_pass_of_maskgit_is_one_graph(maskgit_model):
+def test_the_blocks_of_maskgit_are_one_graph():
     tokens, labels, masked = (part[:12] for part in train_maskgit.read_frozen(train_maskgit.CONFIGS["cpu"])[:3])
-    model = maskgit_model
-    forward = compiled(model.forward)
+    model, plain = (test_train_maskgit.small_model(depth=3) for _ in range(2))
+    before = compile_blocks(model.blocks, False)
     for step in range(3):
         rows = slice(4 * step, 4 * step + 4)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            y = forward(tokens[rows], labels[rows], masked[rows])
+            y = model(tokens[rows], labels[rows], masked[rows])
         y.sum().backward()
-        assert torch.allclose(y, model(tokens[rows], labels[rows], masked[rows]), atol=1e-5)
+        assert torch.allclose(y, plain(tokens[rows], labels[rows], masked[rows]), atol=1e-5)
+    assert graphs() - before == 1
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="a CPU compiles with g++")
-def test_flex_attention_inside_a_compiled_model():
-    """As on CUDA: the whole forward pass compiled, BlockMasks built outside it; no gradients, a CPU has none for it."""
-    model = test_train_gpt.small_model({**test_train_gpt.META, "document_start": 250}, window=100, depth=1)
-    rng = torch.Generator()
-    torch._dynamo.reset()
-    forward, mask_cache = torch.compile(model.forward, fullgraph=True, dynamic=False), {}
+def test_flex_attention_inside_compiled_blocks():
+    """As on CUDA: blocks compiled, BlockMasks built outside them; no gradients, a CPU has none for it."""
+    model, plain = (test_train_gpt.small_model({**test_train_gpt.META, "document_start": 250}, window=100, depth=2)
+                    for _ in range(2))
+    rng, mask_cache = torch.Generator(), {}
+    compile_blocks(model.blocks, False, "inductor")
     for step in range(3):
         tokens = torch.randint(256, (2, 256), generator=rng.manual_seed(step))
         documents = (tokens >= 250).cumsum(1)
         with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=step > 0):
-            y = forward(tokens, train_gpt.block_mask(model.mask_mod, documents, mask_cache))
-        assert torch.allclose(y, model(tokens, model.mask(tokens)), atol=1e-4)
+            y = model(tokens, train_gpt.block_mask(model.mask_mod, documents, mask_cache))
+        assert torch.allclose(y, plain(tokens, model.mask(tokens)), atol=1e-4)

@@ -131,3 +131,17 @@ def test_slurm_options():
     assert len(options) == head.count("#SBATCH"), "one option a line, nothing behind it"
     seconds, = [int(option.partition("@")[2]) for option in options if option.startswith("--signal=TERM@")]
     assert seconds + 60 <= 5 * 60, "run.sh takes a run that ends in its last five minutes for one that was stopped"
+
+
+@pytest.mark.parametrize("gpus, words, expected", [
+    (1, "1 4m --track=gpu", 1), (8, "1 4m --track=gpu", 8), (6, "1 4m --track=gpu", 4), (3, "1 maskgit --track=gpu", 2),
+    (6, "1 4m --track=gpu --batch=36", 6), (6, "3 4m --track=gpu --batch=36", 6), (8, "3 4m --track=gpu --batch=36", 6),
+    (6, "1 4m --no_such_field=1", 6), (6, "5 4m --track=gpu", 6)])
+def test_as_many_gpus_as_share_the_batch(root, gpus, words, expected):
+    """run.sh's function on its own: what cannot be shared by any number is left to the script, which says so."""
+    text = (root / "run.sh").read_text()
+    function = text[text.index("even() {"):text.index("\ntrain() {")]
+    script = f'set -eu; PY={sys.executable}; gpus={gpus}; cd {ROOT}; {function}\neven {words}; echo "$gpus"'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=100)
+    said = "" if gpus == expected else f"run.sh: {expected} of {gpus} GPUs here, which share the batch evenly\n"
+    assert done.returncode == 0 and done.stdout == f"{said}{expected}\n", done.stderr

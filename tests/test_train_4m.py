@@ -274,7 +274,7 @@ def test_the_warm_up_meets_every_shape(tiny, tmp_path, monkeypatch, word_steps, 
     assert num_steps < 200 or (len(warm_up) == 35 and len(set(warm_up)) == 31), "all there are; two links are alike"
 
 
-def test_a_step_is_what_its_shape_says(layout, frozen):
+def test_a_step_is_what_its_shape_says(layout, frozen, monkeypatch):
     """Its inputs, targets and tokens; and its FLOPs are three times those that torch counts in the forward pass."""
     config = dataclasses.replace(train_4m.CONFIGS["cpu"], **DIMS, batch=4, word_steps=3)
     tokens, valid = frozen[0][:4], layout.valid(frozen[0][:4])
@@ -283,16 +283,19 @@ def test_a_step_is_what_its_shape_says(layout, frozen):
     run.autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # attention is written out: torch counts its products
     optimizers = train_4m.make_optimizers(model, config, run)
 
-    def loss_of(model, *arguments):
+    plain = train_4m.masked_loss
+
+    def counted(model, *arguments):
         with FlopCounterMode(display=False) as counter:
-            loss = train_4m.masked_loss(model, *arguments)
+            loss = plain(model, *arguments)
         asked.append((*arguments, counter.get_total_flops()))
         return loss
 
+    monkeypatch.setattr(train_4m, "masked_loss", counted)
     rng = torch.Generator().manual_seed(0)
     for step in range(21):
         link, share = train_4m.step_shape(step, config)
-        loss, count, flops = train_4m.train_step(step, tokens, rng, loss_of, model, *optimizers, layout, config, run)
+        loss, count, flops = train_4m.train_step(step, tokens, rng, model, *optimizers, layout, config, run)
         batch, enc_pos, visible, dec_pos, weight, images, forward_flops = asked[-1]
         links.add(link)
         if link:
@@ -989,6 +992,16 @@ def test_a_checkpoint_of_other_code_is_named(finished, tiny, tmp_path, monkeypat
     monkeypatch.setattr(checkpoints, "model_sha256", lambda script: "another")
     run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, *tiny[1], f"--load={checkpoint}", "--num_steps=0"])
     assert "was written by another Model section than this one" in capsys.readouterr().out
+
+
+def test_a_batch_in_parts_is_the_same_run(tiny, tmp_path, monkeypatch):
+    """Also in parts of which the last one is smaller."""
+    losses = []
+    for rows in (8, 3):
+        root = make_root(tmp_path / str(rows))
+        run_here(monkeypatch, root, [*SMALL[:-1], "--word_steps=4", *tiny[1], "--num_steps=12", f"--micro_batch={rows}"])
+        losses.append(runs.footers(root)[-1]["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
 def test_two_processes_are_the_same_run(tiny, tmp_path):

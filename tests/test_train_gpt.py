@@ -271,9 +271,9 @@ def test_cache_gives_the_same_tokens(documents):
 def test_cache_reads_every_token_once(model, monkeypatch):
     places, plain = [], train_gpt.GPT.forward
 
-    def forward(self, tokens, mask, start=0, append=train_gpt.no_cache):
+    def forward(self, tokens, mask, start=0, appends=None):
         places.append(tokens.shape[1] - start)
-        return plain(self, tokens, mask, start, append)
+        return plain(self, tokens, mask, start, appends)
 
     monkeypatch.setattr(train_gpt.GPT, "forward", forward)
     list(train_gpt.generate(model, torch.zeros(1, 7, dtype=torch.long), sampling(sample_tokens=5)))

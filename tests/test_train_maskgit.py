@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import checkpoints
 import rules
@@ -31,15 +32,19 @@ SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "-
 ABOUT = {"rgb": {"length": 64, "vocab": 4096}, "label": {"length": 1, "vocab": 24}}
 
 
-@pytest.fixture(scope="module")
-def model():
+def small_model(**fields):
     """A small model in float32 whose predictions differ: what starts at zero is drawn at random."""
     torch.manual_seed(0)
-    model = train_maskgit.MaskGIT(dataclasses.replace(train_maskgit.CONFIGS["cpu"], **DIMS), ABOUT)
+    model = train_maskgit.MaskGIT(dataclasses.replace(train_maskgit.CONFIGS["cpu"], **{**DIMS, **fields}), ABOUT)
     train_maskgit.init_weights(model)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +370,10 @@ def test_text(tmp_path, monkeypatch):
     given, filled = (next(line[14:] for line in lines if line.startswith(name)) for name in ("given", "filled"))
     assert len(lines) > 20 and all(a == b for a, b in zip(given, filled) if a != "_") and "_" not in filled
     masked, again = (text_rows.read_frozen(train_maskgit)[2] for _ in range(2))
+    found = {steps: [line for line in lines if line.startswith(f"{steps} steps ")] for steps in show_maskgit.TEXT_STEPS}
+    assert all(len(rows) == 4 and all(50 < len(row) <= 14 + 64 for row in rows) for rows in found.values())
+    with Image.open(tmp_path / "samples/maskgit_order.png") as image:
+        assert image.width > 500 and len(image.convert("RGB").getcolors(1 << 24)) > 20
     assert torch.equal(masked, again) and not masked.sum(1).diff().ge(0).all(), "seeded, and in no order"
 
 
