@@ -58,13 +58,13 @@ class Config:
     momentum: float = 0.9  # of Muon
     adam_lr: float = 0.01  # of embeddings and heads
     # schedule
-    num_steps: int = 950  # training steps
+    num_steps: int = 900  # training steps
     batch: int = 64  # rows per step, over all processes
     label_drop: float = 0.1  # share of rows without their label, for classifier-free guidance; 0 or 1: no guidance
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
     target: float = 0.0  # validation loss to reach; 0: the track has not been opened
-    eval_every: int = 500  # steps between evaluations; the clock is paused
+    eval_every: int = 450  # steps between evaluations; the clock is paused
 
 
 @dataclass
@@ -94,11 +94,14 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
 }
 
 
-def check_config(config, run):
+def check_config(config, run, length):
     """What fields may be together. Raises Fault for what they may not."""
     run.slice(config.batch)  # can it be divided among the processes?
-    if config.dim % config.head_dim:
-        raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}")
+    if config.dim % config.head_dim or config.head_dim % 4:
+        raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}, or that is none of 4, which "
+                    "rotary positions of rows and columns need")
+    if math.isqrt(length) ** 2 != length:
+        raise Fault(f"rows of {length} tokens are not square pictures")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -615,15 +618,30 @@ def split_heads(x, head_dim):
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
 
+def rotary(side, head_dim, device):
+    """Cosine and sine (side^2, D / 2) of the rotary angles of a grid's cells, half of them by row, half by column: 1.5
+    to 0.375 per cell, so that neighbours are easily told apart."""
+    rate = 1.5 * 4 ** -torch.linspace(0, 1, head_dim // 4, device=device)
+    angle = torch.arange(side, device=device)[:, None] * rate
+    angle = torch.cat([angle.repeat_interleave(side, 0), angle.repeat(side, 1)], 1)
+    return angle.cos(), angle.sin()
+
+
+def apply_rotary(x, cos, sin):
+    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (T, D / 2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, head_dim):
         super().__init__()
         self.head_dim = head_dim
         self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
 
-    def forward(self, x):
-        q = norm(split_heads(self.q(x), self.head_dim))
-        k = norm(split_heads(self.k(x), self.head_dim))
+    def forward(self, x, cos, sin):
+        q = apply_rotary(norm(split_heads(self.q(x), self.head_dim)), cos, sin)
+        k = apply_rotary(norm(split_heads(self.k(x), self.head_dim)), cos, sin)
         v = split_heads(self.v(x), self.head_dim)
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
@@ -637,8 +655,8 @@ class Block(nn.Module):
         self.up = Linear(config.dim, config.mlp_ratio * config.dim)
         self.down = Linear(config.mlp_ratio * config.dim, config.dim)
 
-    def forward(self, x):
-        x = x + self.attention(norm(x))
+    def forward(self, x, cos, sin):
+        x = x + self.attention(norm(x), cos, sin)
         return x + self.down(F.relu(self.up(norm(x))).square())
 
 
@@ -654,7 +672,7 @@ class MaskGIT(nn.Module):
         C = config.dim
         self.vocab, self.length = modalities["rgb"]["vocab"], modalities["rgb"]["length"]
         self.num_labels = modalities["label"]["vocab"]
-        self.base = math.isqrt(self.vocab)  # of the digits
+        self.base, self.head_dim = math.isqrt(self.vocab), config.head_dim  # the digits' base
         self.embed_a, self.embed_b = nn.Embedding(self.base, C), nn.Embedding(self.base, C)
         self.embed_pair, self.embed_mask = nn.Embedding(self.vocab, C), nn.Embedding(1, C)
         self.embed_position = nn.Embedding(self.length, C)
@@ -669,8 +687,9 @@ class MaskGIT(nn.Module):
         table = torch.cat([pairs + self.embed_pair.weight, self.embed_mask.weight])
         x = F.embedding(tokens.masked_fill(masked, self.vocab), table)
         x = norm(x + self.embed_position.weight + self.embed_label(labels)[:, None])  # (B, L, C)
+        cos, sin = rotary(math.isqrt(self.length), self.head_dim, x.device)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, cos, sin)
         return norm(x)
 
     def logits_b(self, y, a):
@@ -769,7 +788,7 @@ def gumbel(shape, rng):
 
 @torch.no_grad()
 def generate(model, labels, tokens=None, masked=None, steps=16, order=None, noise=4.5, cosine=True, temperature=1.0,
-             last_temperature=0.1, guidance=1.0, seed=0, return_history=False):
+             last_temperature=0.5, guidance=1.0, seed=0, return_history=False):
     """Fill in tokens (B, L) where masked (B, L), everywhere if they are None, for labels (B,): new tokens (B, L).
 
     order (L,): the places one after another; None keeps the likeliest draws first, their log-probabilities blurred by
@@ -912,7 +931,7 @@ def main(argv):
         *frozen, modalities, digest = import_ours("text_rows").read_frozen(run.script)
     else:
         *frozen, modalities, digest = read_frozen(config)
-    check_config(config, run)
+    check_config(config, run, modalities["rgb"]["length"])
     if not STANDALONE:
         import_ours("checks").check_frozen_objects(run.script, config, modalities, *frozen)
     if config.num_steps and config.data == "text":

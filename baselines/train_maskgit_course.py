@@ -679,7 +679,7 @@ def gumbel(shape, rng):
 
 @torch.no_grad()
 def generate(model, labels, tokens=None, masked=None, steps=16, order=None, noise=4.5, cosine=True, temperature=1.0,
-             last_temperature=0.1, guidance=1.0, seed=0, return_history=False):
+             last_temperature=0.5, guidance=1.0, seed=0, return_history=False):
     """Fill in tokens (B, L) where masked (B, L), everywhere if they are None, for labels (B,): new tokens (B, L).
 
     order (L,): the places one after another; None keeps the likeliest draws first, their log-probabilities blurred by

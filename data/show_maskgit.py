@@ -55,7 +55,7 @@ class Show:
         self.classes = torch.arange(modalities["label"]["vocab"], device=run.device)
         self.per_class = run.options.quality_pictures // len(self.classes)
         # a model that never, or always, saw labels has nothing to be guided by
-        self.guidance = 1.5 if 0 < run.config.label_drop < 1 else 1.0
+        self.guidance = 2.0 if 0 < run.config.label_drop < 1 else 1.0
         length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
         if self.side ** 2 != length or vocab != tokenizer.VOCAB:
             raise script.Fault(f"the tokenizer decodes squares of tokens out of {tokenizer.VOCAB}, and "

@@ -352,6 +352,18 @@ def test_a_signal_saves(tiny, tmp_path, number):
     assert resumed["val_loss"] == whole["val_loss"] and resumed["tokens"] == whole["tokens"]
 
 
+def test_rotary_positions_are_relative():
+    """A product of two turned vectors depends on how many rows and columns lie between their cells alone."""
+    cos, sin = train_maskgit.rotary(8, 32, torch.device("cpu"))
+    assert cos.shape == sin.shape == (64, 16)
+    q, k = torch.randn(2, 1, 1, 1, 32, generator=torch.Generator().manual_seed(0)).expand(2, 1, 1, 64, 32)
+    product = (train_maskgit.apply_rotary(q, cos, sin) @ train_maskgit.apply_rotary(k, cos, sin).mT)[0, 0]
+    grid = product.view(8, 8, 8, 8)  # row and column of the query, then of the key
+    assert torch.allclose(grid[:5, :5, :5, :5], grid[3:, 3:, 3:, 3:], atol=1e-4)
+    assert torch.allclose(grid[2, 1, 2, 1], (q @ k.mT)[0, 0, 0, 0], atol=1e-4)
+    assert product.std() > 0.5 and not torch.allclose(grid[0, 0], grid[0, 0].T, atol=0.1), "rows are not columns"
+
+
 def text_root(folder, text):
     """A folder with a text to train on, and all else that is in data/."""
     (folder / "data/shakespeare").mkdir(parents=True)
@@ -446,7 +458,8 @@ def test_frozen_sets_that_do_not_fit(tiny, tmp_path, monkeypatch, frozen):
     check("beyond its own vocabularies", tokens=tokens + 4000)
     check("beyond its own vocabularies", labels=labels + 20)
     check("one at least must be masked", masked=masked & False)
-    check("rows are of 60", rgb={"length": 60})
+    check("rows are of 36", rgb={"length": 36})
+    check("rows of 60 tokens are not square pictures", rgb={"length": 60})
     check("which is not a square", rgb={"vocab": 5000})
     check("the frozen validation set is damaged", masked=masked[:, 1:])
     assert not (root / "logs").exists()
