@@ -255,7 +255,7 @@ def test_run(tiny, tmp_path, monkeypatch):
     assert losses == sorted(losses, reverse=True) and losses[-1] < math.log(4096) - 1
     assert log["footer"]["tokens"] == 30 * 16 * 65 and log["footer"]["script"] == "train_maskgit_course.py"
     assert 0 <= log["footer"]["quality_class_accuracy"] <= 1 and log["footer"]["quality_frechet"] > 0
-    assert log["footer"]["quality_guidance"] == 1.5
+    assert log["footer"]["quality_guidance"] == 2.0
     weights, = (root / "checkpoints").iterdir()
     assert {p.name for p in (root / "samples" / weights.stem).iterdir()} == {"maskgit.png", "maskgit_steps.gif"}
     again = make_root(tmp_path / "again")

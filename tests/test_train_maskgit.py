@@ -303,7 +303,7 @@ def test_quality_numbers(model, frozen, tmp_path, monkeypatch):
     shown.bar = types.SimpleNamespace(set_postfix_str=lambda *_: None, update=lambda: None)
     numbers = shown.quality(model)
     floors = {"quality_class_accuracy": numbers["accuracy_2_steps"], "quality_frechet": numbers["frechet_2_steps"],
-              "quality_steps": 2, "quality_guidance": 1.5}
+              "quality_steps": 2, "quality_guidance": 2.0}
     assert 0 <= numbers.pop("quality_inpainting_accuracy") <= 1
     table = {f"{name}_{steps}_steps" for name in ("accuracy", "frechet") for steps in (1, 2)}
     assert set(numbers) == table | set(floors) and {name: numbers[name] for name in floors} == floors
@@ -318,7 +318,7 @@ def test_quality_numbers(model, frozen, tmp_path, monkeypatch):
             show(ABOUT | {"rgb": rgb}, quality_pictures=0)
     shown = show(one, quality_pictures=0, label_drop=0.0)
     assert shown.guidance == 1.0 and shown.names == ["class 0"] and show(label_drop=1.0).guidance == 1.0
-    assert show().guidance == 1.5, "a model that has learned to do without labels"
+    assert show().guidance == 2.0, "a model that has learned to do without labels"
 
 
 def test_train_on(tiny, tmp_path, monkeypatch, capsys):
