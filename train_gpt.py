@@ -627,15 +627,12 @@ def split_heads(x, head_dim):
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
 
+# --- copied: rotary ---
 def apply_rotary(x, cos, sin):
     """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (T, D / 2)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-def no_cache(k, v):
-    """For a block where nothing was read before: the new keys and values are all there are."""
-    return k, v
+# --- end: rotary ---
 
 
 class Attention(nn.Module):
@@ -793,6 +790,12 @@ def probabilities(logits, options):
     return sharpen(logits, options.temperature, options.top_k, options.top_p).softmax(-1)
 
 
+# --- copied: kv cache ---
+def no_cache(k, v):
+    """For a block where nothing was read before: the new keys and values are all there are."""
+    return k, v
+
+
 class KVCache:
     """Keys and values of the tokens that a model has read, so that every token is computed once."""
 
@@ -808,6 +811,7 @@ class KVCache:
         self.blocks[layer] = k, v
         self.length = k.size(2)
         return k, v
+# --- end: kv cache ---
 
 
 def read_tokens(model, tokens, cache):

@@ -1,8 +1,8 @@
 """MaskGIT: an encoder learns to fill in masked tokens, of pictures of one class or of text, and draws from nothing.
 
 After MaskGIT (arXiv:2202.04200) and the nanoMaskGIT of EPFL's course COM-304, made fast: Muon, image tokens embedded
-and predicted as two digits, QK-norm, ReLU^2, zero-initialised projections. Times against the baseline, record #1, are
-in records/README.md.
+and predicted as two digits, rotary positions of rows and columns, QK-norm, ReLU^2, zero-initialised projections. Times
+against the baseline, record #1, are in records/README.md.
 
     python train_maskgit.py                   # the cpu track, data from `python data/scenes.py --objects`
     python train_maskgit.py --data=text       # bytes of text instead of pictures, from `python data/shakespeare.py`
@@ -98,7 +98,7 @@ def check_config(config, run, length):
     """What fields may be together. Raises Fault for what they may not."""
     run.slice(config.batch)  # can it be divided among the processes?
     if config.dim % config.head_dim or config.head_dim % 4:
-        raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}, or that is none of 4, which "
+        raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}, or that is none of 4, as "
                     "rotary positions of rows and columns need")
     if math.isqrt(length) ** 2 != length:
         raise Fault(f"rows of {length} tokens are not square pictures")
@@ -618,7 +618,7 @@ def split_heads(x, head_dim):
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
 
-def rotary(side, head_dim, device):
+def rotary_angles(side, head_dim, device):
     """Cosine and sine (side^2, D / 2) of the rotary angles of a grid's cells, half of them by row, half by column: 1.5
     to 0.375 per cell, so that neighbours are easily told apart."""
     rate = 1.5 * 4 ** -torch.linspace(0, 1, head_dim // 4, device=device)
@@ -627,10 +627,12 @@ def rotary(side, head_dim, device):
     return angle.cos(), angle.sin()
 
 
+# --- copied: rotary ---
 def apply_rotary(x, cos, sin):
     """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (T, D / 2)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+# --- end: rotary ---
 
 
 class Attention(nn.Module):
@@ -672,7 +674,8 @@ class MaskGIT(nn.Module):
         C = config.dim
         self.vocab, self.length = modalities["rgb"]["vocab"], modalities["rgb"]["length"]
         self.num_labels = modalities["label"]["vocab"]
-        self.base, self.head_dim = math.isqrt(self.vocab), config.head_dim  # the digits' base
+        self.base = math.isqrt(self.vocab)  # of the digits
+        self.side, self.head_dim = math.isqrt(self.length), config.head_dim
         self.embed_a, self.embed_b = nn.Embedding(self.base, C), nn.Embedding(self.base, C)
         self.embed_pair, self.embed_mask = nn.Embedding(self.vocab, C), nn.Embedding(1, C)
         self.embed_position = nn.Embedding(self.length, C)
@@ -687,7 +690,7 @@ class MaskGIT(nn.Module):
         table = torch.cat([pairs + self.embed_pair.weight, self.embed_mask.weight])
         x = F.embedding(tokens.masked_fill(masked, self.vocab), table)
         x = norm(x + self.embed_position.weight + self.embed_label(labels)[:, None])  # (B, L, C)
-        cos, sin = rotary(math.isqrt(self.length), self.head_dim, x.device)
+        cos, sin = rotary_angles(self.side, self.head_dim, x.device)
         for block in self.blocks:
             x = block(x, cos, sin)
         return norm(x)
@@ -946,7 +949,7 @@ def main(argv):
     frozen = [part.to(run.device) for part in frozen]
     vocab = modalities["rgb"]["vocab"]
     run.prepare(model, modalities=modalities, frozen=frozen)
-    if compiler_works(run):  # 167 ms per step instead of 196, in bfloat16 on a core; all blocks are one graph
+    if config.num_steps and compiler_works(run):  # 121 ms per step instead of 153, in bfloat16 on 2 cores; one graph
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
 

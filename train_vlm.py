@@ -734,10 +734,12 @@ def may_see(doc_ids, b, q, k):
     return same_doc & (causal | both_image)
 
 
+# --- copied: rotary ---
 def apply_rotary(x, cos, sin):
     """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (T, D / 2)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+# --- end: rotary ---
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -809,11 +811,6 @@ class LlamaBlock(nn.Module):
         x = x + self.o_proj(attend(q.type_as(v), k.type_as(v), v, mask).transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
-
-
-def no_cache(k, v):
-    """For LlamaBlock where nothing was read before: the new keys and values are all there are."""
-    return k, v
 
 
 class Llama(nn.Module):
@@ -943,8 +940,14 @@ def sharpen(logits, temperature, top_k, top_p):
 # --- end: sharpen ---
 
 
+# --- copied: kv cache ---
+def no_cache(k, v):
+    """For a block where nothing was read before: the new keys and values are all there are."""
+    return k, v
+
+
 class KVCache:
-    """Keys and values of the tokens that a language model has read, so that every token is computed once."""
+    """Keys and values of the tokens that a model has read, so that every token is computed once."""
 
     def __init__(self):
         self.length = 0  # tokens read
@@ -958,6 +961,7 @@ class KVCache:
         self.blocks[layer] = k, v
         self.length = k.size(2)
         return k, v
+# --- end: kv cache ---
 
 
 def next_logits(model, x, cache=None):

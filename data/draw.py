@@ -11,6 +11,15 @@ TEXT, LINE = 250, 12  # a text's width and the height of one of its lines
 INK, PALE, PAPER = (30, 32, 38), (110, 114, 124), (255, 255, 255)
 
 
+def write(path, save, **settings):
+    """save(a temporary path, **settings), then rename: nobody sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save(part, **settings)
+    part.replace(path)
+
+
 def tile(picture, side=CELL):
     """A PIL image of a picture (3, H, W) of floats in [0, 1], enlarged without smoothing."""
     array = (picture.detach().float().cpu().clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy()
@@ -45,11 +54,7 @@ def sheet(rows, path, side=CELL):
                 image.paste(tile(picture, side), (x, y + LABEL))
             x += width_of(cell) + GAP
         y += side + LABEL + GAP
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    image.save(part, "PNG")
-    part.replace(path)
+    write(path, image.save, format="PNG")
 
 
 def animation(frames, path, columns=8, hold=10):
@@ -62,12 +67,8 @@ def animation(frames, path, columns=8, hold=10):
             corner = [GAP + n * (CELL // 2 + GAP) for n in (i % columns, i // columns)]
             image.paste(tile(picture, CELL // 2), corner)
         images.append(image.quantize(128))  # a palette of its own each, or colours shift
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    images[0].save(part, "GIF", save_all=True, append_images=images[1:], loop=0,
-                   duration=[200] * (len(images) - 1) + [200 * hold])
-    part.replace(path)
+    write(path, images[0].save, format="GIF", save_all=True, append_images=images[1:], loop=0,
+          duration=[200] * (len(images) - 1) + [200 * hold])
 
 
 def order_of_places(steps, path):
@@ -80,7 +81,5 @@ def order_of_places(steps, path):
     ax.hist2d((1 + torch.arange(L)).repeat(B).numpy(), steps.flatten().numpy(), bins=(edges, edges), cmap="Blues")
     ax.plot(1 + torch.arange(L).numpy(), steps.float().mean(0).numpy(), color="#c44e52", label=f"mean of {B} rows")
     ax.set(xlabel="place", ylabel="step at which it is filled in", title="one token a step, the surest first")
-    ax.legend(frameon=False, loc="upper left")
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=130)
-    part.replace(path)
+    ax.legend(loc="upper center")
+    write(path, figure.savefig, format="png", dpi=130)

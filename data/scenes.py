@@ -235,7 +235,7 @@ def make_shards(size, num, seed, device, kind="scenes", workers=1):
     arrays, done = open_arrays(part, identity, kind)
     jobs = chunks_of(num, seed, done)
     with contextlib.ExitStack() as stack:
-        first = f"{identity['name']} (compiling)"  # half a minute, once: then it is in torch's cache
+        first = f"{identity['name']} (starting)"  # a CPU compiles for half a minute, once: then it is in torch's cache
         bar = stack.enter_context(tqdm(total=num, initial=done, unit=" scenes", desc=first))
         stack.enter_context(pool.heartbeat(bar))
 

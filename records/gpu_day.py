@@ -62,7 +62,7 @@ def stages(out, gpus, tiny):
                  Stage("data-noise", python("records/gpu_day.py", "--noise"), 10)]
     for task in tasks:
         profile = ["records/profile_run.py", f"train_{task}.py", f"--out={out / f'profile-{task}.json'}"]
-        noise = ["--data=noise", "--eval_tokens=262144"] if task == "gpt" else []  # FineWeb is two hours of downloads
+        noise = ["--data=noise", "--eval_tokens=262144"] if task == "gpt" else []  # FineWeb is a long download
         plan.append(Stage(f"profile-{task}", python(*profile, *fields[task], *noise, gpus=gpus), 60, 180))
     if "gpt" in tasks:
         plan.append(Stage("data-gpt", python("data/fineweb.py"), 300))
@@ -138,7 +138,7 @@ def work(day, todo):
 def table(out):
     """What the profiles found, as lines of a Markdown table."""
     found = [json.loads(path.read_text()) for path in sorted(out.glob("profile-*.json"))]
-    lines = [f"| script | {' | '.join(name.replace('_', ' ') for name in COLUMNS)} |", "|---" + "|--:" * len(COLUMNS) + "|"]
+    lines = [f"| script | {' | '.join(COLUMNS).replace('_', ' ')} |", "|---" + "|--:" * len(COLUMNS) + "|"]
     return lines + [f"| {one['script']} | {' | '.join(str(one[name]) for name in COLUMNS)} |" for one in found]
 
 

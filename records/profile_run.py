@@ -74,7 +74,8 @@ def measure(path, fields, steps):
                 seconds = (self.now() - self.before) / steps
                 found.update(milliseconds=round(1000 * seconds, 3), precision=self.precision, world_size=self.world,
                              mfu=round((self.flops - self.flops_before) / steps / seconds / self.peak / self.world, 4),
-                             peak_tflops=round(self.peak / 1e12, 1), peak_memory_mib=script.peak_memory_mib(self.device),
+                             peak_tflops=round(self.peak / 1e12, 1),
+                             peak_memory_mib=script.peak_memory_mib(self.device),
                              compile_seconds=round(self.compile_seconds, 1), graphs=self.graphs,
                              hardware=script.hardware(self.device), rank=self.rank)
                 activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")

@@ -46,7 +46,7 @@ def test_nothing_is_compiled_after_the_warm_up(task, request, tmp_path):
     argv = [*module.SMALL, *([f"--data={data}"] if task == "gpt" else data[1]), "--num_steps=40", "--eval_every=10"]
     argv += {"gpt": ["--context=256"], "vlm": ["--seq_len=256"]}.get(task, [])
     done = subprocess.run([sys.executable, f"train_{task}.py", *argv], cwd=root, capture_output=True, text=True,
-                          timeout=1800)  # of 4M each shape of a step is a graph
+                          timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     run = json.loads((root / "records/runs.jsonl").read_text())
     assert "NVIDIA" in run["hardware"] and run["recompiles"] == 0

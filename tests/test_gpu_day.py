@@ -1,4 +1,4 @@
-"""records/profile_run.py and records/gpu_day.py: counts of a step; stages that are done, left, resumed, ended in time."""
+"""records/profile_run.py and records/gpu_day.py: counts of a step; stages done, left, resumed, ended."""
 import json
 import shutil
 import subprocess
@@ -62,7 +62,7 @@ def test_stages_are_in_order_of_value():
     assert list(first) == sorted(first, key=first.get) and "baseline-4m" in names
     commands = {stage.name: stage.command for stage in gpu_day.stages(Path("out"), 8, {})}
     assert "--nproc_per_node=8" in commands["record-4m-0"] and "torch.distributed.run" in commands["profile-gpt"]
-    assert "torch.distributed.run" not in {stage.name: stage.command for stage in gpu_day.stages(Path(), 1, {})}["record-4m-0"]
+    assert not any("torch.distributed.run" in stage.command for stage in gpu_day.stages(Path("out"), 1, {}))
 
 
 def test_a_tiny_day(tiny_4m, tmp_path):

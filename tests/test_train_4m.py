@@ -257,7 +257,7 @@ def test_links_take_turns():
 
 @pytest.mark.parametrize("word_steps, num_steps", [(0, 5), (5, 5), (30, 200)])
 def test_the_warm_up_meets_every_shape(tiny, tmp_path, monkeypatch, word_steps, num_steps):
-    """On a GPU any other would be compiled while the clock runs."""
+    """What a shape costs the first time, kernels on a CPU and graphs on a GPU, it costs before the clock runs."""
     warm_up, training = [], []
 
     def no_loss(model, tokens, enc_pos, visible, dec_pos, weight, images):

@@ -354,7 +354,7 @@ def test_a_signal_saves(tiny, tmp_path, number):
 
 def test_rotary_positions_are_relative():
     """A product of two turned vectors depends on how many rows and columns lie between their cells alone."""
-    cos, sin = train_maskgit.rotary(8, 32, torch.device("cpu"))
+    cos, sin = train_maskgit.rotary_angles(8, 32, torch.device("cpu"))
     assert cos.shape == sin.shape == (64, 16)
     q, k = torch.randn(2, 1, 1, 1, 32, generator=torch.Generator().manual_seed(0)).expand(2, 1, 1, 64, 32)
     product = (train_maskgit.apply_rotary(q, cos, sin) @ train_maskgit.apply_rotary(k, cos, sin).mT)[0, 0]
