@@ -79,10 +79,10 @@ def test_help_names_every_field(capsys):
 
 def test_overrides_are_typed():
     before = dataclasses.asdict(train_4m.CONFIGS["cpu"])
-    config, options, given = train_4m.read_options("--save=True --dim=96 --adam_lr=1e-3 --load=a=b".split())
-    assert (options.save, config.dim, config.adam_lr, options.load) == (True, 96, 1e-3, "a=b")
-    assert given == {"save": "True", "dim": "96", "adam_lr": "1e-3", "load": "a=b"}
-    assert before["dim"] != 96 and dataclasses.asdict(train_4m.CONFIGS["cpu"]) == before, "the defaults themselves changed"
+    config, options, given = train_4m.read_options("--save=True --dim=48 --adam_lr=1e-3 --load=a=b".split())
+    assert (options.save, config.dim, config.adam_lr, options.load) == (True, 48, 1e-3, "a=b")
+    assert given == {"save": "True", "dim": "48", "adam_lr": "1e-3", "load": "a=b"}
+    assert before["dim"] != 48 and dataclasses.asdict(train_4m.CONFIGS["cpu"]) == before, "the defaults themselves changed"
     assert train_4m.Options().load == ""
 
 
