@@ -5,7 +5,7 @@ encoder-decoder with LayerNorm, GELU and sine-cosine positions, one vocabulary t
 tokens that Dirichlet(1) draws split over the modalities, everything padded to 128; AdamW, warm-up and a cosine.
 The course's own numbers are those of the gpu track. What the cpu track has instead, and why:
 
-    size      dim 64 and 3 + 3 blocks, not 512 and 6 + 6: of dim 64, 96, 128 and 192 what came furthest on two cores
+    size      dim 64 and 3 + 3 blocks, not 512 and 6 + 6: of dim 64, 96, 128 and 192 what came furthest in nine minutes
     heads     of 32 channels, not 64, of which so narrow a model would have one
     rate      6e-4 at dim 512, at others times 512 / dim, as width asks for (muP, arXiv:2203.03466)
     batch     32 scenes, not 512: sixteen times as many steps in the same time

@@ -58,6 +58,16 @@ def test_a_fault_of_the_script_is_one_sentence(toy, tmp_path):
     assert not (tmp_path / "curves").exists()
 
 
+def test_rules_say_what_was_measured():
+    text = " ".join((ROOT / "docs/RULES.md").read_text().split())
+    points = {script: points[-1] for script, points in curves.read_curves()["4m"]}
+    course, ours = points["train_4m_course.py"], points["train_4m.py"]
+    assert (f"has {course['val_loss']:.2f} nats after {course['seconds'] / 60:.0f} minutes on one core, and what it draws "
+            f"from a description has an object F1 of {course['quality_rgb_from_desc_f1']:.2f}; ours has "
+            f"{ours['val_loss']:.2f} after {ours['seconds'] / 60:.0f} minutes, and "
+            f"{ours['quality_rgb_from_desc_f1']:.2f}") in text
+
+
 def test_committed_plots_show_what_was_measured():
     by_task = curves.read_curves()
     assert "4m" in by_task
