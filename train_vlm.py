@@ -974,6 +974,7 @@ def next_logits(model, x, cache=None):
     return model.lm.logits(model.lm(x[:, start:], mask, start, appends)[:, -1])
 
 
+# --- copied: answer ---
 @torch.no_grad()
 def generate(model, pixels, tokens, stop, options, seed=0, cached=True):
     """Answer tokens (a list, without the stop) to a picture (3, S, S) of bytes and the tokens (a list) of questions."""
@@ -995,6 +996,7 @@ def generate(model, pixels, tokens, stop, options, seed=0, cached=True):
         answer.append(new.item())
         x = torch.cat([x, model.lm.embed_tokens(new).type_as(x)], 1)
     return answer
+# --- end: answer ---
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -442,6 +442,7 @@ def content_sha256(folder, texts, pictures):
 # --- end: content ---
 
 
+# --- copied: images ---
 def read_images(config, classes, side):
     """Training images (N, 3, S, S) uint8, a memory map, labels (N,) int64 and their sha256."""
     if not STANDALONE:
@@ -449,6 +450,7 @@ def read_images(config, classes, side):
     images = np.load(ROOT / config.data / f"{config.pixels}.npy", mmap_mode="r")
     labels = np.load(ROOT / config.data / "label.npy")[:, 0].astype(np.int64)
     return images, labels, content_sha256(ROOT / config.data, ("label",), (config.pixels,))
+# --- end: images ---
 
 
 def to_floats(images):
@@ -681,6 +683,7 @@ def train_step(batch, rng, errors_of, model, adam, config, run):
 # ------------------------------------------------------------------------------------------------------------
 # Sampling
 
+# --- copied: sample ---
 @torch.no_grad()
 def sample(model, labels, steps=25, solver="heun", guidance=1.0, noise=None, seed=0, return_trajectory=False):
     """Images (B, 3, S, S) in [-1, 1] for labels (B,), by following the velocity from noise, t = 1, to t = 0.
@@ -716,6 +719,7 @@ def sample(model, labels, steps=25, solver="heun", guidance=1.0, noise=None, see
         trajectory.append((next_t, z))
     z = z.clamp(-1, 1)
     return (z, trajectory) if return_trajectory else z
+# --- end: sample ---
 
 
 # ------------------------------------------------------------------------------------------------------------

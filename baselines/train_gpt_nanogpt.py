@@ -422,6 +422,7 @@ def keep_memory():
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
+# --- copied: streams ---
 def read_bin(path):
     """The tokens of a .bin file in modded-nanogpt's format, a memory map (N,) uint16."""
     header = np.fromfile(path, np.int32, 256)
@@ -465,6 +466,7 @@ class Loader:
 
     def load_state_dict(self, state):
         self.rng.set_state(state["rng"])
+# --- end: streams ---
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -661,11 +663,13 @@ def sharpen(logits, temperature, top_k, top_p):
 # --- end: sharpen ---
 
 
+# --- copied: probabilities ---
 def probabilities(logits, options):
     """What is drawn from, (..., V); at temperature 0 everything is on the likeliest."""
     if options.temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
     return sharpen(logits, options.temperature, options.top_k, options.top_p).softmax(-1)
+# --- end: probabilities ---
 
 
 @torch.no_grad()

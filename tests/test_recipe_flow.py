@@ -359,12 +359,12 @@ def test_evaluation_accepts_it(model, frozen, precision):
 # ------------------------------------------------------------------------------------------------------------
 # Whole runs
 
-def test_same_stopwatch_evaluation_and_sampler_as_the_fast_script():
+def test_same_stopwatch_and_evaluation_as_the_fast_script():
     fast, slow = (Path(module.__file__).read_text() for module in (train_flow, course))
     for names in rules.STOP_WATCH, rules.FROZEN:
         assert rules.block_sha256(slow, names) == rules.block_sha256(fast, names)
     assert not rules.redefined(slow, rules.STOP_WATCH + rules.FROZEN)
-    for name in ("Options", "read_images", "to_floats", "velocity_errors", "sample"):
+    for name in ("Options", "to_floats", "velocity_errors"):
         assert inspect.getsource(getattr(course, name)) == inspect.getsource(getattr(train_flow, name)), name
 
 
