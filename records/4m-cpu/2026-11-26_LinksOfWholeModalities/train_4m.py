@@ -1,0 +1,1280 @@
+"""nano4M: one encoder-decoder learns to predict any subset of eight modalities from any other.
+
+After 4M (arXiv:2312.06647) and the nano4M of EPFL's course COM-304, made fast: a step links one modality to others, all
+of whose tokens it asks for; targets start from what is known of their cell; Muon, image tokens embedded and predicted
+as two digits, QK-norm, ReLU^2, zero-initialised projections.
+
+    python train_4m.py                                          # the cpu track, data from `python data/scenes.py`
+    torchrun --standalone --nproc_per_node=8 train_4m.py        # the gpu track
+    python train_4m.py --help                                   # every field and what it may be
+"""
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils import benchmark
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------------
+# Config
+
+@dataclass
+class Config:
+    # data
+    track: str = "cpu"  # task and hardware that losses and times are compared on
+    seed: int = 0  # of weights, order and masks
+    data: str = "data/scenes64/train"  # aligned shards, made by data/scenes.py
+    frozen: str = "data/frozen/scenes64.npz"  # validation scenes
+    frozen_masks: str = "data/frozen/eval_4m_64.npz"  # their inputs and targets
+    # model
+    dim: int = 96  # channels
+    head_dim: int = 32  # channels per attention head
+    enc_depth: int = 2  # encoder blocks
+    dec_depth: int = 2  # decoder blocks
+    mlp_ratio: int = 4  # hidden channels of an MLP per channel
+    shard: bool = False  # divide the blocks among the processes by FSDP2: for what one GPU cannot hold
+    # optim
+    muon_lr: float = 0.02  # of hidden matrices
+    momentum: float = 0.9  # of Muon
+    adam_lr: float = 0.01  # of embeddings and heads
+    # schedule
+    num_steps: int = 1500  # training steps
+    word_steps: int = 300  # of them the first, in which only words and rgb are linked
+    batch: int = 64  # scenes per step, over all processes
+    micro_batch: int = 512  # of them that a process computes at a time
+    budget: int = 128  # input tokens per scene of a course step at most: it has 1/8, 2/8 .. 8/8 of it
+    image_targets: int = 32  # target tokens of pictures per scene of a course step
+    text_targets: int = 32  # target tokens of texts and boxes per scene of a course step
+    cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
+    # eval
+    target: float = 1.7  # validation loss to reach; 0: the track has not been opened
+    eval_every: int = 500  # steps between evaluations; the clock is paused
+
+
+@dataclass
+class Options:
+    """What a run is asked to do, beside the tuned numbers."""
+    precision: str = "auto"  # of matrix products; auto measures which is faster
+    load: str = ""  # checkpoint to start from; paths are relative to the repository
+    save: bool = False  # write checkpoints/<run id>.safetensors at the end
+    save_every: int = 0  # steps between saved states to resume from; 0: only at SIGTERM and Ctrl-C
+    resume: str = ""  # saved state to resume from
+    quality_scenes: int = 1000  # frozen scenes that the quality numbers are taken on; 0: none
+
+
+CONFIGS = {
+    "cpu": Config(),
+    # the course's size: dim 512, 6 + 6 blocks, global batch 512, 256-token images
+    "gpu": Config(track="gpu", data="data/scenes128/train", frozen="data/frozen/scenes128.npz",
+                  frozen_masks="data/frozen/eval_4m_128.npz", dim=512, enc_depth=6, dec_depth=6, batch=512,
+                  micro_batch=256, adam_lr=0.005, target=0.0, eval_every=250),
+}
+# What steps teach in turn: modalities given and asked, or None, any tokens from any others, as the course masks. A link
+# costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Word steps take the first ones alone:
+# beside normals and depth, which teach where objects are, nothing teaches hue.
+LINKS = ((("rgb",), ("desc", "bbox", "caption")), (("desc",), ("rgb",)), (("caption",), ("rgb",)),
+         (("rgb",), ("normal", "depth")), (("caption",), ("desc", "bbox")), ((), ("rgb",)), (("rgb",), ("seg", "edge")),
+         (("caption",), ("rgb",)), (("rgb",), ("normal", "depth")), None)
+WORD_LINKS = 3
+# 4M's L and XL, for which weights, gradients and momentum are divided among the GPUs
+for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
+    CONFIGS[name] = dataclasses.replace(CONFIGS["gpu"], track=name, dim=dim, enc_depth=24, dec_depth=24, shard=True)
+ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
+LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
+    "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96),
+    "mlp_ratio": (1, 16), "momentum": (0, 0.9999), "batch": (1, math.inf), "micro_batch": (1, math.inf),
+    "budget": (16, math.inf), "image_targets": (1, math.inf), "text_targets": (1, math.inf), "cooldown": (0.001, 1),
+    "eval_every": (1, math.inf), "quality_scenes": (0, 2000), "precision": ("auto", "fp32", "bf16"),
+}
+
+
+def check_config(config, run, layout, valid_scenes):
+    """What fields may be together. Raises Fault for what they may not."""
+    run.slice(config.batch)  # can it be divided among the processes?
+    images, texts = layout.span["desc"].start, layout.size - layout.span["desc"].start
+    if config.dim % config.head_dim:
+        raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}")
+    if config.budget > images or config.budget % 16:
+        raise Fault(f"--budget={config.budget} is not a multiple of 16 up to the {images} image tokens of a scene")
+    if config.image_targets > images or config.text_targets > texts:
+        raise Fault(f"--image_targets={config.image_targets}, --text_targets={config.text_targets}: a scene has places "
+                    f"for {images} and {texts}")
+    if config.shard and run.world == 1:
+        raise Fault("--shard=true divides the model among processes: start several with torchrun")
+    if config.shard and -(-valid_scenes // EVAL_BATCH) % run.world:
+        raise Fault(f"--shard=true needs as many evaluation batches on every process: {run.world} processes cannot "
+                    f"share {valid_scenes} scenes in batches of {EVAL_BATCH} evenly")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Run
+
+# --- copied: run ---
+# The track's stop-watch: options, processes, clock, log, checkpoints and states. A record may not change it.
+HERE = Path(__file__).resolve()  # the repository is wherever data/frozen is: archived scripts run from their folder
+ROOT = next((folder for folder in HERE.parents if (folder / "data" / "frozen").exists()), HERE.parent)
+STANDALONE = not (ROOT / "data" / "show.py").exists()  # it trains and files its result without any other file of ours
+RULE = "=" * 100
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Fault(Exception):
+    """User error, reported in one line without a traceback."""
+
+    def __str__(self):
+        return " ".join(super().__str__().split())[:500]  # libraries' errors, which it may quote, can be pages long
+
+
+def read_options(argv):
+    """--field=value arguments -> the track's Config, the Options, and {field: value} as given."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__, *map(inspect.getsource, (Config, Options, check_config)), sep="\n")
+        print("Numbers are at least 0, and", *(f"{key} in {limits}" for key, limits in LIMITS.items()), sep="\n    ")
+        sys.exit()
+    given = {}
+    for argument in argv:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals:
+            raise Fault(f"arguments look like --field=value, not {argument!r}; --help lists the fields")
+        given[key] = text
+    track = given.get("track", "gpu" if torch.cuda.is_available() else "cpu")
+    if track not in CONFIGS:
+        raise Fault(f"--track={track} is not one of {', '.join(CONFIGS)}")
+    config = copy.copy(CONFIGS[track])
+    options = Options()
+    for key, text in given.items():
+        part = options if key in vars(options) else config
+        if key not in vars(part):
+            raise Fault(f"there is no field --{key}; --help lists the fields")
+        setattr(part, key, parse(key, text, type(getattr(part, key))))
+    return config, options, given
+
+
+def parse(key, text, kind):
+    """A field's value from its text: of its type, and what LIMITS allow."""
+    try:
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise Fault(f"--{key}={text} is not of type {kind.__name__}") from None
+    if kind is str and value not in LIMITS.get(key, [value]):
+        raise Fault(f"--{key}={text} is not one of {', '.join(LIMITS[key])}")
+    if kind in (int, float):
+        least, most = LIMITS.get(key, (0, math.inf))
+        if not least <= value <= most or not math.isfinite(value):
+            raise Fault(f"--{key}={text} is not a number from {least} to {most}")
+    return value
+
+
+def import_ours(name):
+    """A module of data/, for checks and samples and for what some options ask for."""
+    if STANDALONE:
+        raise Fault(f"this needs data/{name}.py, which is not beside this script")
+    sys.path.insert(0, str(ROOT / "data"))
+    return importlib.import_module(name)
+
+
+def hardware(device):
+    """The machine as its user would name it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
+    if "amx_bf16" in info:
+        name += " (AMX)"
+    elif "avx512_bf16" in info:
+        name += " (AVX512-BF16)"
+    return f"{torch.get_num_threads()} cores of {name}"
+
+
+def peak_memory_mib(device):
+    """Most memory in use so far: the allocator's on CUDA, the process's on Linux, 0 elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20
+    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else "VmHWM: 0 kB"
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) >> 10
+
+
+def matmul_flops(device, dtype, rows, dim, hidden):
+    """Measured FLOP/s of products (rows, dim) x (dim, hidden) in dtype."""
+    a = torch.randn(rows, dim, device=device, dtype=dtype)
+    b = torch.randn(hidden, dim, device=device, dtype=dtype)
+    timer = benchmark.Timer("F.linear(a, b)", globals={"F": F, "a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=0.1).median
+
+
+class Run:
+    """Everything around the model: processes, device, precision, clock, log, progress bar, checkpoints, states."""
+
+    def __init__(self, task, argv):
+        self.task = task
+        self.script = sys.modules[__name__]
+        self.config, self.options, self.given = read_options(argv)
+        if STANDALONE and (self.options.save or self.options.save_every):
+            raise Fault("--save and --save_every need data/checkpoints.py, which is not beside this script")
+        if self.options.load:
+            read_checkpoint = import_ours("checkpoints").read_checkpoint
+            self.weights, self.config = read_checkpoint(self.script, self.options.load, self.config, self.given)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            on_gpu = self.device.type == "cuda"  # NCCL would guess, and warn
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
+        self.step = self.tokens = self.flops = 0  # so far
+        self.seconds = self.eval_seconds = 0  # of training alone, and of evaluations and saved states
+        self.compile_seconds = self.graphs = 0  # of the warm-up
+        self.data_sha256 = "none"
+        self.file = None  # the log, of rank 0
+        self.failed = False  # weights or samples
+
+    def slice(self, batch):
+        """This rank's part of a global batch."""
+        if batch % self.world:
+            raise Fault(f"a batch of {batch} cannot be divided among {self.world} processes")
+        return slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
+
+    def choose_precision(self, rows, dim, hidden):
+        """Set precision and the peak in FLOP/s that MFU is relative to. A product of the model is (rows, dim, hidden).
+
+        auto is what multiplies such matrices faster: bf16 on a GPU of compute capability 8.0 and on a CPU with AMX by
+        far, fp32 on most others, where bf16 can take seven times as long.
+        """
+        shape = (rows, dim, hidden)
+        if self.device.type == "cuda":
+            shape = (8192, 8192, 8192)  # smaller ones leave it idle
+        flops = {name: matmul_flops(self.device, dtype, *shape) for name, dtype in PRECISIONS.items()}
+        decision = [max(flops, key=flops.get), max(flops.values())]
+        if self.world > 1:  # one run, one precision
+            dist.broadcast_object_list(decision)
+        fastest, self.peak = decision
+        self.precision = fastest if self.options.precision == "auto" else self.options.precision
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def prepare(self, model, **show_data):
+        """Before the clock: load weights, open what samples will need and the state to resume from, and the log."""
+        if self.options.load:
+            import_ours("checkpoints").load_weights(self.script, model, self.weights, self.options.load)
+        self.samples = self.prepare_show(**show_data)
+        if self.options.resume:
+            self.state = import_ours("checkpoints").read_state(self)
+        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.task}-{self.config.track}-{self.config.seed}"
+        if self.rank:
+            return
+        try:
+            for folder in ("logs", "samples", "records", "checkpoints"):
+                (ROOT / folder).mkdir(exist_ok=True)
+                if not os.access(ROOT / folder, os.W_OK):
+                    raise OSError(f"no write access to {ROOT / folder}")
+            self.file = open(ROOT / "logs" / f"{self.run_id}.txt", "x", buffering=1)
+        except OSError as error:
+            raise Fault(f"cannot write the log: {error}") from None
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        settings = {"config": vars(self.config), "options": vars(self.options), "argv": sys.argv[1:],
+                    "overrides": self.given, "python": platform.python_version(), "torch": torch.__version__,
+                    "cuda": torch.version.cuda, "threads": torch.get_num_threads(), "hardware": hardware(self.device),
+                    "precision": self.precision, "git": git or None}
+        self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
+
+    def prepare_show(self, **data):
+        """data/show.py with all it needs to draw samples."""
+        return None if STANDALONE else import_ours("show").prepare(self, **data)
+
+    def say(self, line):
+        """A line in the log and on the console, by rank 0."""
+        if self.file:
+            self.file.write(line + "\n")
+            tqdm.write(line)
+
+    @contextlib.contextmanager
+    def warm_up(self, model):
+        """For untimed steps on dummy data: afterwards the weights are what they were before."""
+        self.say(f"warming up in {self.precision} on {hardware(self.device)}")
+        start = time.perf_counter()
+        weights = copy.deepcopy(model.state_dict())
+        yield
+        model.load_state_dict(weights)
+        self.compile_seconds = time.perf_counter() - start
+        self.graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # that torch.compile has made so far
+
+    def start(self):
+        """Start the clock and the bar. From here on SIGTERM and Ctrl-C save the state."""
+        self.saver = None if STANDALONE else import_ours("checkpoints").Saver(self)
+        self.bar = tqdm(total=self.config.num_steps, disable=self.rank > 0, unit="step", dynamic_ncols=True)
+        self.start_time = time.time()
+        self.started = self.now()
+
+    def now(self):
+        """Seconds, once the device has done all that it was given."""
+        torch.get_device_module(self.device).synchronize()
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """For evaluations and saved states, which the clock does not count."""
+        stopped = self.now()
+        self.seconds += stopped - self.started
+        yield
+        self.started = self.now()
+        self.eval_seconds += self.started - stopped
+
+    def progress(self, loss, tokens, flops):
+        """Count a step of so many tokens and FLOPs. Each tenth loss, this rank's part of it, is looked at."""
+        self.step += 1
+        self.tokens = self.tokens + tokens  # new on each step, as it may be a tensor
+        self.flops += flops
+        self.bar.update()
+        if self.step % 10 == 0:
+            self.check(loss.item())
+            self.bar.set_postfix(loss=f"{loss.item() * self.world:.3f}")
+
+    def check(self, loss):
+        """Abort on a non-finite loss."""
+        if not math.isfinite(loss):
+            raise Fault(f"the loss is {loss} at step {self.step}: lower the learning rate")
+
+    def evaluation(self, val_loss):
+        self.val_loss = val_loss
+        milliseconds = 1000 * self.seconds
+        self.say(f"step:{self.step}/{self.config.num_steps} val_loss:{val_loss:.4f} train_time:{milliseconds:.0f}ms "
+                 f"step_avg:{milliseconds / max(1, self.step):.2f}ms")
+
+    def result(self, model, eval_sha256, numbers):
+        """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""
+        if self.saver:
+            self.saver.close()
+        self.bar.close()
+        self.check(self.val_loss)
+        seconds = max(self.seconds, 1e-9)
+        tokens = int(self.tokens)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - self.graphs
+        footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
+                  "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
+                  "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
+                  "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
+                  "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
+                  "reached": self.val_loss <= self.config.target, "start_time": round(self.start_time, 1),
+                  "train_seconds": round(self.seconds, 3), "eval_seconds": round(self.eval_seconds, 3),
+                  "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
+                  "tokens_per_second": round(tokens / seconds),
+                  "mfu": round(self.flops / seconds / self.peak / self.world, 4),
+                  "matmul_peak_tflops": round(self.peak / 1e12, 2), "peak_memory_mib": peak_memory_mib(self.device),
+                  "data_sha256": self.data_sha256, "eval_sha256": eval_sha256,
+                  "overrides": " ".join(f"--{key}={value}" for key, value in self.given.items()) or "none"}
+        if self.rank == 0:
+            if self.options.save:
+                self.failed = not import_ours("checkpoints").save_weights(self, model)
+            for key, value in footer.items():
+                self.say(f"{key}: {value}")
+            with open(ROOT / "records" / "runs.jsonl", "a") as file:
+                file.write(json.dumps({"run_id": self.run_id, **footer}) + "\n")
+        if self.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def show(self, model):
+        """Draw samples and measure their quality, by rank 0. Exit code 1 if that, or saving the weights, failed."""
+        if self.samples and self.rank == 0:
+            self.samples.show(model)
+        if self.failed:
+            sys.exit(1)
+# --- end: run ---
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data
+
+IMAGES, TEXTS = ("rgb", "depth", "normal", "seg", "edge"), ("desc", "caption", "bbox")
+MODALITIES = IMAGES + TEXTS
+PLACES = 8  # rows and columns of the grid that texts name places of
+FACTS = 5  # tokens per object in desc and bbox
+
+
+# --- copied: layout ---
+class Layout:
+    """All of a scene's tokens side by side in one row of `size` places, a span per modality.
+
+    kind (size,): modality of a place; offset (size,): its place inside the modality; end: id that ends a text.
+    """
+
+    def __init__(self, modalities, device="cpu"):
+        self.modalities = {m: modalities[m] for m in MODALITIES}
+        self.span, start = {}, 0
+        for m, about in self.modalities.items():
+            self.span[m] = slice(start, start + about["length"])
+            start += about["length"]
+        self.size, self.vocab = start, max(about["vocab"] for about in self.modalities.values())
+        length = torch.tensor([about["length"] for about in self.modalities.values()])
+        self.kind = torch.repeat_interleave(length).to(device)
+        self.offset = torch.cat([torch.arange(n) for n in length.tolist()]).to(device)
+        self.start = (length.cumsum(0) - length).to(device)
+        self.pads = torch.tensor([about["pad"] for about in self.modalities.values()]).to(device)
+        self.end = {"desc": modalities["desc"]["vocab"] - 2, "caption": modalities["caption"]["vocab"] - 2, "bbox": 1}
+
+    def valid(self, tokens):
+        """True where a row holds a token and not padding: (B, size)."""
+        return tokens != self.pads[self.kind]
+# --- end: layout ---
+
+
+# --- copied: content ---
+def content_sha256(folder, texts, pictures):
+    """One hash of the arrays that are read. Of a rendered set its scenes stand for pictures, which machines round."""
+    rendered = (folder / "scene.npy").exists()
+    digest = hashlib.sha256()
+    for name in (*texts, "scene") if rendered else (*texts, *pictures):
+        array = np.load(folder / f"{name}.npy", mmap_mode="r")
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+# --- end: content ---
+
+
+# --- copied: shards ---
+def read_shards(config, modalities):
+    """The training tokens, a memory map (scenes, length) per modality, and their sha256."""
+    if not STANDALONE:
+        import_ours("checks").check_scenes(sys.modules[__name__], config, modalities)
+    arrays = [np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in MODALITIES]
+    return arrays, content_sha256(ROOT / config.data, TEXTS, IMAGES)
+# --- end: shards ---
+
+
+# --- copied: loader ---
+class Loader:
+    """Endless shuffled batches of rows of some tensors (N, ...), the same on every rank, all on the device."""
+
+    def __init__(self, tensors, batch, seed, device):
+        self.tensors, self.batch = [tensor.to(device) for tensor in tensors], batch
+        self.rng = torch.Generator(device).manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.long, device=device)
+        self.next = 0
+
+    def __call__(self):
+        if self.next + self.batch > len(self.order):
+            self.order = torch.randperm(len(self.tensors[0]), generator=self.rng, device=self.order.device)
+            self.next = 0
+        self.next += self.batch
+        rows = self.order[self.next - self.batch:self.next]
+        return [tensor[rows] for tensor in self.tensors]
+
+    def state_dict(self):
+        return {"rng": self.rng.get_state(), "order": self.order, "next": self.next}
+
+    def load_state_dict(self, state):
+        self.rng.set_state(state["rng"])
+        self.order, self.next = state["order"].to(self.order.device), state["next"]
+# --- end: loader ---
+
+
+def uniform(shape, rng):
+    """Random numbers above 0 and below 1."""
+    return torch.rand(shape, generator=rng, device=rng.device).clamp(1e-12, 1 - 1e-7)
+
+
+def course_positions(tokens, layout, inputs, config, rng):
+    """Inputs and targets of any modalities, as 4M's masks draw them: enc_pos (B, inputs), dec_pos (B, image + text
+    targets), and for which of each there is a token (None: for all inputs).
+
+    One budget for all scenes, so that no input is padding, is split over the modalities by a Dirichlet(1) draw. Places
+    inside a modality are uniform without replacement; where it has fewer tokens than its part any others step in.
+    Targets, image tokens first, are drawn from the rest, every modality as likely; where too few are left, one is
+    padding.
+    """
+    B, K, device = tokens.shape[0], len(MODALITIES), tokens.device
+    valid = layout.valid(tokens)
+    available = torch.zeros(B, K, device=device).index_add_(1, layout.kind, valid.float())
+    share = -uniform((B, K), rng).log()  # normalised: Dirichlet(1)
+    edges = (share.cumsum(1) / share.sum(1, keepdim=True) * inputs).round()
+    count = edges.diff(dim=1, prepend=torch.zeros_like(edges[:, :1]))
+    # a rank of every token among the valid ones of its modality; those below the modality's count come first
+    score = uniform((B, layout.size), rng) + 2.0 * ~valid + 4.0 * layout.kind
+    rank = score.argsort(1).argsort(1) - layout.start[layout.kind]
+    later = (rank >= count[:, layout.kind]) + 2.0 * ~valid
+    enc_pos = (later + uniform((B, layout.size), rng)).topk(inputs, 1, largest=False).indices
+    # an exponential race: the smallest of Exp(1) / weight are a draw by weight without replacement
+    left = available.scatter_add(1, layout.kind[enc_pos], -torch.ones(enc_pos.shape, device=device))
+    race = -uniform((B, layout.size), rng).log() * left[:, layout.kind]
+    race = race.masked_fill(~valid, math.inf).scatter(1, enc_pos, math.inf)
+    first_text = layout.span["desc"].start
+    image = race[:, :first_text].topk(config.image_targets, 1, largest=False)
+    text = race[:, first_text:].topk(config.text_targets, 1, largest=False)
+    counted = torch.cat([image.values, text.values], 1) < math.inf
+    return enc_pos, None, torch.cat([image.indices, text.indices + first_text], 1), counted
+
+
+def link_positions(tokens, layout, given, asked, share, rng):
+    """Inputs and targets of a link: enc_pos (B, N), dec_pos (B, M), and for which of each there is a token.
+
+    The modalities given are known as a whole, and all of those asked are targets, but for a share of the first of them
+    that is known too, as while it is generated: any places of a picture, the first ones of a text.
+    """
+    places = torch.arange(layout.size, device=tokens.device).expand(len(tokens), -1)
+    whole = [places[:, layout.span[m]] for m in given]
+    first, *others = [places[:, layout.span[m]] for m in asked]
+    if asked[0] in IMAGES:
+        first = first.gather(1, uniform(first.shape, rng).argsort(1))
+    known = int(share * first.size(1))
+    enc_pos = torch.cat([*whole, first[:, :known]], 1)
+    dec_pos = torch.cat([first[:, known:], *others], 1)
+    valid = layout.valid(tokens)
+    return enc_pos, valid.gather(1, enc_pos), dec_pos, valid.gather(1, dec_pos)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Muon
+
+# --- copied: muon ---
+POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
+         (2.3465, -1.7098, 0.4232))  # Polar Express (arXiv:2505.16932), five steps
+
+
+def orthogonalise(G, dtype=torch.bfloat16):
+    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; computed in dtype."""
+    tall = G.size(1) > G.size(2)
+    X = G.to(dtype)
+    X = X.mT if tall else X
+    X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
+    for a, b, c in POLAR:
+        A = X @ X.mT
+        X = a * X + (b * A + c * (A @ A.mT)) @ X  # A is symmetric
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon:
+    """Nesterov momentum, then an orthogonalised step, for matrices (kellerjordan.github.io/posts/muon).
+
+    Matrices of one shape are a stack, divided among the ranks: each adds up the gradients of its own matrices, keeps
+    their momentum and sends their update to all. Messages of one stack travel while another is computed.
+    """
+
+    def __init__(self, params, momentum, rank=0, world=1, dtype=torch.bfloat16):
+        self.momentum, self.rank, self.world, self.dtype = momentum, rank, world, dtype
+        by_shape = {}
+        for p in params:
+            by_shape.setdefault(p.shape, []).append(p)
+        self.stacks = []  # (parameters, this rank's momentum buffers)
+        for shape, stack in by_shape.items():
+            per_rank = -(-len(stack) // world)  # the last rank's part is filled up with zeros
+            self.stacks.append((stack, torch.zeros(per_rank, *shape, device=stack[0].device)))
+
+    def gather(self, shard, wait=True):
+        """The parts of all ranks (k, rows, columns) in a row, and a handle to wait for before they are read."""
+        if self.world == 1:
+            return shard, None
+        whole = shard.new_empty(self.world * len(shard), *shard.shape[1:])
+        return whole, dist.all_gather_into_tensor(whole, shard.contiguous(), async_op=not wait)
+
+    @torch.no_grad()
+    def step(self, lr):
+        """Move the parameters by their gradients, summed over the ranks; one without a gradient has a zero one."""
+        handles = []
+        for params, buffer in self.stacks:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            grads += [torch.zeros_like(params[0])] * (self.world * len(buffer) - len(params))
+            grads = torch.stack(grads)
+            if self.world == 1:
+                handles.append((grads, None, grads))
+            else:
+                shard = torch.empty_like(buffer)
+                handle = dist.reduce_scatter_tensor(shard, grads, async_op=True)
+                handles.append((shard, handle, grads))  # grads must live until they are sent
+        updates = []
+        for (_, buffer), (shard, handle, _) in zip(self.stacks, handles):
+            if handle:
+                handle.wait()
+            buffer.lerp_(shard, 1 - self.momentum)
+            shard = orthogonalise(shard.lerp_(buffer, self.momentum), self.dtype)
+            updates.append((*self.gather(shard, wait=False), shard))  # so must the shard
+        for (params, _), (update, handle, _) in zip(self.stacks, updates):
+            if handle:
+                handle.wait()
+            rows, columns = params[0].shape
+            torch._foreach_add_(params, list(update[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+
+    def momentum_buffers(self):
+        """The momentum of each stack, gathered: (matrices, rows, columns)."""
+        return [self.gather(buffer)[0][:len(params)] for params, buffer in self.stacks]
+# --- end: muon ---
+
+
+# --- copied: sum gradients ---
+def sum_gradients(optimizer, world):
+    """Add up the gradients of an optimizer's parameters over all ranks, in one flat message. Where a rank has none it
+    sends zeros: every rank must take part."""
+    if world == 1:
+        return
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = part.view_as(p)
+# --- end: sum gradients ---
+
+
+# --- copied: schedule ---
+def schedule(step, config):
+    """Share of the peak learning rates: 1, then linearly down to 0."""
+    return min(1.0, (1 - step / config.num_steps) / config.cooldown)
+# --- end: schedule ---
+
+
+def step_shape(step, config):
+    """The link of a step and how much is known: of what it asks first 0, 1/4, 1/2 or 3/4, mostly 0, or 1/4 where
+    nothing else is given; without a link 1/8, 2/8 .. 8/8 of the budget.
+
+    In the golden-ratio order, which is even at every length. Few lengths stand for all: a CPU builds kernels for each.
+    """
+    links = LINKS[:WORD_LINKS] if step < config.word_steps else LINKS
+    link = links[step % len(links)]
+    eighth = int((step * 0.618034 + 0.5) % 1 * 8)
+    if link is None:
+        return link, (eighth + 1) / 8
+    given, _ = link
+    least = 0 if given else 1
+    return link, max(least, eighth - 4) / 4
+
+
+def make_optimizers(model, config, run):
+    """Muon for hidden matrices, Adam for embeddings and heads; every parameter is in exactly one."""
+    hidden, rest = [], []
+    for name, p in model.named_parameters():
+        (rest if "embed" in name or "head" in name else hidden).append(p)
+    muon_class = import_ours("sharding").sharded(Muon, orthogonalise) if config.shard else Muon
+    muon = muon_class(hidden, config.momentum, run.rank, run.world, PRECISIONS[run.precision])
+    return muon, torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention
+
+# --- copied: attend ---
+def attend(q, k, v, visible=None):
+    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D); visible (B, N): keys that may be seen, None: all.
+
+    A query that may see nothing gets zeros.
+    """
+    mask = None if visible is None else visible[:, None, None]
+    if q.is_cuda or v.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, attn_mask=mask)
+    # written out: in bfloat16 on a CPU torch 2.13's fused kernel takes 3 to 6 times as long, in float32 0.8 times
+    scores = (q * q.size(-1) ** -0.5) @ k.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -3e4)
+    weights = scores.softmax(-1).type_as(v)
+    return (weights if mask is None else weights * mask.any(-1, keepdim=True)) @ v
+# --- end: attend ---
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model
+
+# --- copied: norm ---
+def norm(x):
+    return F.layer_norm(x, (x.size(-1),))  # one kernel on a CPU, rms_norm is many: in 4M 0.146 s per step, not 0.171
+
+
+class Linear(nn.Linear):
+    def __init__(self, inside, outside):
+        super().__init__(inside, outside, bias=False)
+# --- end: norm ---
+
+
+def split_heads(x, head_dim):
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, head_dim):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x, context, visible):
+        q = norm(split_heads(self.q(x), self.head_dim))
+        k = norm(split_heads(self.k(context), self.head_dim))
+        v = split_heads(self.v(context), self.head_dim)
+        return self.proj(attend(q, k, v, visible).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention to a context, the tokens themselves if there is none, then a ReLU^2 MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config.dim, config.head_dim)
+        self.up = Linear(config.dim, config.mlp_ratio * config.dim)
+        self.down = Linear(config.mlp_ratio * config.dim, config.dim)
+
+    def forward(self, x, visible, context=None):
+        h = norm(x)
+        x = x + self.attention(h, h if context is None else context, visible)
+        return x + self.down(F.relu(self.up(norm(x))).square())
+
+
+def split_positions(layout):
+    """Places of a scene as pairs of numbers, major and minor (size,), and how many there are of each.
+
+    Row and column of a picture's grid; object and fact of desc and bbox, so that what is learned of one object holds of
+    all; for captions the place alone.
+    """
+    side = math.isqrt(layout.modalities["rgb"]["length"])
+    objects = -(-layout.modalities["desc"]["length"] // FACTS)
+    is_image = layout.kind < len(IMAGES)
+    is_caption = layout.kind == MODALITIES.index("caption")
+    major = torch.where(is_image, layout.offset // side, side + layout.offset // FACTS)
+    minor = torch.where(is_image, layout.offset % side, side + layout.offset % FACTS)
+    major = torch.where(is_caption, side + objects + layout.offset, major)
+    minor = torch.where(is_caption, side + FACTS, minor)
+    return major, minor, int(major.max()) + 1, side + FACTS + 1
+
+
+class Nano4M(nn.Module):
+    """Encoder-decoder over places. Targets see the inputs alone: the decoder has no self-attention.
+
+    All pictures of a scene share a grid, and so do words that name a cell of it. What the encoder makes of a cell is
+    added to the target there, so that attention is left with what is elsewhere.
+
+    An image token is a pair of digits (a, b), two levels of FSQ each: embedded as the sum of both and of the pair,
+    predicted as p(a) p(b | a), so that codes which look alike share what is learned and no softmax has 4096 classes.
+    """
+
+    def __init__(self, config, layout):
+        super().__init__()
+        C = config.dim
+        device = layout.kind.device
+        self.num_cells = layout.modalities["rgb"]["length"]
+        self.kind, self.vocab = layout.kind, layout.vocab
+        self.num_image_positions = layout.span["desc"].start
+        self.base = math.isqrt(layout.vocab)  # of the digits
+        assert self.base ** 2 == layout.vocab
+        self.text_vocab = layout.modalities["desc"]["vocab"]
+        words = self.text_vocab + layout.modalities["bbox"]["vocab"]
+        self.major, self.minor, num_major, num_minor = split_positions(layout)
+        # words that name a cell of the grid share its embedding
+        side = math.isqrt(self.num_cells)
+        named = torch.tensor(layout.modalities["desc"]["places"], device=device)  # (P, 3): word, row, column
+        self.place_words = layout.vocab + named[:, 0]
+        self.place_cells = named[:, 1:] * side // PLACES
+        # the cell of a place and of a word; num_cells: none
+        self.cell = torch.where(layout.kind < len(IMAGES), layout.offset, self.num_cells)
+        self.word_cell = torch.full((layout.vocab + words,), self.num_cells, device=device)
+        self.word_cell[self.place_words] = self.place_cells[:, 0] * side + self.place_cells[:, 1]
+        # one token table: image tokens, words of desc and caption, bbox tokens
+        is_text, is_box = layout.kind >= len(IMAGES), layout.kind == MODALITIES.index("bbox")
+        self.token_offset = is_text * layout.vocab + is_box * self.text_vocab
+        self.embed_a, self.embed_b = nn.Embedding(self.base, C), nn.Embedding(self.base, C)
+        self.embed_pair, self.embed_word = nn.Embedding(layout.vocab, C), nn.Embedding(words, C)
+        self.embed_major, self.embed_minor = nn.Embedding(num_major, C), nn.Embedding(num_minor, C)
+        self.embed_enc_kind, self.embed_dec_kind = nn.Embedding(len(MODALITIES), C), nn.Embedding(len(MODALITIES), C)
+        self.encoder = nn.ModuleList(Block(config) for _ in range(config.enc_depth))
+        self.local = Linear(C, C)
+        self.decoder = nn.ModuleList(Block(config) for _ in range(config.dec_depth))
+        self.head_a, self.head_b, self.head_word = Linear(C, self.base), Linear(C, self.base), Linear(C, words)
+        self.embed_first, self.mix = nn.Embedding(self.base, C), Linear(C, C)  # p(b | a) is a small MLP of both
+
+    def position(self, places):
+        return self.embed_major(self.major[places]) + self.embed_minor(self.minor[places])
+
+    def hidden(self, tokens, enc_pos, visible, dec_pos):
+        """Final states (B, M, C) at the places dec_pos (B, M), from the tokens (B, size) at the places enc_pos (B, N).
+
+        visible (B, N) is False on padding; None where there is none.
+        """
+        pairs = (self.embed_b.weight[:, None] + self.embed_a.weight).flatten(0, 1)  # id = a + base * b
+        table = torch.cat([pairs + self.embed_pair.weight, self.embed_word.weight])
+        cells = self.embed_major(self.place_cells[:, 0]) + self.embed_minor(self.place_cells[:, 1])
+        table = table.index_add(0, self.place_words, cells)
+        ids = tokens.gather(1, enc_pos) + self.token_offset[enc_pos]
+        x = F.embedding(ids, table) + self.embed_enc_kind(self.kind[enc_pos])
+        x = norm(x + self.position(enc_pos))  # (B, N, C)
+        for block in self.encoder:
+            x = block(x, visible)
+        x = norm(x)
+        y = norm(self.embed_dec_kind(self.kind[dec_pos]) + self.position(dec_pos))  # (B, M, C)
+        y = y + self.local(self.at_cells(x, ids, enc_pos, visible, dec_pos))
+        for block in self.decoder:
+            y = block(y, visible, x)
+        return norm(y)
+
+    def at_cells(self, x, ids, enc_pos, visible, dec_pos):
+        """Sum (B, M, C) of the encoder's states x (B, N, C) in the cell of each target; 0 for words."""
+        cell = torch.minimum(self.cell[enc_pos], self.word_cell[ids])
+        if visible is not None:
+            cell = cell.masked_fill(~visible, self.num_cells)
+        x = x.masked_fill((cell == self.num_cells)[..., None], 0)
+        grid = x.new_zeros(len(x), self.num_cells + 1, x.size(-1))
+        grid = grid.scatter_add(1, cell[..., None].expand_as(x), x)
+        return grid.gather(1, self.cell[dec_pos][..., None].expand(-1, -1, x.size(-1)))
+
+    def logits_b(self, mixed, a):
+        """Logits of the second digit given mix(states) (..., C) and first digits a (...)."""
+        return self.head_b(F.relu(mixed + self.embed_first(a)).square())
+
+    def image_nll(self, y, ids):
+        """Cross-entropy (N,) of image tokens ids (N,) given states y (N, C)."""
+        a, b = ids % self.base, ids // self.base
+        first = F.cross_entropy(self.head_a(y).float(), a, reduction="none")
+        return first + F.cross_entropy(self.logits_b(self.mix(y), a).float(), b, reduction="none")
+
+    def word_nll(self, y, places, ids):
+        """Cross-entropy (N,) of text and bbox tokens ids (N,), each among those of its kind, given states y (N, C)."""
+        is_box = self.token_offset[places] > self.vocab
+        column = torch.arange(self.head_word.out_features, device=y.device)
+        other_kind = (column < self.text_vocab) == is_box[:, None]
+        logits = self.head_word(y).float().masked_fill(other_kind, -math.inf)
+        return F.cross_entropy(logits, ids + self.token_offset[places] - self.vocab, reduction="none")
+
+    def forward(self, tokens, enc_pos, visible, dec_pos, counted=None):
+        """Log-probabilities (B, M, vocab) of all tokens at the places dec_pos (B, M); targets do not see each other."""
+        y = self.hidden(tokens, enc_pos, visible, dec_pos)
+        is_image = dec_pos < self.num_image_positions
+        is_box = self.token_offset[dec_pos] > self.vocab
+        is_text = ~is_image & ~is_box
+        out = torch.full((*dec_pos.shape, self.vocab), -math.inf, device=y.device)
+        images, a, joint = y[is_image], torch.arange(self.base, device=y.device), []
+        for rows, mixed in zip(images.split(512), self.mix(images).split(512)):
+            log_b = self.logits_b(mixed[:, None], a).float().log_softmax(-1)  # (rows, a, b)
+            log_a = self.head_a(rows).float().log_softmax(-1)
+            joint.append(log_b.transpose(1, 2) + log_a[:, None])  # (rows, b, a)
+        out[is_image] = torch.cat(joint).flatten(1)
+        words = self.head_word(y).float()
+        for chosen, columns in ((is_text, slice(self.text_vocab)), (is_box, slice(self.text_vocab, None))):
+            log_probs = words[chosen][:, columns].log_softmax(-1)
+            out[chosen] = F.pad(log_probs, (0, self.vocab - log_probs.size(1)), value=-math.inf)
+        return out
+
+
+def init_weights(model):
+    for name, p in model.named_parameters():
+        if "proj" in name or "down" in name or "head" in name:
+            nn.init.zeros_(p)
+        elif "embed" in name:
+            nn.init.normal_(p, std=0.02)
+        elif any(part in name for part in ("encoder", "decoder", "local", "mix")):
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+        else:
+            raise AssertionError(f"no initialisation for {name}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loss
+
+def masked_loss(model, tokens, enc_pos, visible, dec_pos, weight, images):
+    """Sum over these scenes of weight (B, M) * cross-entropy in nats at the targets dec_pos (B, M).
+
+    The first `images` targets of a scene are image tokens.
+    """
+    y = model.hidden(tokens, enc_pos, visible, dec_pos)
+    ids = tokens.gather(1, dec_pos)
+    image_nll = model.image_nll(y[:, :images].flatten(0, 1), ids[:, :images].flatten())
+    word_places = dec_pos[:, images:].flatten()
+    word_nll = model.word_nll(y[:, images:].flatten(0, 1), word_places, ids[:, images:].flatten())
+    image_loss = (image_nll * weight[:, :images].flatten()).sum()
+    word_loss = (word_nll * weight[:, images:].flatten()).sum()
+    return image_loss + word_loss
+
+
+def target_weights(dec_pos, counted, layout):
+    """Loss weight per target (B, M): over all ranks the weighted sum is the mean over modalities of each one's mean. 0
+    on padding.
+    """
+    kind = layout.kind[dec_pos]
+    count = torch.zeros(len(MODALITIES), device=dec_pos.device)
+    count.index_add_(0, kind.flatten(), counted.flatten().float())
+    share = 1 / count.clamp(min=1) / (count > 0).sum()
+    return share[kind] * counted
+
+
+def train_step(step, batch, rng, model, muon, adam, layout, config, run):
+    """One step on a global batch (B, size): this rank's part of its loss, how many tokens it had, and its FLOPs."""
+    link, share = step_shape(step, config)
+    if link:
+        enc_pos, visible, dec_pos, counted = link_positions(batch, layout, *link, share, rng)
+        _, asked = link  # either pictures or texts
+        images = dec_pos.size(1) if asked[0] in IMAGES else 0
+    else:
+        inputs = int(share * config.budget)
+        images = config.image_targets
+        enc_pos, visible, dec_pos, counted = course_positions(batch, layout, inputs, config, rng)
+    weight = target_weights(dec_pos, counted, layout)
+    num_tokens = counted.sum() + (enc_pos.numel() if visible is None else visible.sum())
+    mine = run.slice(config.batch)
+    total = 0.0
+    for start in range(mine.start, mine.stop, config.micro_batch):
+        rows = slice(start, min(start + config.micro_batch, mine.stop))
+        shown = None if visible is None else visible[rows]
+        with run.autocast():
+            loss = masked_loss(model, batch[rows], enc_pos[rows], shown, dec_pos[rows], weight[rows], images)
+        loss.backward()
+        total += loss.detach()
+    sum_gradients(adam, run.world)
+    factor = schedule(step, config)
+    muon.step(config.muon_lr * factor)
+    adam.param_groups[0]["lr"] = config.adam_lr * factor
+    adam.step()
+    model.zero_grad(set_to_none=True)
+    flops = config.batch * flops_per_scene(model, config, enc_pos.size(1), images, dec_pos.size(1) - images)
+    return total, num_tokens, flops
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+# --- copied: sharpen ---
+def sharpen(logits, temperature, top_k, top_p):
+    """Logits (..., V) of what is drawn: at a temperature, the top_k likeliest, of them the fewest that hold top_p."""
+    logits = logits / max(temperature, 1e-4)
+    if top_k:
+        least = logits.topk(min(top_k, logits.size(-1)))[0][..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        ranked, order = logits.softmax(-1).sort(-1, descending=True)
+        cut = ranked.cumsum(-1) - ranked >= top_p
+        cut[..., 0] = False  # the likeliest token always stays
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -math.inf)
+    return logits
+# --- end: sharpen ---
+
+
+# --- copied: sampling ---
+@dataclass
+class Output:
+    """One modality to generate and how: scheme roar (random order), maskgit (most confident first) or ar (in order)."""
+    modality: str
+    scheme: str = ""  # "": maskgit for images, ar for texts
+    steps: int = 8  # ar takes one step per token
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    guidance: float = 1.0  # classifier-free: logits u + guidance * (c - u), u seeing only this modality's own tokens
+
+
+def predict(model, tokens, known, dec_pos):
+    """Log-probabilities (B, M, vocab) at the places dec_pos (B, M), given the known (B, size) tokens; float32."""
+    enc_pos, visible = gather_places(known)
+    return model(tokens, enc_pos, visible, dec_pos).float()
+
+
+def draw_tokens(model, layout, tokens, known, dec_pos, output, rng):
+    """Sample ids (B, M) of a modality at dec_pos (B, M) given what is known (B, size), with their log-probabilities."""
+    about = layout.modalities[output.modality]
+    logits = predict(model, tokens, known, dec_pos)
+    own = known & (layout.kind == MODALITIES.index(output.modality))
+    if output.guidance != 1 and bool(own.any(1).all()):
+        base = predict(model, tokens, own, dec_pos)
+        logits = base + output.guidance * (logits - base)
+    logits[..., about["vocab"]:] = -math.inf
+    if output.modality in layout.end:  # padding is never drawn
+        logits[..., about["pad"]] = -math.inf
+    scores = sharpen(logits, output.temperature, output.top_k, output.top_p)
+    if output.temperature > 0:  # the Gumbel trick: argmax(logits / T + Gumbel noise) is a draw from the softmax
+        noise = torch.rand(scores.shape, generator=rng, device=scores.device).clamp(1e-20, 1 - 1e-7)
+        scores = scores - (-noise.log()).log()
+    ids = scores.argmax(-1)
+    return ids, logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def fill(tokens, known, places, ids, chosen):
+    """Write ids (B, M) at the places (B, M) that are chosen (B, M); changes tokens and known."""
+    tokens.scatter_(1, places, torch.where(chosen, ids, tokens.gather(1, places)))
+    known.scatter_(1, places, known.gather(1, places) | chosen)
+
+
+def generate_masked(model, layout, tokens, known, output, scheme, rng):
+    """Fill a modality in random order (roar) or the most confident tokens first (maskgit); changes tokens and known."""
+    in_modality = layout.kind == MODALITIES.index(output.modality)
+    priority = torch.rand(tokens.shape, generator=rng, device=tokens.device)
+    total = (~known & in_modality).sum(1, keepdim=True)
+    steps = min(output.steps, int(total.max()))
+    for step in range(steps):
+        unknown = ~known & in_modality
+        share_left = math.cos(math.pi / 2 * (step + 1) / steps)  # few tokens at first and ever more
+        left = (total * share_left + 1e-6).long()
+        num_now = (unknown.sum(1, keepdim=True) - left).clamp(min=1)
+        if scheme == "roar":
+            first = priority.masked_fill(~unknown, math.inf).argsort(1).argsort(1) < num_now
+            places, chosen = gather_places(unknown & first)
+            ids, _ = draw_tokens(model, layout, tokens, known, places, output, rng)
+        else:
+            places, is_unknown = gather_places(unknown)
+            ids, confidence = draw_tokens(model, layout, tokens, known, places, output, rng)
+            order = confidence.masked_fill(~is_unknown, -math.inf).argsort(1, descending=True)
+            chosen = is_unknown & (order.argsort(1) < num_now)
+        fill(tokens, known, places, ids, chosen)
+
+
+def generate_ar(model, layout, tokens, known, output, rng):
+    """Fill a modality from left to right until every row has its end token; changes tokens and known."""
+    given = known.clone()
+    span = layout.span[output.modality]
+    end = layout.end.get(output.modality)
+    places, is_unknown = gather_places(~known & (layout.kind == MODALITIES.index(output.modality)))  # in order
+    running = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # no end token yet
+    for i in range(places.size(1)):
+        place = places[:, i:i + 1]
+        running &= is_unknown[:, i:i + 1]
+        ids, _ = draw_tokens(model, layout, tokens, known, place, output, rng)
+        fill(tokens, known, place, ids, running)
+        running &= ids != end
+        if not bool(running.any()):
+            break
+    if end is not None:  # whatever follows the end token is padding
+        part = tokens[:, span]
+        is_end = (part == end).long()
+        ended = is_end.cumsum(1) - is_end > 0
+        ended = (ended | ~known[:, span]) & ~given[:, span]
+        tokens[:, span] = part.masked_fill(ended, layout.modalities[output.modality]["pad"])
+        known[:, span] = ~ended
+
+
+@torch.no_grad()
+def generate(model, layout, tokens, known, outputs, seed=0):
+    """Fill the modalities of outputs one after another; each result is an input of the next.
+
+    tokens int64 (B, size), known bool (B, size): what is given, any places of each row. A given part of an output
+    modality stays as it is. Returns new tokens and known. Raises Fault for a modality or scheme there is not, or when a
+    row has nothing known.
+    """
+    tokens, known = tokens.clone(), known.clone()
+    if not bool(known.any(1).all()):
+        raise Fault("generate needs at least one known token in every row")
+    rng = torch.Generator(tokens.device).manual_seed(seed)
+    for output in outputs:
+        if output.modality not in layout.span:
+            raise Fault(f"there is no modality {output.modality!r}; there are {', '.join(layout.span)}")
+        scheme = output.scheme or ("maskgit" if output.modality in IMAGES else "ar")
+        if scheme not in ("roar", "maskgit", "ar") or output.steps < 1:
+            raise Fault(f"scheme {scheme!r}, {output.steps} steps: schemes are roar, maskgit and ar, steps at least 1")
+        if scheme == "ar":
+            generate_ar(model, layout, tokens, known, output, rng)
+        else:
+            generate_masked(model, layout, tokens, known, output, scheme, rng)
+    return tokens, known
+
+
+def only(layout, tokens, *names):
+    """The mask (B, size) that knows exactly these modalities."""
+    known = torch.zeros_like(tokens, dtype=torch.bool)
+    for name in names:
+        known[:, layout.span[name]] = layout.valid(tokens)[:, layout.span[name]]
+    return known
+# --- end: sampling ---
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+# --- frozen: eval ---
+EVAL_BATCH = 64  # scenes that the model sees at once; each rank's first predictions are checked
+
+
+def eval_sha256(*paths):
+    """One hash of this block and of the files that it reads."""
+    code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
+    return hashlib.sha256(b"".join([code.encode(), *(Path(path).read_bytes() for path in paths)])).hexdigest()
+
+
+def read_frozen(config):
+    """Validation tokens (n, size), roles of their places (n, size), the modalities, and the sha256 of it all.
+
+    roles: 1 input, 2 target, 0 neither; in even rows as the course masks, in odd ones whole modalities are inputs.
+    """
+    paths = [ROOT / config.frozen, ROOT / config.frozen_masks]
+    for name in (config.frozen, config.frozen_masks):
+        if not (ROOT / name).exists():
+            raise Fault(f"{ROOT / name} is missing: it belongs to the repository (`git checkout {name}`)")
+    try:
+        with np.load(paths[0], allow_pickle=False) as arrays:
+            modalities = json.loads(bytes(arrays["modalities"]))
+            tokens = np.concatenate([arrays[m] for m in modalities], 1).astype(np.int64)
+        with np.load(paths[1], allow_pickle=False) as arrays:
+            roles = arrays["roles"]
+        if roles.shape != tokens.shape:
+            raise ValueError(f"masks {roles.shape} for tokens {tokens.shape}")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise Fault(f"the frozen validation set is damaged ({error}): `git checkout data/frozen`") from None
+    return torch.from_numpy(tokens), torch.from_numpy(roles), modalities, eval_sha256(*paths)
+
+
+def gather_places(chosen):
+    """Places where chosen (B, size) is True: (B, most of any row), and which of them count and are not padding."""
+    width = int(chosen.sum(1).max())
+    places = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    return places, chosen.gather(1, places)
+
+
+def predict_targets(model, tokens, role, vocab):
+    """Log-probabilities (B, M, vocab) at the targets' places (B, M), and which of these count; all else is blanked."""
+    enc_pos, visible = gather_places(role == 1)
+    places, counted = gather_places(role == 2)
+    log_probs = model(tokens.masked_fill(role != 1, 0), enc_pos, visible, places, counted)
+    if log_probs.shape != (*places.shape, vocab) or log_probs.dtype != torch.float32:
+        raise Fault(f"the model must return float32 log-probabilities {(*places.shape, vocab)}, not "
+                    f"{log_probs.dtype} {tuple(log_probs.shape)}")
+    return log_probs, places, counted
+
+
+def check_predictions(model, tokens, role, log_probs, counted):
+    """Fault unless the probabilities of a place sum to 1, and stay what they are when the targets change."""
+    error = (log_probs.exp().sum(-1)[counted] - 1).abs().max().item()
+    if not error <= 1e-3:
+        raise Fault(f"the model's probabilities sum to 1 +- {error:.4f} at a place")
+    kept = tokens.clone()
+    tokens.copy_(torch.where(role == 2, kept.roll(1, 0), kept))  # in the memory of whoever holds on to them
+    changed = predict_targets(model, tokens, role, log_probs.size(-1))[0]
+    tokens.copy_(kept)
+    if not torch.allclose(changed.exp()[counted], log_probs.exp()[counted], atol=1e-3):
+        raise Fault("the model's predictions change with the targets, which it must not see")
+
+
+def fingerprint(model):
+    """Shape, sum and absolute sum of every parameter and buffer."""
+    tensors = [tensor.double() for tensor in (*model.parameters(), *model.buffers())]
+    return [(tensor.shape, tensor.sum().item(), tensor.abs().sum().item()) for tensor in tensors]
+
+
+@torch.no_grad()
+def evaluate(model, tokens, roles, modalities, rank, world):
+    """The validation loss in nats and further numbers for the footer: of both halves of the scenes, of each modality.
+
+    A half's loss is the mean over modalities of the mean cross-entropy at its targets, each predicted from the inputs
+    alone; the validation loss is the mean of both. Ranks share the scenes, and all get the result. Fault if what the
+    model returns is not what it should be, or if it changes meanwhile.
+    """
+    before = fingerprint(model)
+    K, vocab = len(modalities), max(about["vocab"] for about in modalities.values())
+    kind = torch.repeat_interleave(torch.tensor([about["length"] for about in modalities.values()])).to(tokens.device)
+    total = torch.zeros(2, 2 * K, dtype=torch.float64, device=tokens.device)  # nats and targets, by half and modality
+    for i in range(rank * EVAL_BATCH, len(tokens), world * EVAL_BATCH):
+        part, role = tokens[i:i + EVAL_BATCH], roles[i:i + EVAL_BATCH]
+        log_probs, places, counted = predict_targets(model, part, role, vocab)
+        if i == rank * EVAL_BATCH:
+            check_predictions(model, part, role, log_probs, counted)
+        nll = -log_probs.gather(2, part.gather(1, places)[..., None])[..., 0][counted].double()
+        half = torch.arange(len(part), device=tokens.device)[:, None].expand_as(places) % 2  # EVAL_BATCH is even
+        group = (half * K + kind[places])[counted]
+        total.index_add_(1, group, torch.stack([nll, torch.ones_like(nll)]))
+    if world > 1:
+        dist.all_reduce(total)
+    targets = (roles == 2).long()
+    asked = torch.stack([torch.zeros(K, device=kind.device).index_add_(0, kind, targets[h::2].sum(0).float())
+                         for h in (0, 1)])
+    if not torch.equal(total[1], asked.flatten().double()) or not bool(total.isfinite().all()):
+        raise Fault("the model's predictions are not finite at every target")
+    if fingerprint(model) != before:
+        raise Fault("the model's parameters or buffers changed during the evaluation")
+    means = (total[0] / total[1]).view(2, K)
+    numbers = {}
+    for half, by_modality in zip(("course", "whole"), means):
+        numbers[f"val_loss_{half}"] = round(by_modality.mean().item(), 4)
+        numbers |= {f"val_loss_{half}_{m}": round(value, 4) for m, value in zip(modalities, by_modality.tolist())}
+    return means.mean().item(), numbers
+# --- end: eval ---
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+def flops_per_scene(model, config, inputs, images, texts):
+    """Matmul FLOPs of a training step for one scene with so many inputs and targets; backward is twice forward."""
+    C, mlp, targets = config.dim, 2 * config.mlp_ratio * config.dim ** 2, images + texts
+    encoder = config.enc_depth * inputs * (4 * C * C + mlp + 2 * inputs * C)
+    decoder = config.dec_depth * (targets * (2 * C * C + mlp + 2 * inputs * C) + inputs * 2 * C * C)
+    heads = targets * C * C + images * (2 * model.base + C) * C + texts * model.head_word.out_features * C
+    return 6 * (encoder + decoder + heads)
+
+
+def main(argv):
+    run = Run("4m", argv)
+    config = run.config
+    val_tokens, val_roles, modalities, digest = read_frozen(config)
+    layout = Layout(modalities, run.device)
+    check_config(config, run, layout, len(val_tokens))
+    if config.num_steps:
+        arrays, run.data_sha256 = read_shards(config, modalities)
+    run.choose_precision(config.batch // run.world * config.budget // 2, config.dim, config.mlp_ratio * config.dim)
+    torch.manual_seed(config.seed)
+    model = Nano4M(config, layout).to(run.device)
+    init_weights(model)
+    if run.device.type == "cuda":  # block by block and for any lengths: few graphs, made in half a minute
+        torch.fx.experimental._config.use_duck_shape = False  # or lengths that happen to be equal have to stay so
+        for block in (*model.encoder, *model.decoder):
+            block.compile(fullgraph=True, dynamic=True)
+    if config.shard:
+        blocks = (*model.encoder, model.local, *model.decoder, model.mix)
+        import_ours("sharding").shard_blocks(model, blocks, run.world, run.device, PRECISIONS[run.precision])
+    run.prepare(model, layout=layout, tokens=val_tokens)
+    val_tokens, val_roles = val_tokens.to(run.device), val_roles.to(run.device)
+
+    if config.num_steps:
+        with run.warm_up(model):
+            muon, adam = make_optimizers(model, config, run)
+            rng = torch.Generator(run.device).manual_seed(0)
+            dummy = torch.zeros(config.batch, layout.size, dtype=torch.long, device=run.device)
+            shapes = {step_shape(step, config): step for step in range(config.num_steps)}
+            for step in shapes.values():
+                train_step(step, dummy, rng, model, muon, adam, layout, config, run)
+            if run.device.type == "cuda":  # without gradients its graphs are others
+                with run.autocast():
+                    evaluate(model, val_tokens, val_roles, modalities, run.rank, run.world)
+    muon, adam = make_optimizers(model, config, run)
+
+    run.start()
+    if config.num_steps:
+        tokens = torch.cat([torch.from_numpy(array.astype(np.int16)).to(run.device) for array in arrays], 1)
+        loader = Loader([tokens], config.batch, config.seed, run.device)
+    if run.options.resume:
+        import_ours("checkpoints").load_state(run, model, muon, adam, loader)
+    while True:
+        last = run.step == config.num_steps
+        if last or (run.step and run.step % config.eval_every == 0):
+            with run.paused(), run.autocast():
+                val_loss, numbers = evaluate(model, val_tokens, val_roles, modalities, run.rank, run.world)
+                run.evaluation(val_loss)
+        if last:
+            break
+        batch, = loader()
+        run.progress(*train_step(run.step, batch.long(), loader.rng, model, muon, adam, layout, config, run))
+        if run.saver:
+            run.saver.after_step(model, muon, adam, loader)
+
+    if config.shard:  # whole again: samples are drawn by rank 0 alone
+        weights = import_ours("sharding").whole_weights(model)
+        model = Nano4M(config, layout).to(run.device)
+        model.load_state_dict(weights)
+    run.result(model, digest, numbers)
+    run.show(model)
+
+
+# --- copied: start ---
+if __name__ == "__main__":
+    try:
+        record(main)(sys.argv[1:])
+    except Fault as fault:
+        sys.exit(f"{HERE.name}: {fault}")
+# --- end: start ---
