@@ -43,7 +43,7 @@ class Config:
     # data
     track: str = "cpu"  # task and hardware that losses and times are compared on
     seed: int = 0  # of weights and batches
-    data: str = "shakespeare"  # token streams in data/<name>, made by data/<name>.py; scenes: by scenes.py --objects
+    data: str = "shakespeare"  # token streams in data/<name>, by data/<name>.py or text.py; scenes: scenes.py --objects
     # model
     dim: int = 64  # channels
     head_dim: int = 64  # channels per attention head

@@ -45,7 +45,7 @@ class Config:
     # data
     track: str = "cpu"  # task and hardware that losses and times are compared on
     seed: int = 0  # of weights, order and masks
-    data: str = "data/objects64/train"  # aligned shards, made by data/scenes.py --objects; text: data/shakespeare
+    data: str = "data/objects64/train"  # aligned shards, made by data/scenes.py --objects; a name: text in data/<name>
     frozen: str = "data/frozen/objects64.npz"  # validation pictures
     frozen_masks: str = "data/frozen/eval_maskgit_64.npz"  # which of their tokens are masked
     # model
@@ -930,14 +930,14 @@ def main(argv):
     run = Run("maskgit", argv)
     config = run.config
     keep_memory()
-    if config.data == "text":
-        *frozen, modalities, digest = import_ours("text_rows").read_frozen(run.script)
+    if "/" not in config.data:  # token streams in data/<name>; text: in data/shakespeare
+        *frozen, modalities, digest = import_ours("text_rows").read_frozen(run.script, config)
     else:
         *frozen, modalities, digest = read_frozen(config)
     check_config(config, run, modalities["rgb"]["length"])
     if not STANDALONE:
         import_ours("checks").check_frozen_objects(run.script, config, modalities, *frozen)
-    if config.num_steps and config.data == "text":
+    if config.num_steps and "text" in modalities:
         tokens, labels, run.data_sha256 = import_ours("text_rows").read_train(run.script, config)
     elif config.num_steps:
         tokens, labels, run.data_sha256 = read_shards(config, modalities)
@@ -967,7 +967,7 @@ def main(argv):
 
     run.start()
     if config.num_steps:
-        arrays = [torch.from_numpy(array.astype(np.int16)) for array in (tokens, labels)]
+        arrays = [torch.from_numpy(array.astype(np.int16)) for array in (tokens, labels)]  # above 32767: negative
         loader = Loader(arrays, config.batch, config.seed, run.device)
     if run.options.resume:
         import_ours("checkpoints").load_state(run, model, muon, adam, loader)
@@ -980,7 +980,7 @@ def main(argv):
         if last:
             break
         tokens, labels = loader()
-        loss = train_step(run.step, tokens.long(), labels.long(), loader.rng, model, muon, adam, config, run)
+        loss = train_step(run.step, tokens.long() & 0xFFFF, labels.long(), loader.rng, model, muon, adam, config, run)
         run.progress(loss, config.batch * model.length, config.batch * flops_per_row(model, config))
         if run.saver:
             run.saver.after_step(model, muon, adam, loader)

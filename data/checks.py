@@ -6,6 +6,7 @@ is its module, and what it cannot use raises its Fault.
 import contextlib
 import json
 import math
+import os
 
 import numpy as np
 
@@ -156,31 +157,69 @@ def check_conversations(script, config, about):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# GPT
+# GPT, and MaskGIT on text
 
-def check_streams(script, config):
-    """A training stream is whole, long enough, and of the vocabulary that its meta.json says."""
+GPT2 = {"vocab": 50257, "document_start": 50256, "encoding": "gpt2"}  # of modded-nanogpt's shards
+
+
+def link_fineweb(folder):
+    """Have modded-nanogpt's own shards, fineweb_train_*.bin and fineweb_val_*.bin, read as a set of ours: by links to
+    them and a meta.json. The files stay as they are; several processes may do so at once."""
+    paths = [*folder.glob("fineweb_train_*.bin"), *folder.glob("fineweb_val_*.bin")]
+    for path in paths:
+        with contextlib.suppress(FileExistsError):
+            (folder / path.name.removeprefix("fineweb_")).symlink_to(path.name)
+    if paths and not (folder / "meta.json").exists():
+        part = folder / f"meta.json.{os.getpid()}.part"
+        part.write_text(json.dumps(GPT2))
+        part.replace(folder / "meta.json")
+
+
+@contextlib.contextmanager
+def stream_set(script, folder):
+    """What meta.json says of a folder of token streams; whatever goes wrong with them becomes one sentence."""
     data = script.ROOT / "data"
-    folder = data / config.data
     code = data / f"{folder.name}.py"
     make = f"python data/{code.name} --objects" if folder.name == "scenes" else f"python data/{code.name}"
     ours = folder.parent == data and code.exists()
-    if not (folder / "meta.json").exists():
-        what = f"make it with `{make}`" if ours else "it should hold train*.bin, val*.bin and a meta.json"
-        raise script.Fault(f"no data in {folder}: {what}")
     try:
+        link_fineweb(folder)
+        if not (folder / "meta.json").exists():
+            mine = "it should hold train*.bin, val*.bin and a meta.json: `python data/text.py` makes them of any text"
+            raise script.Fault(f"no data in {folder}: " + (f"make it with `{make}`" if ours else mine))
         meta = json.loads((folder / "meta.json").read_text())
         vocab, document_start, encoding = (meta[key] for key in ("vocab", "document_start", "encoding"))
         if not (isinstance(vocab, int) and 1 <= vocab <= 1 << 16 and isinstance(encoding, str)
                 and (document_start is None or isinstance(document_start, int))):
             raise ValueError(f"meta.json says vocab {vocab}, document_start {document_start}, encoding {encoding}")
-        shards = [script.read_bin(path) for path in sorted(folder.glob("train*.bin"))]
-        num = sum(map(len, shards))
-        if num < config.context + 2 and config.num_steps:
-            raise ValueError(f"{num} training tokens are too few for --context={config.context}")
-        for shard in shards:
-            if int(shard.max()) >= vocab:
-                raise ValueError(f"token {shard.max()} of a vocabulary of {vocab}")
+        yield meta
     except (OSError, ValueError, KeyError, TypeError) as error:
         hint = f": our own set is made again with `{make}`, once it is moved away" if ours else ""
         raise script.Fault(f"{folder} cannot be trained on ({error}){hint}") from None
+
+
+def check_streams(script, config):
+    """Streams are whole and of the vocabulary that meta.json says; config is made to fit those that are short."""
+    folder = script.ROOT / "data" / config.data
+    with stream_set(script, folder) as meta:
+        train, val = ([script.read_bin(path) for path in sorted(folder.glob(f"{split}*.bin"))]
+                      for split in ("train", "val"))
+        for shard in train:
+            if int(shard.max()) >= meta["vocab"]:
+                raise ValueError(f"token {shard.max()} of a vocabulary of {meta['vocab']}")
+        fit_short_text(script, config, sum(map(len, train)), sum(map(len, val)))
+
+
+def fit_short_text(script, config, train, val):
+    """Have config.context and config.eval_tokens fit so many tokens, and say so; ValueError where there is no way."""
+    if val < 2 or (train < 4 and config.num_steps):
+        raise ValueError(f"{train} training and {val} validation tokens are too few")
+    most = {"eval_tokens": val - 1}
+    if config.num_steps:  # else the context is a checkpoint's
+        most["context"] = train - 2
+    less = {key: limit for key, limit in most.items() if getattr(config, key) > limit}
+    for key, limit in less.items():
+        setattr(config, key, limit)
+    if less and os.environ.get("RANK", "0") == "0":
+        now = " ".join(f"--{key}={limit}" for key, limit in less.items())
+        print(f"{script.HERE.name}: {train:,} training and {val:,} validation tokens are few: this run takes {now}")

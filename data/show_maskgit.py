@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 import draw
 import judge as judges
+import streams
 import studio
 import tokenizer
 import world
@@ -49,8 +50,9 @@ class Show:
         self.tokens, self.labels, self.masked = frozen
         self.side = math.isqrt(modalities["rgb"]["length"])
         self.order = halton_order(self.side)
-        self.is_text = run.config.data == "text"
+        self.is_text = "text" in modalities
         if self.is_text:
+            self.open_encoding(modalities["text"])
             return
         self.classes = torch.arange(modalities["label"]["vocab"], device=run.device)
         self.per_class = run.options.quality_pictures // len(self.classes)
@@ -66,6 +68,14 @@ class Show:
         self.studio = studio.Studio(run.device)
         if run.options.quality_pictures:
             self.open_judge(run)
+
+    def open_encoding(self, meta):
+        """What turns tokens of the text into bytes. Raises Fault."""
+        self.vocab = meta["vocab"]
+        try:
+            self.encode, self.decode = streams.codec(meta)
+        except Exception as error:  # tiktoken fetches GPT-2's merges, with errors of several libraries
+            raise self.script.Fault(f"the encoding {meta['encoding']!r} cannot be opened ({error})") from None
 
     def open_judge(self, run):
         """The judge, if it can judge these pictures. Raises Fault."""
@@ -102,18 +112,23 @@ class Show:
         lines = []
         for steps in TEXT_STEPS:
             made = self.generate(model, f"in {steps} steps", labels[:4], steps=steps, cosine=False)
-            lines += [*(f"{f'{steps} steps':14}{as_text(row)}" for row in made), ""]
+            lines += [*(f"{f'{steps} steps':14}{self.as_text(row)}" for row in made), ""]
         filled = self.generate(model, "filled in", labels, tokens, masked, steps=model.length, cosine=False)
-        gaps = tokens.masked_fill(masked, ord("_"))
+        gaps = tokens.masked_fill(masked, self.encode("_")[0])
         for given, result, true in zip(gaps, filled, tokens):
-            lines += [f"given         {as_text(given)}", f"filled in     {as_text(result)}",
-                      f"true          {as_text(true)}", ""]
-        (folder / "maskgit.txt").write_text("\n".join(lines))
+            lines += [f"given         {self.as_text(given)}", f"filled in     {self.as_text(result)}",
+                      f"true          {self.as_text(true)}", ""]
+        (folder / "maskgit.txt").write_text("\n".join(lines), encoding="utf-8")
         tqdm.write("\n".join(lines))
         many = self.labels[:1].expand(TEXT_ROWS)
         settings = {"steps": model.length, "cosine": False, "noise": 0, "return_history": True}
         _, history = self.generate(model, "one token a step", many, **settings)
         draw.order_of_places(sum(hidden.long() for _, hidden in history) + 1, folder / "maskgit_order.png")
+
+    def as_text(self, row):
+        """Tokens as one line of text, ~ for a line break; ids above the vocabulary are left out."""
+        ids = [i for i in row.tolist() if i < self.vocab]
+        return self.decode(ids).decode("utf-8", "replace").replace("\n", "~")
 
     def every_class(self, model):
         """Rows of the sheet: a heading, then four draws of every class."""
@@ -187,8 +202,3 @@ class Show:
         tokens = [self.script.generate(model, *part, seed=i, **settings) for i, part in enumerate(parts)]
         self.bar.update()
         return F.avg_pool2d(self.studio.pictures(torch.cat(tokens)), self.side // 8)
-
-
-def as_text(row):
-    """Bytes as one line of text, ~ for a line break."""
-    return bytes(row.tolist()).decode("utf-8", "replace").replace("\n", "~")

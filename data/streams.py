@@ -104,11 +104,11 @@ def learn_encoding(texts, path, vocab):
     part.replace(path)
 
 
-def load_encoding(name, vocab):
-    """The tiktoken.Encoding that a set learnt, data/<name>/<name>.tiktoken, with <|endoftext|> as its last id."""
+def load_encoding(name, vocab, path=None):
+    """The tiktoken.Encoding that a set learnt, with <|endoftext|> as its last id; path: data/<name>/<name>.tiktoken."""
     import tiktoken
     ranks = {}
-    for line in (ROOT / name / f"{name}.tiktoken").read_text().splitlines():
+    for line in (path or ROOT / name / f"{name}.tiktoken").read_text().splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
     return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": vocab - 1})

@@ -1,41 +1,48 @@
-"""Text for train_maskgit.py --data=text: rows of bytes from data/shakespeare, in place of pictures and without labels."""
+"""Text for train_maskgit.py: rows of tokens of a stream in data/<name>, in place of pictures and without labels."""
+import math
+
 import numpy as np
 import torch
 
+from checks import check_batch, stream_set
 from streams import read_bin
 
-LENGTH, VALIDATION_ROWS = 64, 2000  # bytes per row, and rows to evaluate on
+LENGTH, VALIDATION_ROWS = 64, 2000  # tokens per row, and rows to evaluate on
 
 
-def read_rows(script, split):
-    """The bytes of a stream as rows (N, L) uint16, a memory map; what is over is left out. Raises script.Fault."""
-    folder, make = script.ROOT / "data" / "shakespeare", "python data/shakespeare.py"
-    if not (folder / f"{split}.bin").exists():
-        raise script.Fault(f"no {split}.bin in {folder}: make it with `{make}`")
-    try:
-        stream = read_bin(folder / f"{split}.bin")
-        rows = stream[:len(stream) // LENGTH * LENGTH].reshape(-1, LENGTH)
-        if not len(rows) or int(rows.max()) > 255:
-            raise ValueError(f"{split}.bin is shorter than {LENGTH} bytes, or tokens of it are no bytes")
-    except (OSError, ValueError) as error:
-        raise script.Fault(f"{folder} cannot be used ({error}): our own text is made again with `{make}`, once it is "
-                           "moved away") from None
-    return rows
+def read_rows(script, config, split):
+    """A stream as rows (N, L) uint16, what is over left out, and what meta.json says of it. Raises script.Fault.
+
+    --data=text is Shakespeare. Of bytes there are 256, whichever of them a text has.
+    """
+    folder = script.ROOT / "data" / ("shakespeare" if config.data == "text" else config.data)
+    with stream_set(script, folder) as meta:
+        if meta["encoding"] == "bytes":
+            meta["vocab"] = 256
+        shards = [read_bin(path) for path in sorted(folder.glob(f"{split}*.bin"))]
+        rows = [shard[:len(shard) // LENGTH * LENGTH].reshape(-1, LENGTH) for shard in shards]
+        rows = np.concatenate([np.empty((0, LENGTH), np.uint16), *rows])
+        if not len(rows):
+            raise ValueError(f"{split}*.bin has fewer than the {LENGTH} tokens of a row")
+        if int(rows.max()) >= meta["vocab"]:
+            raise ValueError(f"token {rows.max()} of a vocabulary of {meta['vocab']}")
+    return rows, meta
 
 
 def read_train(script, config):
     """What train_maskgit.read_shards returns."""
-    tokens = read_rows(script, "train")
-    if config.batch > len(tokens):
-        raise script.Fault(f"--batch={config.batch} is more than the {len(tokens)} training examples there are")
+    tokens, _ = read_rows(script, config, "train")
+    check_batch(script, config, len(tokens), "examples")
     return tokens, np.zeros(len(tokens), np.uint16), "none"
 
 
-def read_frozen(script):
-    """What train_maskgit.read_frozen returns, with seeded masks."""
-    tokens = torch.from_numpy(read_rows(script, "val")[:VALIDATION_ROWS].astype(np.int64))
+def read_frozen(script, config):
+    """What train_maskgit.read_frozen returns, with seeded masks; "text" of the vocabularies is what meta.json says."""
+    rows, meta = read_rows(script, config, "val")
+    tokens = torch.from_numpy(rows[:VALIDATION_ROWS].astype(np.int64))
     rng = torch.Generator().manual_seed(0)
     masked = script.draw_masks(*tokens.shape, rng)
     masked = masked[torch.randperm(len(masked), generator=rng)]  # rows with few masked tokens come first
-    modalities = {"rgb": {"length": LENGTH, "vocab": 256}, "label": {"length": 1, "vocab": 1}}
+    base = math.isqrt(meta["vocab"] - 1) + 1  # tokens are pairs of digits: the ids above the vocabulary are no token's
+    modalities = {"rgb": {"length": LENGTH, "vocab": base ** 2}, "label": {"length": 1, "vocab": 1}, "text": meta}
     return tokens, torch.zeros(len(tokens), dtype=torch.long), masked, modalities, "none"

@@ -384,7 +384,6 @@ def test_load_and_draft(finished, tiny, monkeypatch, tmp_path, capsys):
     (["--head_dim=0"], "--head_dim=0 is not a number from 2"),
     (["--head_dim=24"], "not a multiple of --head_dim"),
     (["--dim=33", "--head_dim=33"], "or that is odd"),
-    (["--eval_tokens=999999"], "is more than the"),
     (["--eval_tokens=-5"], "--eval_tokens=-5 is not a number from 1"),
     (["--eval_every=0"], "--eval_every=0 is not a number from 1"),
     (["--cooldown=0"], "--cooldown=0 is not a number from 0.001 to 1"),
@@ -396,7 +395,6 @@ def test_load_and_draft(finished, tiny, monkeypatch, tmp_path, capsys):
     (["--precision=fp8"], "--precision=fp8 is not one of auto, fp32, bf16"),
     (["--muon_lr=nan"], "--muon_lr=nan is not a number from 0"),
     (["--micro_batch=3"], "--micro_batch=3 does not divide a process's 8 rows"),
-    (["--context=18000"], "18000 training tokens are too few for --context=18000"),
     (["--windows=3"], "there is no field --windows"),
     (["--cap=3"], "there is no field --cap"),
 ])

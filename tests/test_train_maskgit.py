@@ -372,6 +372,7 @@ def text_root(folder, text):
             (folder / "data" / path.name).symlink_to(path)
     for split in ("train", "val"):
         streams.write_bin(folder / f"data/shakespeare/{split}.bin", text)
+    streams.finish(folder / "data/shakespeare", {"name": "shakespeare"}, 128, document_start=None, encoding="bytes")
 
 
 def test_text(tmp_path, monkeypatch):
@@ -381,7 +382,8 @@ def test_text(tmp_path, monkeypatch):
     lines = (tmp_path / "samples/maskgit.txt").read_text().splitlines()
     given, filled = (next(line[14:] for line in lines if line.startswith(name)) for name in ("given", "filled"))
     assert len(lines) > 20 and all(a == b for a, b in zip(given, filled) if a != "_") and "_" not in filled
-    masked, again = (text_rows.read_frozen(train_maskgit)[2] for _ in range(2))
+    config = dataclasses.replace(train_maskgit.CONFIGS["cpu"], data="text")
+    masked, again = (text_rows.read_frozen(train_maskgit, config)[2] for _ in range(2))
     found = {steps: [line for line in lines if line.startswith(f"{steps} steps ")] for steps in show_maskgit.TEXT_STEPS}
     assert all(len(rows) == 4 and all(50 < len(row) <= 14 + 64 for row in rows) for rows in found.values())
     with Image.open(tmp_path / "samples/maskgit_order.png") as image:
@@ -391,16 +393,18 @@ def test_text(tmp_path, monkeypatch):
 
 def test_texts_that_cannot_be_used(tmp_path, monkeypatch):
     argv = [*SMALL, "--data=text", "--num_steps=2"]
-    with pytest.raises(Fault, match="no val.bin in .*: make it with `python data/shakespeare.py`"):
-        run_here(monkeypatch, tmp_path, argv)
     text_root(tmp_path, np.arange(63, dtype=np.uint16))
-    with pytest.raises(Fault, match="val.bin is shorter than 64 bytes"):
+    meta = (tmp_path / "data/shakespeare/meta.json").rename(tmp_path / "meta.json")
+    with pytest.raises(Fault, match="no data in .*: make it with `python data/shakespeare.py`"):
+        run_here(monkeypatch, tmp_path, argv)
+    meta.rename(tmp_path / "data/shakespeare/meta.json")
+    with pytest.raises(Fault, match=r"val\*.bin has fewer than the 64 tokens"):
         run_here(monkeypatch, tmp_path, argv)
     streams.write_bin(tmp_path / "data/shakespeare/val.bin", np.zeros(640, np.uint16))
-    with pytest.raises(Fault, match="train.bin is shorter than 64 bytes"):
+    with pytest.raises(Fault, match=r"train\*.bin has fewer than the 64 tokens"):
         run_here(monkeypatch, tmp_path, argv)
     streams.write_bin(tmp_path / "data/shakespeare/train.bin", np.full(640, 256, np.uint16))
-    with pytest.raises(Fault, match="tokens of it are no bytes"):
+    with pytest.raises(Fault, match="token 256 of a vocabulary of 256"):
         run_here(monkeypatch, tmp_path, argv)
     streams.write_bin(tmp_path / "data/shakespeare/train.bin", np.zeros(640, np.uint16))
     with pytest.raises(Fault, match="--batch=16 is more than the 10 training examples there are"):
@@ -411,7 +415,8 @@ def test_texts_that_cannot_be_used(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv,message", [
-    (["--data=nowhere"], "python data/scenes.py --objects"),
+    (["--data=data/nowhere"], "python data/scenes.py --objects"),
+    (["--data=nowhere"], "no data in .*nowhere: it should hold"),
     (["--frozen=none.npz"], "is missing: it belongs to the repository"),
     (["--batch=301"], "more than the 300 training examples there are"),
     (["--head_dim=24"], "--dim=64 is not a multiple of --head_dim=24"),
