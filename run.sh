@@ -62,6 +62,8 @@ print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest(), *sys.ve
 prepare() {  # prepare TASK TRACK [--field=value ...]: the data a script trains on
     local task=$1 track=$2 data="" arg; shift 2
     for arg in "$@"; do case $arg in --data=*) data=${arg#--data=};; esac; done
+    # a set is named by its folder as well: of data/mnist/train, where that is not there, the script is data/mnist.py
+    if [ ! -d "$data" ]; then data=${data#data/}; data=${data%/train}; fi
     case "$task $data" in
         "4m ") if [[ $track = gpu* ]]; then set -- scenes --size=128 --num=200000; else set -- scenes; fi;;
         "gpt ") if [[ $track = gpu* ]]; then set -- fineweb; else set -- shakespeare; fi;;
@@ -69,6 +71,7 @@ prepare() {  # prepare TASK TRACK [--field=value ...]: the data a script trains 
         "flow "|"maskgit ") if [[ $track = gpu* ]]; then set -- scenes --objects --size=128; else set -- scenes --objects; fi;;
         "vlm ") if [[ $track = gpu* ]]; then set -- scenes --qa --num=200000; else set -- scenes --qa; fi;;
         "gpt scenes") set -- scenes --objects;;
+        *" mnist14") set -- mnist;;
         *) set -- "$data";;
     esac
     if [ -f "data/$1.py" ]; then $PY -u "data/$1.py" "${@:2}"; fi  # any other data is the user's own

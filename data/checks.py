@@ -43,7 +43,8 @@ def check_scenes(script, config, modalities):
 
 def check_objects(script, config, modalities):
     side = math.isqrt(modalities["rgb"]["length"])
-    make = "python data/scenes.py --objects" if side == 8 else f"python data/scenes.py --objects --size={8 * side}"
+    makers = {7: "mnist.py", 8: "scenes.py --objects"}
+    make = f"python data/{makers.get(side, f'scenes.py --objects --size={8 * side}')}"
     check_tokens(script, config, ("rgb", "label"), modalities, make, "examples")
 
 
@@ -130,7 +131,7 @@ def check_frozen_images(script, config):
         if path.resolve().parent == (script.ROOT / "data" / "frozen").resolve():
             raise script.Fault(f"{path} {reason}: it belongs to the repository (`git checkout {name}`)") from None
         raise script.Fault(f"{path} {reason}: it is no part of the repository but made with its training data, for "
-                           "CIFAR-10 by `python data/cifar10.py`") from None
+                           "CIFAR-10 by `python data/cifar10.py`, for MNIST by `python data/mnist.py`") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,6 +160,7 @@ def check_conversations(script, config, about):
 # ------------------------------------------------------------------------------------------------------------
 # GPT, and MaskGIT on text
 
+STREAMS = {"scenes": "scenes.py --objects", "mnist14": "mnist.py"}  # where it is not <name>.py that makes one
 GPT2 = {"vocab": 50257, "document_start": 50256, "encoding": "gpt2"}  # of modded-nanogpt's shards
 
 
@@ -179,9 +181,9 @@ def link_fineweb(folder):
 def stream_set(script, folder):
     """What meta.json says of a folder of token streams; whatever goes wrong with them becomes one sentence."""
     data = script.ROOT / "data"
-    code = data / f"{folder.name}.py"
-    make = f"python data/{code.name} --objects" if folder.name == "scenes" else f"python data/{code.name}"
-    ours = folder.parent == data and code.exists()
+    command = STREAMS.get(folder.name, f"{folder.name}.py")
+    make = f"python data/{command}"
+    ours = folder.parent == data and (data / command.split()[0]).exists()
     try:
         link_fineweb(folder)
         if not (folder / "meta.json").exists():

@@ -1,4 +1,4 @@
-"""What a GPT makes of a prompt: text, printed as it comes; of the scenes world's labels: a sheet of pictures."""
+"""What a GPT makes of a prompt: text, printed as it comes; of labels, in a stream of pictures: a sheet."""
 import dataclasses
 
 import torch
@@ -7,7 +7,8 @@ from tqdm import tqdm
 import speculate
 import streams
 
-PICTURE_TOKENS, PER_LABEL, PER_ROW = 64, 4, 8
+PICTURE_TOKENS = {"scenes": 64, "patches2": 49}  # of a picture, by the encoding of a stream of pictures
+PER_LABEL, PER_ROW = 4, 8
 
 
 class Show:
@@ -15,11 +16,11 @@ class Show:
 
     def __init__(self, script, run, meta):
         self.script, self.options, self.meta, self.device = script, run.options, meta, run.device
-        self.is_pictures, self.draft = meta["encoding"] == "scenes", None
+        self.is_pictures, self.draft = meta["encoding"] in PICTURE_TOKENS, None
         try:
             if self.is_pictures:
                 import studio
-                self.studio = studio.Studio(run.device)
+                self.studio = studio.Studio(run.device, meta["encoding"])
                 self.labels = torch.arange(meta["document_start"], meta["vocab"], device=run.device)
             else:
                 encode, self.decode = streams.codec(meta)
@@ -57,9 +58,10 @@ class Show:
     def sheet(self, model, path):
         """Pictures of every label, four each."""
         import draw
-        options = dataclasses.replace(self.options, sample_tokens=PICTURE_TOKENS)
+        length = PICTURE_TOKENS[self.meta["encoding"]]
+        options = dataclasses.replace(self.options, sample_tokens=length)
         tokens = self.script.generate(model, self.labels.repeat_interleave(PER_LABEL)[:, None], options)
-        bar = tqdm(tokens, total=PICTURE_TOKENS, desc="samples", unit="token", dynamic_ncols=True)
+        bar = tqdm(tokens, total=length, desc="samples", unit="token", dynamic_ncols=True)
         drawn = torch.cat(list(bar), 1).clamp(max=self.meta["document_start"] - 1)
         pictures = list(self.studio.pictures(drawn))
         draw.sheet([pictures[i:i + PER_ROW] for i in range(0, len(pictures), PER_ROW)], path)

@@ -9,7 +9,6 @@ import draw
 import judge as judges
 import streams
 import studio
-import tokenizer
 import world
 
 STEPS = (1, 4, 8, 16, 32, 64)  # numbers of network evaluations that the judge's numbers are taken at
@@ -59,13 +58,13 @@ class Show:
         # a model that never, or always, saw labels has nothing to be guided by
         self.guidance = 2.0 if 0 < run.config.label_drop < 1 else 1.0
         length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
-        if self.side ** 2 != length or vocab != tokenizer.VOCAB:
-            raise script.Fault(f"the tokenizer decodes squares of tokens out of {tokenizer.VOCAB}, and "
+        self.studio = studio.Studio(run.device, modalities["rgb"].get("decoder"))
+        if self.side ** 2 != length or vocab != self.studio.vocab:
+            raise script.Fault(f"the tokenizer decodes squares of tokens out of {self.studio.vocab}, and "
                                f"{run.config.frozen} has {length} out of {vocab}")
         self.names = list(world.CLASSES)
         if len(self.classes) != len(self.names):
             self.names = [f"class {i}" for i in self.classes.tolist()]
-        self.studio = studio.Studio(run.device)
         if run.options.quality_pictures:
             self.open_judge(run)
 

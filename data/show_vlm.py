@@ -16,6 +16,7 @@ from text_codec import TextCodec
 SPEED_TOKENS = 200  # that the speed of sampling is measured on
 DESCRIBE, DESCRIBE_TOKENS = "What is there?", 80  # the question that asks for everything, tokens of an answer at most
 PART, SIDE = 100, 192  # pictures described at once; pixels of one on the sheet
+DESCRIBED = questions.FAMILIES.index("describe") + 1  # the number of its family
 
 
 def read_picture(path, size):
@@ -59,7 +60,7 @@ class Show:
         total = len(self.wanted[0]) + (len(self.pixels) + 2) * bool(len(self.pixels))
         with tqdm(total=total, desc="samples", unit="picture", dynamic_ncols=True) as bar:
             if len(self.wanted[0]):
-                numbers["quality_describe_f1"] = self.quality(model, bar)
+                numbers |= self.quality(model, bar)
             if len(self.pixels):
                 self.sheet(model, folder / "vlm.png", bar)
                 numbers["sampled_per_second"] = self.speed(model, True, bar)
@@ -67,16 +68,40 @@ class Show:
         return numbers
 
     def quality(self, model, bar):
+        """The quality number: of descriptions if conversations have any, else of answers."""
+        if (self.wanted[3] == DESCRIBED).any():
+            return {"quality_describe_f1": self.describe_f1(model, bar)}
+        return {"quality_exact_answers": self.exact_answers(model, bar)}
+
+    def describe_f1(self, model, bar):
         """Object F1, sizes included, of what the model says is in validation pictures, asked for nothing else before."""
         bar.set_postfix_str("descriptions")
         told, meant = [], []
         for pixels, tokens, answer, family in zip(*(part.split(PART) for part in self.wanted)):
             told += [questions.parse_description(text) for text in self.describe(model, pixels)]
-            turns = (family == questions.FAMILIES.index("describe") + 1).int().argmax(1, keepdim=True) + 1
+            turns = (family == DESCRIBED).int().argmax(1, keepdim=True) + 1
             for row, asked in zip(tokens.cpu(), (answer == turns).cpu()):
                 meant.append(questions.parse_description(self.codec.decode(row[asked].tolist())))
             bar.update(len(pixels))
         return round(judges.object_f1(told, meant, questions.VALUES), 4)
+
+    def exact_answers(self, model, bar):
+        """Share of answers right to the letter, each after the true turns before it: drawing the likeliest tokens
+        gives a true answer exactly where each of its tokens is the likeliest one after those before it."""
+        bar.set_postfix_str("answers")
+        device, vocab = model.project.weight.device, len(model.lm.embed_tokens.weight)
+        rows = max(1, min(PART, self.script.EVAL_VALUES // (self.wanted[1].size(1) * vocab)))
+        solved = []
+        for pixels, tokens, answer, _ in zip(*(part.to(device).split(rows) for part in self.wanted)):
+            counted = answer > 0  # (B, L)
+            _, likeliest = self.script.target_log_probs(model, pixels, tokens, tokens, counted, vocab)
+            right = torch.ones_like(counted)
+            right[counted] = likeliest
+            for turn in range(1, int(answer.max()) + 1):
+                inside = answer == turn
+                solved.append((right | ~inside).all(1)[inside.any(1)])
+            bar.update(len(pixels))
+        return round(torch.cat(solved).float().mean().item(), 4)
 
     def describe(self, model, pixels):
         """What the model says is in each of some pictures (n, 3, S, S), always its likeliest token: a list of texts."""

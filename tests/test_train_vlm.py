@@ -333,6 +333,26 @@ def test_descriptions(model, frozen, tmp_path, monkeypatch):
     assert show.show(model, tmp_path)["quality_describe_f1"] == pytest.approx(2 * told / (told + all_of_them), abs=1e-4)
 
 
+def test_exact_answers(model, frozen, tmp_path):
+    """Where no conversation describes: the share of turns that greedy decoding answers to the letter."""
+    question, options, rows, marks = show_vlm.TextCodec().question("What?"), Options(max_tokens=5), [], []
+    for picture, wrong, turns in zip(frozen[0], (False, True, True), (1, 1, 2)):
+        row, own_marks = [], []
+        for turn in range(1, turns + 1):
+            row += question
+            row += generate(model, picture, row, None, options)
+            own_marks += [0] * len(question) + [turn] * 5
+            if wrong and turn == 1:
+                row[-3] = (row[-3] + 1) % VOCAB
+        rows.append(torch.tensor(row))
+        marks.append(torch.tensor(own_marks, dtype=torch.uint8))
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=VOCAB - 1)
+    answer = torch.nn.utils.rnn.pad_sequence(marks, batch_first=True)
+    parts = frozen[0][:3], tokens, answer, torch.zeros(3, 2, dtype=torch.uint8)
+    show = show_vlm.Show(train_vlm, FakeRun(samples=0, quality_pictures=3), parts, None)
+    assert show.show(model, tmp_path) == {"quality_exact_answers": 0.5}, "the first and, after a wrong one, the last of 4"
+
+
 def test_chat(model, frozen, tmp_path, monkeypatch, capsys):
     Image.new("L", (50, 70), 128).save(tmp_path / "grey.png")
     show = show_vlm.Show(train_vlm, FakeRun(chat=str(tmp_path / "grey.png"), samples=0, quality_pictures=0),

