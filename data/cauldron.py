@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 import tokenizer
 from hub import Source, finish, sentences, verified
+from image_files import stretch, to_rgb
 from questions import MOST, encode
 from shards import ROOT, Fault, first_line, sha256
 
@@ -47,9 +48,9 @@ def rows(paths):
             raise Fault(f"{path} is damaged or not of The Cauldron's format ({first_line(error)})") from None
 
 
-def fit(encoding, turns, length):
+def fit(encoding, turns, length, most=MOST):
     """As many turns as fit, from the first on: (how many, tokens, marks), or None if not even the first does."""
-    for n in range(min(MOST, len(turns)), 0, -1):
+    for n in range(min(most, len(turns)), 0, -1):
         with contextlib.suppress(ValueError):  # too long
             return n, *encode(encoding, [(0, *turn) for turn in turns[:n]], length)
 
@@ -57,10 +58,7 @@ def fit(encoding, turns, length):
 def square(where, data, size):
     """The picture (3, size, size) uint8 in an image file's bytes, white where it is transparent."""
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return np.asarray(image.convert("RGB").resize((size, size), Image.BICUBIC)).transpose(2, 0, 1)
+        return stretch(to_rgb(Image.open(io.BytesIO(data))), size)
     except Exception as error:  # Pillow's decoders raise what they like
         raise Fault(f"{where}: its picture cannot be read ({first_line(error)})") from None
 

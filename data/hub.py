@@ -1,4 +1,5 @@
-"""What fineweb.py, cifar10.py and cauldron.py share: pinned files of the Hugging Face hub, and sets of pictures.
+"""Pinned files of the Hugging Face hub, and sets of pictures: what fineweb.py, cifar10.py and cauldron.py share, and of
+the latter pictures.py and conversations.py.
 
 A set of pictures is data/<name>/train with meta.json and <array>.npy, num rows each, and for validation
 data/<name>/val.npz with arrays of the same names, and `modalities`, that part of meta.json as bytes.
@@ -95,6 +96,15 @@ def verified(folder, identity):
         print(f"{folder} is there and whole")
         return True
     return False
+
+
+def told(left_out, most=3):
+    """One line of what a set is without, {reason: [names]}: how much of it for each reason, and the first few names."""
+    parts = []
+    for reason, names in left_out.items():
+        more = ", .." if len(names) > most else ""
+        parts.append(f"{len(names):,} {reason} ({', '.join(map(str, names[:most]))}{more})")
+    return "; ".join(parts)
 
 
 def finish(folder, meta, kinds, train, val):

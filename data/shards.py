@@ -64,6 +64,13 @@ def command_for(folder):
     return None
 
 
+def is_free(name):
+    """Whether data/<name> may hold a set of the user's own: a plain name, and none that our scripts make."""
+    if not re.fullmatch(r"\w[\w-]*", name) or name in ("frozen", "packages"):
+        return False
+    return not command_for(ROOT / name / "train") and not (ROOT / f"{name}.py").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Reading
 

@@ -1,4 +1,7 @@
 """What a flow draws: every class, the way from noise to image, few steps against many; and quality numbers."""
+import json
+
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -16,22 +19,32 @@ def to_unit(images):
     return (images.float().cpu() + 1) / 2
 
 
+def class_names(path, classes):
+    """The names of the classes that a validation file tells, or else their numbers."""
+    with np.load(path, allow_pickle=False) as arrays:
+        about = json.loads(bytes(arrays["modalities"]))["label"]
+    return about.get("names", [str(i) for i in range(classes)])
+
+
 class Show:
-    """Opened before the clock starts: the judge and the names of the classes, if the images are of our objects."""
+    """Opened before the clock starts: the names of the classes, and the judge, if the images are of our objects."""
 
     def __init__(self, script, run, classes):
         ours = run.config.frozen in [config.frozen for config in script.CONFIGS.values()]
         self.script = script
         self.judge = judges.load(run.device) if ours else None
-        self.names = world.CLASSES if ours else [str(i) for i in range(classes)]
+        self.names = world.CLASSES if ours else class_names(script.ROOT / run.config.frozen, classes)
         self.classes = torch.arange(classes, device=run.device)
         self.few = self.classes[::max(1, classes // 3)][:3]
         n = run.options.quality_pictures if ours else 0
         self.wanted = self.classes.repeat(-(-n // classes))[:n]
-        # without --label_drop a model never learns what images without a label look like
-        self.guidances = (1.0, 2.0) if run.config.label_drop or run.options.load else (1.0,)
+        # without --label_drop a model never learns what images without a label look like; one class is all images
+        guided = classes > 1 and (run.config.label_drop or run.options.load)
+        self.guidances = (1.0, 2.0) if guided else (1.0,)
 
     def show(self, model, folder):
+        if len(self.classes) == 1:
+            tqdm.write("one class: guidance has nothing to tell apart and is off")
         image_steps = 4 * len(self.classes) * SHEET_STEPS
         image_steps += sum(STEPS) * (len(self.few) * len(self.guidances) + len(self.wanted))
         image_steps += SHEET_STEPS * len(self.wanted)

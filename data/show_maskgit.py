@@ -54,18 +54,21 @@ class Show:
             self.open_encoding(modalities["text"])
             return
         self.classes = torch.arange(modalities["label"]["vocab"], device=run.device)
-        self.per_class = run.options.quality_pictures // len(self.classes)
-        # a model that never, or always, saw labels has nothing to be guided by
-        self.guidance = 2.0 if 0 < run.config.label_drop < 1 else 1.0
+        own_names = modalities["label"].get("names")  # of the user's own pictures, which the judge does not know
+        quality_pictures = 0 if own_names else run.options.quality_pictures
+        self.per_class = quality_pictures // len(self.classes)
+        # a model that never, or always, saw labels has nothing to be guided by, nor has one of a single class
+        guided = 0 < run.config.label_drop < 1 and len(self.classes) > 1
+        self.guidance = 2.0 if guided else 1.0
         length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
         self.studio = studio.Studio(run.device, modalities["rgb"].get("decoder"))
         if self.side ** 2 != length or vocab != self.studio.vocab:
             raise script.Fault(f"the tokenizer decodes squares of tokens out of {self.studio.vocab}, and "
                                f"{run.config.frozen} has {length} out of {vocab}")
-        self.names = list(world.CLASSES)
+        self.names = own_names or list(world.CLASSES)
         if len(self.classes) != len(self.names):
             self.names = [f"class {i}" for i in self.classes.tolist()]
-        if run.options.quality_pictures:
+        if quality_pictures:
             self.open_judge(run)
 
     def open_encoding(self, meta):
@@ -93,6 +96,8 @@ class Show:
             if self.is_text:
                 self.text(model, folder)
                 return {}
+            if len(self.classes) == 1:
+                tqdm.write("one class: guidance has nothing to tell apart and is off")
             draw.sheet([*self.every_class(model), *self.from_half(model)], folder / "maskgit.png")
             self.animation(model, folder / "maskgit_steps.gif")
             return self.quality(model) if self.per_class else {}

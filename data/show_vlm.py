@@ -1,14 +1,12 @@
 """What a VLM says about validation pictures, a sheet with the truth where it is wrong, and a chat about a picture."""
 import dataclasses
 import time
-import warnings
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import draw
+import image_files
 import judge as judges
 import questions
 from text_codec import TextCodec
@@ -20,18 +18,8 @@ DESCRIBED = questions.FAMILIES.index("describe") + 1  # the number of its family
 
 
 def read_picture(path, size):
-    """The picture (3, size, size) of bytes in an image file, as training sees pictures: upright, white where it is
-    transparent, square. Raises an exception, of any kind, for what is no picture, or one of more than 89 megapixels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would clip
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    pixels = np.array(image.convert("RGB").resize((size, size), Image.BICUBIC))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    """The picture (3, size, size) of bytes in an image file, as training sees pictures. Raises as open_picture does."""
+    return torch.from_numpy(image_files.stretch(image_files.open_picture(path), size))
 
 
 class Show:
@@ -41,6 +29,8 @@ class Show:
         self.script, self.options = script, run.options
         self.pixels, self.tokens, self.answer, _ = (part[:run.options.samples] for part in frozen)
         self.wanted = [part[:run.options.quality_pictures] for part in frozen]
+        if not (frozen[3] == len(questions.FAMILIES)).any():  # other conversations than ours, which describe nothing
+            self.wanted = [part[:0] for part in frozen]
         try:
             self.codec = backbones.codec if backbones else TextCodec()
         except (OSError, ValueError) as error:

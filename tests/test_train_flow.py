@@ -267,7 +267,7 @@ def test_quality_numbers(frozen, tmp_path, monkeypatch):
 
 
 def test_guidance_is_shown_where_it_was_learned(tmp_path, monkeypatch):
-    """A model of one class trained without --label_drop has never seen an image without a label."""
+    """A model trained without --label_drop has never seen an image without a label; one class needs no guidance."""
     asked = []
 
     def made(model, labels, steps, solver, return_trajectory=False, guidance=1.0, **settings):
@@ -275,12 +275,14 @@ def test_guidance_is_shown_where_it_was_learned(tmp_path, monkeypatch):
         z = torch.zeros(len(labels), 3, SIDE, SIDE)
         return (z, [(1.0, z), (0.0, z)]) if return_trajectory else z
     monkeypatch.setattr(train_flow, "sample", made)
-    model = types.SimpleNamespace(classes=1)
-    for fields, load, expected in (({"label_drop": 0.0}, "", {1.0}), ({"label_drop": 0.0}, "some", {1.0, 2.0}),
-                                   ({}, "", {1.0, 2.0})):
+    about = {"label": {"length": 1, "vocab": 2, "pad": -1}}
+    np.savez(tmp_path / "own.npz", modalities=np.frombuffer(json.dumps(about).encode(), np.uint8))
+    for label_drop, load, classes, expected in (
+            (0.0, "", 2, {1.0}), (0.0, "some", 2, {1.0, 2.0}), (0.1, "", 2, {1.0, 2.0}), (0.1, "some", 1, {1.0})):
         asked.clear()
-        show(monkeypatch, model, tmp_path, {**fields, "frozen": "data/own.npz"}, load=load)
-        assert set(asked) == expected
+        fields = {"label_drop": label_drop, "frozen": str(tmp_path / "own.npz")}
+        _, shown = show(monkeypatch, types.SimpleNamespace(classes=classes), tmp_path, fields, load=load)
+        assert set(asked) == expected and shown.names == ["0", "1"][:classes]
 
 
 def test_pairs_of_reflow():

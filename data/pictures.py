@@ -1,0 +1,222 @@
+"""Your own pictures as a set for train_flow.py and train_maskgit.py.
+
+    python data/pictures.py holiday/                          # -> data/holiday; every subfolder is a class
+    python data/pictures.py holiday/ --labels=none            # all pictures are of one class
+    python data/pictures.py holiday/ --size=64 --fit=pad      # pixels64; nothing cut off, but white beside the picture
+    python train_flow.py --data=data/holiday/train --frozen=data/holiday/val.npz
+    python train_maskgit.py --data=data/holiday/train --frozen=data/holiday/val.npz
+
+PNG, JPEG and WebP files are known by what they hold and found in any depth. A set of pictures as hub.py has it, with
+the arrays of `scenes.py --objects`: pixels32 (N, 3, 32, 32) or pixels64 (N, 3, 64, 64) uint8, label (N, 1) uint16, rgb
+(N, 64) uint16, tokens of the pictures at 64 pixels. A tenth of every class, 2,000 pictures at most, is for validation:
+val.npz repeats them up to the 2,000 rows that the times, noise and masks in data/frozen are for.
+"""
+import argparse
+import functools
+import hashlib
+import itertools
+import math
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import tokenizer
+from hub import finish, sentences, told, verified
+from image_files import FORMATS, is_picture, open_picture, sha256_of_all
+from shards import ROOT, Fault, first_line, is_free, sha256
+
+VERSION, SEED = 1, 0  # of what is made of a picture, and of the choice and order of pictures
+FEWEST = 8  # pictures in a set
+VALIDATION = 2000  # rows of val.npz
+TOKEN_SIDE, TOKENS = 64, 64  # pixels across of a picture that is encoded, and its tokens
+PART = 500  # pictures encoded at once
+RECONSTRUCTED = 20  # pictures that show how much the tokens keep
+FITS = {"crop": ImageOps.fit, "pad": functools.partial(ImageOps.pad, color="white")}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+def relative(path, folder):
+    """A file as messages name it."""
+    return repr(str(path.relative_to(folder)))
+
+
+def find_files(folder, left_out):
+    """Yield every file below a folder, in order, but no hidden ones. Where links lead back, a folder comes once."""
+    def missed(error):
+        left_out["folders that cannot be opened"].append(first_line(error))
+
+    seen = set()
+    for here, folders, names in os.walk(folder, onerror=missed, followlinks=True):
+        place = os.path.realpath(here)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(here, name) for name in sorted(names) if not name.startswith("."))
+
+
+def find_pictures(folder, labels, left_out):
+    """The files below a folder that may be pictures of the set: a list of paths."""
+    paths = []
+    for path in find_files(folder, left_out):
+        if is_picture(path):
+            paths.append(path)
+        else:
+            left_out["not readable as PNG, JPEG or WebP"].append(relative(path, folder))
+    inside = [path for path in paths if path.parent != folder]
+    if labels == "none" or not inside:
+        return paths
+    for path in paths:
+        if path.parent == folder:
+            left_out["in no subfolder, so of no class"].append(relative(path, folder))
+    return inside
+
+
+def class_of(path, folder, labels):
+    """The name of a picture's class."""
+    name = folder.name if labels == "none" or path.parent == folder else path.relative_to(folder).parts[0]
+    return os.fsencode(name).decode(errors="replace")
+
+
+def read(path, size, fit):
+    """The picture in a file, square, once for tokens and once of size pixels: two arrays (3, S, S) uint8."""
+    image = open_picture(path, FORMATS, least=2 * TOKEN_SIDE)
+    squares = [FITS[fit](image, (side, side), method=Image.LANCZOS) for side in (TOKEN_SIDE, size)]
+    return [np.array(square).transpose(2, 0, 1) for square in squares]
+
+
+def usable(paths, folder, size, fit, left_out):
+    """Yield (path, *what read returns) of the files that can be read and are not equal to one before."""
+    seen = set()
+    for path in tqdm(paths, folder.name, unit=" pictures"):
+        name = relative(path, folder)
+        try:
+            large, small = read(path, size, fit)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            left_out["too large, of more than 89 megapixels"].append(name)
+            continue
+        except Exception as error:  # Pillow's decoders raise what they like
+            left_out["broken"].append(f"{name}: {first_line(error)}")
+            continue
+        digest = hashlib.sha256(large.tobytes() + small.tobytes()).digest()
+        if digest in seen:
+            left_out["equal to another"].append(name)
+            continue
+        seen.add(digest)
+        yield path, large, small
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The set
+
+def psnr(coder, pictures, tokens):
+    """In dB, of what the tokenizer makes of the tokens (n, 64) of pictures (n, 3, 64, 64)."""
+    grid = torch.from_numpy(tokens.astype(np.int64)).unflatten(1, (8, 8))
+    error = (coder.decode(grid) - pictures).square().mean().item()
+    return -10 * math.log10(max(error, 1e-10))
+
+
+def collect(pictures, left_out):
+    """Paths, pixels (N, 3, S, S) and tokens (N, 64) of what `usable` yields, and how well the tokens keep it, in dB."""
+    coder = tokenizer.load_tokenizer()
+    paths, pixels, tokens, kept = [], [], [], 0.0
+    while part := list(itertools.islice(pictures, PART)):
+        part_paths, large, small = zip(*part)
+        floats = torch.from_numpy(np.stack(large)).float() / 255
+        paths += part_paths
+        pixels.append(np.stack(small))
+        tokens.append(coder.encode_flat(floats))
+        if len(tokens) == 1:
+            kept = psnr(coder, floats[:RECONSTRUCTED], tokens[0][:RECONSTRUCTED])
+    if len(paths) < FEWEST:
+        without = f"; left out: {told(left_out)}" if left_out else ""
+        raise Fault(f"{len(paths)} pictures are too few, {FEWEST} are the least{without}")
+    return paths, np.concatenate(pixels), np.concatenate(tokens), kept
+
+
+def split(label, rng):
+    """Rows for training and rows for validation, both in random order: a tenth of each label (N,), VALIDATION rows at
+    most and one at least."""
+    order = rng.permutation(len(label))
+    share = min(0.1, VALIDATION / len(label))
+    by_label = [order[label[order] == value] for value in np.unique(label)]
+    held = np.concatenate([rows[:int(share * len(rows))] for rows in by_label])
+    if not len(held):
+        held = max(by_label, key=len)[:1]
+    is_held = np.isin(order, held)
+    return order[~is_held], order[is_held]
+
+
+def commands(name, size, num, classes):
+    """How to train on a set of num training pictures: a list of lines."""
+    more = ""
+    if num < 64:  # MaskGIT's batch
+        more += f" --batch={num}"
+    if classes == 1:
+        more += " --label_drop=0"
+    files = f"--data=data/{name}/train --frozen=data/{name}/val.npz"
+    return [f"python train_flow.py {files} --pixels=pixels{size}{more}",
+            f"python train_maskgit.py {files} --frozen_masks=data/frozen/eval_maskgit_64.npz{more}"]
+
+
+@sentences("pictures.py")
+def main(folder, name, size, labels, fit):
+    """Make data/<name> of the pictures in a folder, or verify it."""
+    source, out = Path(os.path.realpath(folder)), ROOT / name  # resolve() would raise for a link to itself
+    left_out = defaultdict(list)
+    if not source.is_dir():
+        raise Fault(f"{folder} is not a folder")
+    if source == Path(os.path.realpath(out)):
+        raise Fault(f"{folder} is where the set itself would be: give it another --name")
+    found = find_pictures(source, labels, left_out)
+    identity = {"name": name, "version": VERSION, "size": size, "seed": SEED, "labels": labels, "fit": fit,
+                "tokenizer": sha256(tokenizer.WEIGHTS), "content": sha256_of_all(found, source)}
+    if verified(out, identity):
+        return
+    paths, pixels, tokens, kept = collect(usable(found, source, size, fit, left_out), left_out)
+    class_names = [class_of(path, source, labels) for path in paths]
+    classes = sorted(set(class_names))
+    number = {class_name: i for i, class_name in enumerate(classes)}
+    label = np.array([number[class_name] for class_name in class_names])
+    train, held = split(label, np.random.default_rng(SEED))
+    arrays = {f"pixels{size}": pixels, "label": label.astype(np.uint16)[:, None], "rgb": tokens}
+    kinds = {"label": {"length": 1, "vocab": len(classes), "pad": -1, "names": classes},
+             "rgb": {"length": TOKENS, "vocab": tokenizer.VOCAB, "pad": -1}}
+    counts = {reason: len(files) for reason, files in left_out.items()}
+    meta = {**identity, "num": len(train), "validation": len(held), "left_out": counts}
+    out.mkdir(exist_ok=True)
+    finish(out, meta, kinds, {m: array[train] for m, array in arrays.items()},
+           {m: array[np.resize(held, VALIDATION)] for m, array in arrays.items()})
+    print(f"{out}: {len(train):,} pictures for training and {len(held):,} for validation, classes: {len(classes)}")
+    if left_out:
+        print(f"left out: {told(left_out)}")
+    if len(classes) == 1:
+        print("one class: guidance has nothing to tell apart and is off")
+    print(f"MaskGIT's tokens keep {kept:.1f} dB (PSNR) of these pictures; of the scenes they were made for it is 34 dB")
+    print(*commands(name, size, len(train), len(classes)), sep="\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the pictures are, in any depth")
+    parser.add_argument("--name", help="of the set; default: the folder's")
+    parser.add_argument("--size", type=int, choices=(32, 64), default=32, help="pixels across, for the flow")
+    parser.add_argument("--labels", choices=("subfolders", "none"), default="subfolders",
+                        help="classes: the first-level subfolders; with none, or without subfolders, there is one")
+    parser.add_argument("--fit", choices=tuple(FITS), default="crop",
+                        help="how pictures become square: by cutting off, or by adding white")
+    arguments = parser.parse_args()
+    if arguments.name is None:
+        arguments.name = re.sub(r"[^\w-]+", "_", os.path.basename(os.path.realpath(arguments.folder)))
+    if not is_free(arguments.name):
+        parser.error(f"--name={arguments.name}: give a name of letters, digits, _ and -, and none that is used here")
+    main(**vars(arguments))
