@@ -88,10 +88,11 @@ class Config:
 class Options:
     """What a run is asked to do, beside the tuned numbers."""
     precision: str = "auto"  # of matrix products; auto measures which is faster
-    load: str = ""  # checkpoint to start from; paths are relative to the repository
+    load: str = ""  # checkpoint to start from, or hf:owner/name[@revision]; paths are relative to the repository
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
     save_every: int = 0  # steps between saved states to resume from; 0: only at SIGTERM and Ctrl-C
     resume: str = ""  # saved state to resume from
+    log_to: str = "none"  # where losses go at evaluations as well: trackio, wandb or tensorboard
     prompt: str = "\n"  # what the samples continue
     sample_tokens: int = 500  # tokens to draw
     temperature: float = 0.8  # 0: always the likeliest token
@@ -115,7 +116,8 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
     "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "mlp_ratio": (1, 16),
     "context": (2, 2 ** 16), "dropout": (0, 0.99), "lr_end": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.9999),
     "clip": (1e-9, math.inf), "batch": (1, 2 ** 16), "micro_batch": (1, 2 ** 16), "eval_tokens": (1, 2 ** 40),
-    "eval_every": (1, math.inf), "precision": ("auto", "fp32", "bf16"), "sample_tokens": (1, math.inf),
+    "eval_every": (1, math.inf), "precision": ("auto", "fp32", "bf16"),
+    "log_to": ("none", "trackio", "wandb", "tensorboard"), "sample_tokens": (1, math.inf),
     "top_p": (1e-6, 1),
 }
 
@@ -252,6 +254,7 @@ class Run:
         self.data_sha256 = "none"
         self.file = None  # the log, of rank 0
         self.failed = False  # weights or samples
+        self.loss = self.watch = None  # of the last step that was looked at; what --log_to opened, on rank 0
 
     def slice(self, batch):
         """This rank's part of a global batch."""
@@ -288,6 +291,8 @@ class Run:
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.task}-{self.config.track}-{self.config.seed}"
         if self.rank:
             return
+        if self.options.log_to != "none":
+            self.watch = import_ours("watch").Watch(self)
         try:
             for folder in ("logs", "samples", "records", "checkpoints"):
                 (ROOT / folder).mkdir(exist_ok=True)
@@ -352,8 +357,9 @@ class Run:
         self.flops += flops
         self.bar.update()
         if self.step % 10 == 0:
-            self.check(loss.item())
-            self.bar.set_postfix(loss=f"{loss.item() * self.world:.3f}")
+            self.loss = loss.item() * self.world
+            self.check(self.loss)
+            self.bar.set_postfix(loss=f"{self.loss:.3f}")
 
     def check(self, loss):
         """Abort on a non-finite loss."""
@@ -365,6 +371,8 @@ class Run:
         milliseconds = 1000 * self.seconds
         self.say(f"step:{self.step}/{self.config.num_steps} val_loss:{val_loss:.4f} train_time:{milliseconds:.0f}ms "
                  f"step_avg:{milliseconds / max(1, self.step):.2f}ms")
+        if self.watch:
+            self.watch.log(self)
 
     def result(self, model, eval_sha256, numbers):
         """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""

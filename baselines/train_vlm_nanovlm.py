@@ -101,10 +101,11 @@ class Config:
 class Options:
     """What a run is asked to do, beside the tuned numbers."""
     precision: str = "auto"  # of matrix products; auto measures which is faster
-    load: str = ""  # checkpoint to start from; paths are relative to the repository
+    load: str = ""  # checkpoint to start from, or hf:owner/name[@revision]; paths are relative to the repository
     save: bool = False  # write checkpoints/<run id>.safetensors at the end
     save_every: int = 0  # steps between saved states to resume from; 0: only at SIGTERM and Ctrl-C
     resume: str = ""  # saved state to resume from
+    log_to: str = "none"  # where losses go at evaluations as well: trackio, wandb or tensorboard
     samples: int = 12  # validation pictures on the sheet; 0: no sheet
     quality_pictures: int = 1000  # validation pictures that are described for the quality number; 0: none
     chat: str = ""  # picture to ask about in the terminal, after training
@@ -129,6 +130,7 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
     "clip": (1e-9, math.inf), "warmup": (0, 1), "lr_min": (0, 1), "batch": (1, math.inf), "eval_every": (1, math.inf),
     "max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.001, 1), "quality_pictures": (0, 2000),
     "precision": ("auto", "fp32", "bf16"),
+    "log_to": ("none", "trackio", "wandb", "tensorboard"),
 }
 
 
@@ -268,6 +270,7 @@ class Run:
         self.data_sha256 = "none"
         self.file = None  # the log, of rank 0
         self.failed = False  # weights or samples
+        self.loss = self.watch = None  # of the last step that was looked at; what --log_to opened, on rank 0
 
     def slice(self, batch):
         """This rank's part of a global batch."""
@@ -304,6 +307,8 @@ class Run:
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.task}-{self.config.track}-{self.config.seed}"
         if self.rank:
             return
+        if self.options.log_to != "none":
+            self.watch = import_ours("watch").Watch(self)
         try:
             for folder in ("logs", "samples", "records", "checkpoints"):
                 (ROOT / folder).mkdir(exist_ok=True)
@@ -368,8 +373,9 @@ class Run:
         self.flops += flops
         self.bar.update()
         if self.step % 10 == 0:
-            self.check(loss.item())
-            self.bar.set_postfix(loss=f"{loss.item() * self.world:.3f}")
+            self.loss = loss.item() * self.world
+            self.check(self.loss)
+            self.bar.set_postfix(loss=f"{self.loss:.3f}")
 
     def check(self, loss):
         """Abort on a non-finite loss."""
@@ -381,6 +387,8 @@ class Run:
         milliseconds = 1000 * self.seconds
         self.say(f"step:{self.step}/{self.config.num_steps} val_loss:{val_loss:.4f} train_time:{milliseconds:.0f}ms "
                  f"step_avg:{milliseconds / max(1, self.step):.2f}ms")
+        if self.watch:
+            self.watch.log(self)
 
     def result(self, model, eval_sha256, numbers):
         """Weights, footer and a line in runs.jsonl: from here on nothing can be lost. Ends the process group."""

@@ -1,6 +1,7 @@
 """Weights and states on disk: what --save, --load, --save_every and --resume do, and what a signal has saved.
 
 From Python: weights, config = checkpoints.read_checkpoint(train_4m, "checkpoints/4m.safetensors", train_4m.CONFIGS["cpu"])
+The path may also be a model of the Hugging Face hub, hf:owner/name[@revision].
 """
 import dataclasses
 import hashlib
@@ -47,10 +48,21 @@ def save_weights(run, model):
     """Write the weights of a model that is whole, in half precision, with what they need. Returns whether that worked."""
     path = run.script.ROOT / "checkpoints" / f"{run.run_id}.safetensors"
     half = {name: value.half().contiguous().cpu() for name, value in model.state_dict().items()}
-    about = {"config": json.dumps(vars(run.config)), "model_sha256": model_sha256(run.script)}
+    about = {"config": json.dumps(vars(run.config)), "model_sha256": model_sha256(run.script), "run_id": run.run_id}
     problem = write_safely(path, save_file, half, about)
     run.say(problem or f"weights in {path}")
     return not problem
+
+
+def fetch(script, path):
+    """Where a checkpoint is on disk; hf:owner/name[@revision] comes from the Hugging Face hub, once."""
+    if not str(path).startswith("hf:"):
+        return script.ROOT / path
+    import hub  # here, as most runs need none
+    try:
+        return hub.fetch_model(str(path).removeprefix("hf:"))
+    except hub.Fault as fault:
+        raise script.Fault(str(fault)) from None
 
 
 def read_checkpoint(script, path, config, given=()):
@@ -58,12 +70,13 @@ def read_checkpoint(script, path, config, given=()):
 
     given: fields of config that were asked for. Raises script.Fault for what cannot be read, or is of other fields.
     """
+    file_path = fetch(script, path)
     try:
-        with safe_open(script.ROOT / path, "pt") as file:
+        with safe_open(file_path, "pt") as file:
             about = file.metadata()
+            saved = json.loads(about["config"])
+            architecture = {key: saved[key] for key in script.ARCHITECTURE}
             weights = {name: file.get_tensor(name).float() for name in file.keys()}
-        saved = json.loads(about["config"])
-        architecture = {key: saved[key] for key in script.ARCHITECTURE}
     except Exception as error:  # safetensors raises its own kinds
         raise script.Fault(f"{path} is not a checkpoint of this script ({type(error).__name__}: {error})") from None
     for key, value in architecture.items():

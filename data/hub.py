@@ -1,17 +1,26 @@
-"""Pinned files of the Hugging Face hub, and sets of pictures: what fineweb.py, cifar10.py and cauldron.py share, and of
-the latter pictures.py and conversations.py.
+"""The Hugging Face hub: models pushed to it and fetched from it; pinned files, and sets of pictures made of them.
+
+    python data/hub.py push checkpoints/x.safetensors owner/name [--private]     # with card, loss curve and sample
+    python data/hub.py card checkpoints/x.safetensors                            # prints the card, without a network
+
+--load=hf:owner/name[@revision] of a training script fetches a model. Files are what fineweb.py, cifar10.py and
+cauldron.py share, sets of pictures also what pictures.py and conversations.py do. HF_ENDPOINT, HF_TOKEN and HF_HOME mean what they mean to the hub's own client.
 
 A set of pictures is data/<name>/train with meta.json and <array>.npy, num rows each, and for validation
 data/<name>/val.npz with arrays of the same names, and `modalities`, that part of meta.json as bytes.
 """
+import argparse
 import contextlib
 import json
+import re
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from shards import Fault, first_line, sha256, verify
 
@@ -25,6 +34,70 @@ def sentences(script):
         sys.exit(f"{script}: interrupted; run the same command to continue")
     except (Fault, OSError) as error:
         sys.exit(f"{script}: {first_line(error)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Models
+
+def check_name(repo):
+    """Fault if a repository's name is none."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise Fault(f"{repo!r} is not the name of a model on the Hugging Face hub: owner/name")
+
+
+def refused(error):
+    """Whether the hub wanted another login; from those who may not see a repository it hides that there is one."""
+    response = getattr(error.__cause__ or error, "response", None)
+    return isinstance(error, RepositoryNotFoundError) or (response is not None and response.status_code in (401, 403))
+
+
+def fetch_model(name):
+    """Path of the weights of owner/name[@revision], in the cache of the hub's client. Fault if they did not come."""
+    repo, _, revision = name.partition("@")
+    check_name(repo)
+    try:
+        return Path(hf_hub_download(repo, "model.safetensors", revision=revision or None))
+    except RemoteEntryNotFoundError:
+        raise Fault(f"hf:{name} has no model.safetensors") from None
+    except RevisionNotFoundError:
+        raise Fault(f"hf:{name}: {repo} has no revision {revision}") from None
+    except Exception as error:  # those of the hub, of HTTP and of its transfer library share no other base
+        if refused(error):
+            raise Fault(f"hf:{name} is not on the Hugging Face hub, or private: `hf auth login` as somebody who may "
+                        "read it") from None
+        raise Fault(f"hf:{name} did not come from the Hugging Face hub, and nothing of it was kept; run this again "
+                    f"({type(error).__name__}: {first_line(error)})") from None
+
+
+def push(path, repo, private):
+    """Put a checkpoint into a model repository of the hub, with all that card.py makes of its run, in one commit."""
+    import card  # here, as those who fetch need none
+    check_name(repo)
+    if not get_token():
+        raise Fault("there is no login to the Hugging Face hub: `hf auth login`, or set HF_TOKEN")
+    with tempfile.TemporaryDirectory() as folder:
+        card.build(path, Path(folder), repo)
+        files = {"model.safetensors": path} | {file.name: file for file in sorted(Path(folder).iterdir())}
+        try:
+            address = commit(repo, files, private)
+        except Fault:
+            raise
+        except Exception as error:  # of many kinds, as above
+            if refused(error):
+                raise Fault(f"this login may not write to {repo}: `hf auth login` with a token that may") from None
+            raise Fault(f"{repo} did not reach the Hugging Face hub; run this again "
+                        f"({type(error).__name__}: {first_line(error)})") from None
+    print(f"{path} is now {address}")
+
+
+def commit(repo, files, private):
+    """Commit {name: path} to a model repository, made if there is none: the commit's address."""
+    api = HfApi()
+    api.create_repo(repo, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo).private:
+        raise Fault(f"{repo} exists and is public: nothing was pushed")
+    added = [CommitOperationAdd(name, path) for name, path in files.items()]
+    return api.create_commit(repo, added, commit_message="Weights, card and loss curve of a run").commit_url
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -120,3 +193,29 @@ def finish(folder, meta, kinds, train, val):
     meta = {**meta, "modalities": kinds, "sha256": {**hashes, "../val.npz": sha256(path)}}
     (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     part.rename(folder / "train")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Commands
+
+@sentences("hub.py")
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    pushing = commands.add_parser("push", help="put a checkpoint into a model repository")
+    showing = commands.add_parser("card", help="print what its model card would be")
+    for command in (pushing, showing):
+        command.add_argument("checkpoint", type=Path, help="what --save=true wrote")
+    pushing.add_argument("repo", help="owner/name on the hub; made if there is none")
+    pushing.add_argument("--private", action="store_true", help="make it one that only its owner sees")
+    given = parser.parse_args(argv)
+    if given.command == "push":
+        push(given.checkpoint, given.repo, given.private)
+    else:
+        import card
+        with tempfile.TemporaryDirectory() as folder:
+            print(card.build(given.checkpoint, Path(folder)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -29,8 +29,6 @@ class Show:
         self.script, self.options = script, run.options
         self.pixels, self.tokens, self.answer, _ = (part[:run.options.samples] for part in frozen)
         self.wanted = [part[:run.options.quality_pictures] for part in frozen]
-        if not (frozen[3] == len(questions.FAMILIES)).any():  # other conversations than ours, which describe nothing
-            self.wanted = [part[:0] for part in frozen]
         try:
             self.codec = backbones.codec if backbones else TextCodec()
         except (OSError, ValueError) as error:
