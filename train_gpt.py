@@ -82,6 +82,7 @@ class Options:
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 0  # draw from so many likeliest tokens; 0: all
     top_p: float = 1.0  # of them the fewest that hold this probability
+    quality_tokens: int = 20000  # drawn to count the words that the training text knows; 0: none
     draft: str = ""  # checkpoint of a smaller model that guesses ahead
     ahead: int = 4  # tokens it guesses
 

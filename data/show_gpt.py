@@ -1,5 +1,6 @@
 """What a GPT makes of a prompt: text, printed as it comes; of labels, in a stream of pictures: a sheet."""
 import dataclasses
+import re
 
 import torch
 from tqdm import tqdm
@@ -9,6 +10,26 @@ import streams
 
 PICTURE_TOKENS = {"scenes": 64, "patches2": 49}  # of a picture, by the encoding of a stream of pictures
 PER_LABEL, PER_ROW = 4, 8
+TEXTS, TEMPERATURE = 40, 0.8  # texts whose words are looked at, and how they are drawn, whatever the samples' options
+KNOWN_TOKENS = 10_000_000  # of the training stream, the first ones of its first file, whose words are known
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+REPEATED = 8  # words in a row
+
+
+def words(text):
+    return WORD.findall(text.lower())
+
+
+def word_numbers(texts, known):
+    """The share of the texts' words that are in the set `known`, and of their runs of eight words the share that an
+    earlier place of the texts has. The last word of a text may be cut off and does not count."""
+    found, runs = [], []
+    for text in texts:
+        whole = words(text)[:-1]
+        found += whole
+        runs += [tuple(whole[i:i + REPEATED]) for i in range(len(whole) - REPEATED + 1)]
+    return {"quality_known_words": round(sum(word in known for word in found) / max(1, len(found)), 4),
+            "quality_repeated_8grams": round(1 - len(set(runs)) / max(1, len(runs)), 4)}
 
 
 class Show:
@@ -16,6 +37,7 @@ class Show:
 
     def __init__(self, script, run, meta):
         self.script, self.options, self.meta, self.device = script, run.options, meta, run.device
+        self.folder = script.ROOT / "data" / run.config.data
         self.is_pictures, self.draft = meta["encoding"] in PICTURE_TOKENS, None
         try:
             if self.is_pictures:
@@ -23,8 +45,8 @@ class Show:
                 self.studio = studio.Studio(run.device, meta["encoding"])
                 self.labels = torch.arange(meta["document_start"], meta["vocab"], device=run.device)
             else:
-                encode, self.decode = streams.codec(meta)
-                self.prompt = encode(run.options.prompt or "\n")
+                self.encode, self.decode = streams.codec(meta)
+                self.prompt = self.encode(run.options.prompt or "\n")
         except UnicodeError:
             raise script.Fault(f"--prompt={ascii(run.options.prompt)} is not text") from None
         except Exception as error:  # tiktoken fetches GPT-2's merges, with errors of several libraries
@@ -53,7 +75,21 @@ class Show:
             ids, checks, speed = speculate.speak(chunks, self.decode)
             numbers["speculated_per_second"] = round(speed, 1)
             numbers["tokens_per_check"] = round(len(ids) / checks, 2)
+        if self.options.quality_tokens:
+            numbers |= self.quality(model)
         return numbers
+
+    def quality(self, model):
+        """Whether what is drawn has words: of 40 texts that begin as the samples do by default, after a line end."""
+        tokens = -(-self.options.quality_tokens // TEXTS)
+        options = dataclasses.replace(self.options, temperature=TEMPERATURE, top_k=0, top_p=1.0, sample_tokens=tokens)
+        start = torch.tensor([self.encode("\n")] * TEXTS, device=self.device)
+        bar = tqdm(self.script.generate(model, start, options), total=tokens, desc="quality", unit="token",
+                   dynamic_ncols=True)
+        texts = [self.decode(row).decode(errors="replace") for row in torch.cat(list(bar), 1).tolist()]
+        training = streams.read_bin(min(self.folder.glob("train*.bin")))[:KNOWN_TOKENS]
+        known = set(words(self.decode(training.tolist()).decode(errors="replace")))
+        return word_numbers(texts, known)
 
     def sheet(self, model, path):
         """Pictures of every label, four each."""

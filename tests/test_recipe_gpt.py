@@ -25,7 +25,7 @@ nanogpt = show.load_script(ROOT / "baselines" / "train_gpt_nanogpt.py")
 CPU, GPU = nanogpt.CONFIGS["cpu"], nanogpt.CONFIGS["gpu"]
 DIMS = {"dim": 64, "head_dim": 32, "depth": 2, "context": 32}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=8", "--warmup=5", "--lr=3e-3",
-         "--eval_tokens=2000", "--sample_tokens=20", "--precision=fp32"]
+         "--eval_tokens=2000", "--sample_tokens=20", "--quality_tokens=0", "--precision=fp32"]
 META = {"vocab": 256, "document_start": None, "encoding": "bytes"}
 tiny = test_train_gpt.tiny  # a byte stream with some structure
 run_here = functools.partial(runs.run_here, "gpt_nanogpt")

@@ -29,7 +29,7 @@ from train_gpt import Fault
 ROOT = Path(__file__).resolve().parent.parent
 DIMS = {"dim": 64, "head_dim": 32, "depth": 2, "window": 16, "orders": 3, "grams": 64}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=8", "--context=32",
-         "--eval_tokens=2000", "--sample_tokens=20", "--precision=fp32"]
+         "--eval_tokens=2000", "--sample_tokens=20", "--quality_tokens=0", "--precision=fp32"]
 META = {"vocab": 256, "document_start": None, "encoding": "bytes"}
 
 
@@ -326,6 +326,15 @@ def test_text_is_printed_as_it_comes(capsys):
     assert capsys.readouterr().out == "H\u00e4!\n" and (ids, count) == ([72, 195, 164, 33], 2) and speed > 0
 
 
+def test_word_numbers():
+    """By hand: `tw` is cut off, and the second text's first run of eight words is the first one's second."""
+    known = set(show_gpt.words("A b c d e f g h i don't"))
+    texts = ["A b, c d e\nf g h i tw", "B c d e f g h I x9 d\u00f6n't don't z"]
+    numbers = show_gpt.word_numbers(texts, known)
+    assert numbers == {"quality_known_words": round(18 / 20, 4), "quality_repeated_8grams": round(1 / 6, 4)}
+    assert show_gpt.word_numbers(["", "a"], known) == {"quality_known_words": 0.0, "quality_repeated_8grams": 1.0}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Whole runs
 
@@ -334,7 +343,7 @@ def finished(tiny, tmp_path_factory):
     """A finished run that saved its weights: its folder and its log."""
     root = make_root(tmp_path_factory.mktemp("run") / "root")
     with pytest.MonkeyPatch.context() as patch:
-        argv = [*SMALL, f"--data={tiny}", "--num_steps=40", "--eval_every=20", "--save=true"]
+        argv = [*SMALL, f"--data={tiny}", "--num_steps=40", "--eval_every=20", "--quality_tokens=800", "--save=true"]
         run_here(patch, root, argv, samples=True)
     log, = (root / "logs").iterdir()
     return root, rules.parse_log(log)
@@ -344,6 +353,7 @@ def test_run(finished):
     root, log = finished
     assert log["footer"]["val_loss"] < 2.0 and [step for step, _, _ in log["steps"]] == [20, 40]
     assert log["footer"]["tokens"] == 40 * 8 * 32 and log["footer"]["task"] == "gpt"
+    assert 0 < log["footer"]["quality_known_words"] <= 1 and 0 <= log["footer"]["quality_repeated_8grams"] < 1
     assert set(rules.FOOTER_KEYS) <= set(log["footer"])
     assert len((root / "samples/gpt.txt").read_bytes()) == 21, "the prompt and 20 bytes"
     folder, = (path for path in (root / "samples").iterdir() if path.is_dir())
