@@ -15,7 +15,6 @@ to single bytes. About a tenth, whole pictures with all of their conversations, 
 """
 import argparse
 import json
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import tokenizer
 from cauldron import VALIDATION, fit
 from hub import finish, sentences, told, verified
 from image_files import FORMATS, is_picture, open_picture, sha256_of_all, stretch
-from shards import ROOT, Fault, first_line, is_free, sha256
+from shards import ROOT, Fault, check_name, first_line, plain_name, sha256
 
 VERSION, SEED = 1, 0  # of what is made of a row, and of the choice and order of rows
 MOST_TURNS = 255  # as an answer's mark is a byte
@@ -140,9 +139,11 @@ def split(which, rng):
 @sentences("conversations.py")
 def main(path, name, images, size, length):
     """Make data/<name> of the conversations in a file, or verify it."""
+    name = name or plain_name(path)
+    folder, out = images or path.parent, ROOT / name
     if not path.is_file():
         raise Fault(f"there is no file {path}")
-    folder, out = images or path.parent, ROOT / name
+    check_name(name)
     rows, left_out, shortened = [], defaultdict(list), []
     for where, row in read_rows(path):
         try:
@@ -180,10 +181,6 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=64, help="picture width and height in pixels")
     parser.add_argument("--length", type=int, default=512, help="tokens of a conversation at most")
     arguments = parser.parse_args()
-    if arguments.name is None:
-        arguments.name = re.sub(r"[^\w-]+", "_", arguments.path.stem)
-    if not is_free(arguments.name):
-        parser.error(f"--name={arguments.name}: give a name of letters, digits, _ and -, and none that is used here")
     if not 8 <= arguments.size <= 1024 or not 16 <= arguments.length <= 8192:
         parser.error("--size is from 8 to 1024, --length from 16 to 8192")
     main(**vars(arguments))

@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import math
 import os
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from tqdm import tqdm
 import tokenizer
 from hub import finish, sentences, told, verified
 from image_files import FORMATS, is_picture, open_picture, sha256_of_all
-from shards import ROOT, Fault, first_line, is_free, sha256
+from shards import ROOT, Fault, check_name, first_line, plain_name, sha256
 
 VERSION, SEED = 1, 0  # of what is made of a picture, and of the choice and order of pictures
 FEWEST = 8  # pictures in a set
@@ -171,10 +170,12 @@ def commands(name, size, num, classes):
 @sentences("pictures.py")
 def main(folder, name, size, labels, fit):
     """Make data/<name> of the pictures in a folder, or verify it."""
-    source, out = Path(os.path.realpath(folder)), ROOT / name  # resolve() would raise for a link to itself
-    left_out = defaultdict(list)
+    source = Path(os.path.realpath(folder))  # resolve() would raise for a link to itself
+    name = name or plain_name(source)
+    out, left_out = ROOT / name, defaultdict(list)
     if not source.is_dir():
         raise Fault(f"{folder} is not a folder")
+    check_name(name)
     if source == Path(os.path.realpath(out)):
         raise Fault(f"{folder} is where the set itself would be: give it another --name")
     found = find_pictures(source, labels, left_out)
@@ -214,9 +215,4 @@ if __name__ == "__main__":
                         help="classes: the first-level subfolders; with none, or without subfolders, there is one")
     parser.add_argument("--fit", choices=tuple(FITS), default="crop",
                         help="how pictures become square: by cutting off, or by adding white")
-    arguments = parser.parse_args()
-    if arguments.name is None:
-        arguments.name = re.sub(r"[^\w-]+", "_", os.path.basename(os.path.realpath(arguments.folder)))
-    if not is_free(arguments.name):
-        parser.error(f"--name={arguments.name}: give a name of letters, digits, _ and -, and none that is used here")
-    main(**vars(arguments))
+    main(**vars(parser.parse_args()))

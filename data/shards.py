@@ -14,6 +14,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent
 FROZEN = ROOT / "frozen"
+SCRIPTS = ROOT  # wherever sets are made
+TAKEN = ("bytes", "gpt2", "frozen", "noise", "packages")  # encodings, and folders of data/ that are no sets
 EXACT = ("answer", "bbox", "caption", "desc", "family", "label", "qa", "scene")  # arrays that are equal on any machine
 OURS = {  # folders below data/ that our scripts make without the user's files: how
     r"scenes64": "scenes.py", r"scenes(\d+)": r"scenes.py --size=\1",
@@ -64,11 +66,18 @@ def command_for(folder):
     return None
 
 
-def is_free(name):
-    """Whether data/<name> may hold a set of the user's own: a plain name, and none that our scripts make."""
-    if not re.fullmatch(r"\w[\w-]*", name) or name in ("frozen", "packages"):
-        return False
-    return not command_for(ROOT / name / "train") and not (ROOT / f"{name}.py").exists()
+def plain_name(path):
+    """The name that a set of the user's own has by default: that of its file or folder, without endings."""
+    return re.sub(r"[^\w-]+", "_", path.name.partition(".")[0])
+
+
+def check_name(name):
+    """Raises Fault unless a set of the user's own may have this name: a plain one, and none of a script, set or encoding
+    of ours, whatever the case of its letters, which some file systems do not tell apart."""
+    plain = name.lower()
+    ours = plain in TAKEN or any(re.fullmatch(pattern, plain) for pattern in OURS)
+    if not re.fullmatch(r"\w[\w-]*", name) or ours or (SCRIPTS / f"{plain}.py").exists():
+        raise Fault(f"--name={name}: give a name of letters, digits, _ and -, and none that is used here")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -24,11 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from hub import sentences
-from shards import OURS, ROOT, Fault, first_line, sha256
+from shards import ROOT, Fault, check_name, first_line, plain_name, sha256
 from streams import finish, finished, learn_encoding, load_encoding, write_bin
 
-SCRIPTS = Path(__file__).resolve().parent  # a set of the name of a script here would be taken for that script's
-TAKEN = {"bytes", "gpt2", "frozen", "noise", "packages"}  # encodings, and other folders that are not the user's
 LEAST_VOCAB, MOST_VOCAB = 257, 65536  # the bytes and <|endoftext|>; what fits into 16 bits
 MOST_VALIDATION = 10_000_000  # bytes, about
 TOO_SHORT = "the text is too short to train on: a page will do"
@@ -46,16 +44,6 @@ def check_files(paths):
             raise Fault(f"there is no file {path}")
         if path.name.lower().endswith(".parquet.gz"):
             raise Fault(f"{path}: unpack it first, a .parquet file is packed inside")
-
-
-def check_name(name):
-    """Raises Fault for a name that is not safe as a folder's, or stands for something of ours."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise Fault(f"{name!r} is no name for a set: pass --name= with letters, digits, - and _")
-    plain = name.lower()  # some file systems do not tell them apart
-    ours = any(re.fullmatch(pattern, plain) for pattern in OURS)
-    if ours or plain in TAKEN or (SCRIPTS / f"{plain}.py").exists():
-        raise Fault(f"{name!r} is a name of ours: pass another one by --name=")
 
 
 def check_vocab(vocab):
@@ -247,7 +235,7 @@ def make(folder, identity, texts):
 @sentences("text.py")
 def main(paths, name=None, vocab="bytes", field="text", column="text"):
     paths = list(dict.fromkeys(paths))  # a document that comes twice could be in training and validation
-    name = name or paths[0].name.partition(".")[0]
+    name = name or plain_name(paths[0])
     check_files(paths)
     check_name(name)
     check_vocab(vocab)

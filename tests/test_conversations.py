@@ -201,8 +201,10 @@ def test_what_is_refused(root, chats, tmp_path, monkeypatch, capsys):
     assert refusal(tmp_path / "text").endswith("0 conversations that can be used are too few, 2 are the least")
     assert "2 are the least; left out: 10 whose picture cannot be read (line 1: " in refusal(chats, images=tmp_path)
     assert list(root.iterdir()) == []
-    for options in (["x", "--name=../x"], ["x", "--name=qa64"], ["questions.jsonl"], ["x", "--size=4"],
-                    ["x", "--length=many"], []):
+    (tmp_path / "questions.jsonl").touch()
+    for path, name in ((chats, "../x"), (chats, "qa64"), (tmp_path / "questions.jsonl", None)):
+        assert f"--name={name or 'questions'}: give a name of letters" in refusal(path, name=name)
+    for options in (["x", "--size=4"], ["x", "--length=many"], []):
         monkeypatch.setattr(sys, "argv", ["conversations.py", *options])
         with pytest.raises(SystemExit):
             runpy.run_path(conversations.__file__, run_name="__main__")

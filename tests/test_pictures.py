@@ -286,8 +286,11 @@ def test_what_is_refused(root, holiday, tmp_path, monkeypatch, capsys):
         assert refusal(path) == f"pictures.py: {path} is not a folder"
     assert list(root.iterdir()) == []
     assert "is where the set itself would be" in refusal(holiday.rename(root / "holiday"))
-    for options in (["x", "--name=../x"], ["x", "--name=frozen"], ["x", "--name=objects64"], ["x", "--name=scenes"],
-                    ["x", "--size=48"], ["x", "--fit=squeeze"], ["/"], []):
+    for name in ("../x", "frozen", "Objects64", "scenes", "gpt2", "-x"):
+        assert refusal(tmp_path, name=name) == (f"pictures.py: --name={name}: give a name of letters, digits, _ and -, "
+                                                "and none that is used here")
+    assert "--name=: give a name" in refusal("/", name=None)
+    for options in (["x", "--size=48"], ["x", "--fit=squeeze"], []):
         monkeypatch.setattr(sys, "argv", ["pictures.py", *options])
         with pytest.raises(SystemExit):
             runpy.run_path(pictures.__file__, run_name="__main__")

@@ -180,16 +180,14 @@ def test_no_files(root, tmp_path):
     ({"name": "mine", "vocab": "70000"}, "--vocab=70000 is too large: tokens have 16 bits, so there are 65,536"),
     ({"name": "mine", "vocab": "256"}, "--vocab=256 is too small"),
     ({"name": "mine", "vocab": "many"}, "--vocab=many is not bytes, gpt2 or a number"),
-    ({"name": "shakespeare"}, "'shakespeare' is a name of ours"),
-    ({"name": "Scenes128"}, "is a name of ours"),
-    ({"name": "mnist"}, "is a name of ours"),
-    ({"name": "text"}, "is a name of ours"),
-    ({"name": "frozen"}, "is a name of ours"),
-    ({"name": "../x"}, "'../x' is no name for a set: pass --name="),
-    ({}, "'my notes' is no name for a set: pass --name="),
+    ({"name": "Scenes128"}, "--name=Scenes128: give a name of letters, digits, _ and -, and none that is used here"),
+    ({"name": "mnist"}, "none that is used here"),
+    ({"name": "text"}, "none that is used here"),
+    ({"name": "../x"}, "none that is used here"),
+    ({}, "--name=shakespeare: give a name"),
 ])
 def test_options_that_cannot_be_used(root, tmp_path, options, message):
-    path = tmp_path / "my notes.txt"
+    path = tmp_path / "shakespeare.part.txt"
     path.write_text(DOCUMENTS[0])
     assert message in refusal([path], **options) and not names(root)
 
