@@ -82,6 +82,13 @@ class Show:
             "fidelity": self.judge.fidelity(F.avg_pool2d(from_desc, self.size // judges.SIDE), meant)}
         return {f"quality_{name}": round(value, 4) for name, value in numbers.items()}
 
+    def glimpse(self, model):
+        """Cells of a sheet: what it draws from the descriptions of eight validation scenes."""
+        tokens = self.tokens[:SHEET_SCENES]
+        drawn = self.generate(model, tokens, self.only(tokens, "desc"), [self.script.Output(**DRAWING)])
+        made = self.pictures(drawn, "rgb")
+        return list(zip(made, self.labels(judges.object_f1, made, tokens)))
+
     def sheet(self, model, path):
         """The labelled grid: what the model makes of eight validation scenes, the truth beside it."""
         tokens = self.tokens[:SHEET_SCENES]

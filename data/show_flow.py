@@ -73,6 +73,12 @@ class Show:
         draw.sheet(rows, folder / "flow.png")
         draw.animation([*(to_unit(z[::4]) for _, z in trajectory[::2]), made[::4]], folder / "flow.gif")
 
+    def glimpse(self, model):
+        """Cells of a sheet: a draw of eight classes each."""
+        labels = self.classes[::max(1, len(self.classes) // 8)][:8]
+        made = to_unit(self.sample(model, labels, SHEET_STEPS, "heun"))
+        return [(image, self.names[label]) for image, label in zip(made, labels.tolist())]
+
     def few_steps(self, model):
         """Rows of the sheet: the same noise in ever more steps, without and with guidance."""
         heading = "the same noise in 1, 2, 5, 10, 25 and 50 steps of Euler's"

@@ -79,6 +79,12 @@ class Show:
             numbers |= self.quality(model)
         return numbers
 
+    def glimpse(self, model):
+        """Cells of a sheet: three texts that continue the prompt."""
+        options = dataclasses.replace(self.options, temperature=TEMPERATURE, top_k=0, top_p=1.0, sample_tokens=320)
+        rows = torch.cat(list(self.script.generate(model, torch.tensor([self.prompt] * 3), options)), 1)
+        return [self.decode(row).decode(errors="replace") for row in rows.tolist()]
+
     def quality(self, model):
         """Whether what is drawn has words: of 40 texts that begin as the samples do by default, after a line end."""
         tokens = -(-self.options.quality_tokens // TEXTS)

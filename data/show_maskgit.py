@@ -134,6 +134,12 @@ class Show:
         ids = [i for i in row.tolist() if i < self.vocab]
         return self.decode(ids).decode("utf-8", "replace").replace("\n", "~")
 
+    def glimpse(self, model):
+        """Cells of a sheet: a draw of eight classes each."""
+        labels = self.classes[::max(1, len(self.classes) // 8)][:8]
+        tokens = self.generate(model, "a glimpse", labels, steps=16, guidance=self.guidance, order=self.order)
+        return [(picture, self.names[label]) for picture, label in zip(self.studio.pictures(tokens), labels.tolist())]
+
     def every_class(self, model):
         """Rows of the sheet: a heading, then four draws of every class."""
         labels = self.classes.repeat_interleave(4)
