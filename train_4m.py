@@ -49,6 +49,7 @@ class Config:
     data: str = "data/scenes64/train"  # aligned shards, made by data/scenes.py
     frozen: str = "data/frozen/scenes64.npz"  # validation scenes
     frozen_masks: str = "data/frozen/eval_4m_64.npz"  # their inputs and targets
+    pads: bool = False  # in training the padding of a text is input and target like its tokens, as in the course
     # model
     dim: int = 96  # channels
     head_dim: int = 32  # channels per attention head
@@ -92,6 +93,11 @@ CONFIGS = {
     "gpu": Config(track="gpu", data="data/scenes128/train", frozen="data/frozen/scenes128.npz",
                   frozen_masks="data/frozen/eval_4m_128.npz", dim=512, enc_depth=6, dec_depth=6, batch=512,
                   micro_batch=256, adam_lr=0.005, target=0.0, eval_every=250),
+    # the course's own data, of data/course.py; links to texts ask for 512 of 50,304 words per scene: few at a time
+    "course": Config(track="course", data="data/course/train", frozen="data/course/val.npz",
+                     frozen_masks="data/course/val.npz", pads=True, dim=512, head_dim=64, enc_depth=6, dec_depth=6,
+                     batch=512, micro_batch=32, image_targets=64, text_targets=64, num_steps=38147, adam_lr=0.005,
+                     target=0.0, eval_every=2000),
 }
 # What steps teach in turn: modalities given and asked, or None, any tokens from any others, as the course masks. A link
 # costs 10,000 to 20,000 scenes that ask for all of it, whatever else is learned. Word steps take the first ones alone:
@@ -428,11 +434,13 @@ FACTS = 5  # tokens per object in desc and bbox
 class Layout:
     """All of a scene's tokens side by side in one row of `size` places, a span per modality.
 
-    kind (size,): modality of a place; offset (size,): its place inside the modality; end: id that ends a text.
+    kind (size,): modality of a place; offset (size,): its place inside the modality; end: id that ends a text. What the
+    data lack has no places.
     """
 
     def __init__(self, modalities, device="cpu"):
-        self.modalities = {m: modalities[m] for m in MODALITIES}
+        absent = {"length": 0, "vocab": 0, "pad": -1}
+        self.modalities = {m: modalities.get(m, absent) for m in MODALITIES}
         self.span, start = {}, 0
         for m, about in self.modalities.items():
             self.span[m] = slice(start, start + about["length"])
@@ -443,7 +451,8 @@ class Layout:
         self.offset = torch.cat([torch.arange(n) for n in length.tolist()]).to(device)
         self.start = (length.cumsum(0) - length).to(device)
         self.pads = torch.tensor([about["pad"] for about in self.modalities.values()]).to(device)
-        self.end = {"desc": modalities["desc"]["vocab"] - 2, "caption": modalities["caption"]["vocab"] - 2, "bbox": 1}
+        self.end = {m: about.get("end", about["vocab"] - 2) for m, about in self.modalities.items() if m in TEXTS}
+        self.end["bbox"] = 1
 
     def valid(self, tokens):
         """True where a row holds a token and not padding: (B, size)."""
@@ -469,8 +478,9 @@ def read_shards(config, modalities):
     """The training tokens, a memory map (scenes, length) per modality, and their sha256."""
     if not STANDALONE:
         import_ours("checks").check_scenes(sys.modules[__name__], config, modalities)
-    arrays = [np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in MODALITIES]
-    return arrays, content_sha256(ROOT / config.data, TEXTS, IMAGES)
+    texts, pictures = ([m for m in part if m in modalities] for part in (TEXTS, IMAGES))
+    arrays = [np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in pictures + texts]
+    return arrays, content_sha256(ROOT / config.data, texts, pictures)
 # --- end: shards ---
 
 
@@ -518,7 +528,7 @@ def course_positions(tokens, layout, inputs, config, rng):
     B, K, device = tokens.shape[0], len(MODALITIES), tokens.device
     valid = layout.valid(tokens)
     available = torch.zeros(B, K, device=device).index_add_(1, layout.kind, valid.float())
-    share = -uniform((B, K), rng).log()  # normalised: Dirichlet(1)
+    share = -uniform((B, K), rng).log() * (available > 0)  # normalised: Dirichlet(1) of the modalities there are
     edges = (share.cumsum(1) / share.sum(1, keepdim=True) * inputs).round()
     count = edges.diff(dim=1, prepend=torch.zeros_like(edges[:, :1]))
     # a rank of every token among the valid ones of its modality; those below the modality's count come first
@@ -653,13 +663,18 @@ def schedule(step, config):
 # --- end: schedule ---
 
 
-def step_shape(step, config):
+def known_links(layout):
+    """The links to modalities that the data have."""
+    return [link for link in LINKS if link is None or layout.modalities[link[1][0]]["length"]]
+
+
+def step_shape(step, config, links=LINKS):
     """The link of a step and how much is known: of what it asks first 0, 1/4, 1/2 or 3/4, mostly 0, or 1/4 where
     nothing else is given; without a link 1/8, 2/8 .. 8/8 of the budget.
 
     In the golden-ratio order, which is even at every length. Few lengths stand for all: a CPU builds kernels for each.
     """
-    links = LINKS[:WORD_LINKS] if step < config.word_steps else LINKS
+    links = links[:WORD_LINKS] if step < config.word_steps else links
     link = links[step % len(links)]
     eighth = int((step * 0.618034 + 0.5) % 1 * 8)
     if link is None:
@@ -771,6 +786,7 @@ class Nano4M(nn.Module):
 
     An image token is a pair of digits (a, b), two levels of FSQ each: embedded as the sum of both and of the pair,
     predicted as p(a) p(b | a), so that codes which look alike share what is learned and no softmax has 4096 classes.
+    Data of other tokens say how many a and b there are.
     """
 
     def __init__(self, config, layout):
@@ -780,14 +796,16 @@ class Nano4M(nn.Module):
         self.num_cells = layout.modalities["rgb"]["length"]
         self.kind, self.vocab = layout.kind, layout.vocab
         self.num_image_positions = layout.span["desc"].start
-        self.base = math.isqrt(layout.vocab)  # of the digits
-        assert self.base ** 2 == layout.vocab
+        root = math.isqrt(layout.vocab)
+        self.base, num_b = layout.modalities["rgb"].get("digits", (root, root))  # how many a and b there are
+        assert self.base * num_b == layout.vocab
         self.text_vocab = layout.modalities["desc"]["vocab"]
         words = self.text_vocab + layout.modalities["bbox"]["vocab"]
         self.major, self.minor, num_major, num_minor = split_positions(layout)
         # words that name a cell of the grid share its embedding
         side = math.isqrt(self.num_cells)
-        named = torch.tensor(layout.modalities["desc"]["places"], device=device)  # (P, 3): word, row, column
+        places = layout.modalities["desc"].get("places", [])  # lists of word, row, column
+        named = torch.tensor(places, dtype=torch.long, device=device).view(-1, 3)
         self.place_words = layout.vocab + named[:, 0]
         self.place_cells = named[:, 1:] * side // PLACES
         # the cell of a place and of a word; num_cells: none
@@ -797,14 +815,14 @@ class Nano4M(nn.Module):
         # one token table: image tokens, words of desc and caption, bbox tokens
         is_text, is_box = layout.kind >= len(IMAGES), layout.kind == MODALITIES.index("bbox")
         self.token_offset = is_text * layout.vocab + is_box * self.text_vocab
-        self.embed_a, self.embed_b = nn.Embedding(self.base, C), nn.Embedding(self.base, C)
+        self.embed_a, self.embed_b = nn.Embedding(self.base, C), nn.Embedding(num_b, C)
         self.embed_pair, self.embed_word = nn.Embedding(layout.vocab, C), nn.Embedding(words, C)
         self.embed_major, self.embed_minor = nn.Embedding(num_major, C), nn.Embedding(num_minor, C)
         self.embed_enc_kind, self.embed_dec_kind = nn.Embedding(len(MODALITIES), C), nn.Embedding(len(MODALITIES), C)
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.enc_depth))
         self.local = Linear(C, C)
         self.decoder = nn.ModuleList(Block(config) for _ in range(config.dec_depth))
-        self.head_a, self.head_b, self.head_word = Linear(C, self.base), Linear(C, self.base), Linear(C, words)
+        self.head_a, self.head_b, self.head_word = Linear(C, self.base), Linear(C, num_b), Linear(C, words)
         self.embed_first, self.mix = nn.Embedding(self.base, C), Linear(C, C)  # p(b | a) is a small MLP of both
 
     def position(self, places):
@@ -817,8 +835,9 @@ class Nano4M(nn.Module):
         """
         pairs = (self.embed_b.weight[:, None] + self.embed_a.weight).flatten(0, 1)  # id = a + base * b
         table = torch.cat([pairs + self.embed_pair.weight, self.embed_word.weight])
-        cells = self.embed_major(self.place_cells[:, 0]) + self.embed_minor(self.place_cells[:, 1])
-        table = table.index_add(0, self.place_words, cells)
+        if len(self.place_words):
+            cells = self.embed_major(self.place_cells[:, 0]) + self.embed_minor(self.place_cells[:, 1])
+            table = table.index_add(0, self.place_words, cells)
         ids = tokens.gather(1, enc_pos) + self.token_offset[enc_pos]
         x = F.embedding(ids, table) + self.embed_enc_kind(self.kind[enc_pos])
         x = norm(x + self.position(enc_pos))  # (B, N, C)
@@ -922,7 +941,7 @@ def target_weights(dec_pos, counted, layout):
 
 def train_step(step, batch, rng, model, muon, adam, layout, config, run):
     """One step on a global batch (B, size): this rank's part of its loss, how many tokens it had, and its FLOPs."""
-    link, share = step_shape(step, config)
+    link, share = step_shape(step, config, known_links(layout))
     if link:
         enc_pos, visible, dec_pos, counted = link_positions(batch, layout, *link, share, rng)
         _, asked = link  # either pictures or texts
@@ -1215,15 +1234,21 @@ def flops_per_scene(model, config, inputs, images, texts):
     C, mlp, targets = config.dim, 2 * config.mlp_ratio * config.dim ** 2, images + texts
     encoder = config.enc_depth * inputs * (4 * C * C + mlp + 2 * inputs * C)
     decoder = config.dec_depth * (targets * (2 * C * C + mlp + 2 * inputs * C) + inputs * 2 * C * C)
-    heads = targets * C * C + images * (2 * model.base + C) * C + texts * model.head_word.out_features * C
+    digits = model.head_a.out_features + model.head_b.out_features
+    heads = targets * C * C + images * (digits + C) * C + texts * model.head_word.out_features * C
     return 6 * (encoder + decoder + heads)
 
 
 def main(argv):
     run = Run("4m", argv)
     config = run.config
+    course = None
+    if config.track == "course":
+        course = import_ours("course_loss").CourseLoss(run)
     val_tokens, val_roles, modalities, digest = read_frozen(config)
     layout = Layout(modalities, run.device)
+    if config.pads:
+        layout.pads.fill_(-1)  # an id that no token has: none is padding
     check_config(config, run, layout, len(val_tokens))
     if config.num_steps:
         arrays, run.data_sha256 = read_shards(config, modalities)
@@ -1246,7 +1271,7 @@ def main(argv):
             muon, adam = make_optimizers(model, config, run)
             rng = torch.Generator(run.device).manual_seed(0)
             dummy = torch.zeros(config.batch, layout.size, dtype=torch.long, device=run.device)
-            shapes = {step_shape(step, config): step for step in range(config.num_steps)}
+            shapes = {step_shape(step, config, known_links(layout)): step for step in range(config.num_steps)}
             for step in shapes.values():
                 train_step(step, dummy, rng, model, muon, adam, layout, config, run)
             if run.device.type == "cuda":  # without gradients its graphs are others
@@ -1266,10 +1291,12 @@ def main(argv):
             with run.paused(), run.autocast():
                 val_loss, numbers = evaluate(model, val_tokens, val_roles, modalities, run.rank, run.world)
                 run.evaluation(val_loss)
+                if course:
+                    numbers |= course.measure(model, val_tokens, layout)
         if last:
             break
-        batch, = loader()
-        run.progress(*train_step(run.step, batch.long(), loader.rng, model, muon, adam, layout, config, run))
+        batch = loader()[0].long() & 0xFFFF  # ids above 32767 are negative in 16 bits
+        run.progress(*train_step(run.step, batch, loader.rng, model, muon, adam, layout, config, run))
         if run.saver:
             run.saver.after_step(model, muon, adam, loader)
 

@@ -426,11 +426,13 @@ MODALITIES = IMAGES + TEXTS
 class Layout:
     """All of a scene's tokens side by side in one row of `size` places, a span per modality.
 
-    kind (size,): modality of a place; offset (size,): its place inside the modality; end: id that ends a text.
+    kind (size,): modality of a place; offset (size,): its place inside the modality; end: id that ends a text. What the
+    data lack has no places.
     """
 
     def __init__(self, modalities, device="cpu"):
-        self.modalities = {m: modalities[m] for m in MODALITIES}
+        absent = {"length": 0, "vocab": 0, "pad": -1}
+        self.modalities = {m: modalities.get(m, absent) for m in MODALITIES}
         self.span, start = {}, 0
         for m, about in self.modalities.items():
             self.span[m] = slice(start, start + about["length"])
@@ -441,7 +443,8 @@ class Layout:
         self.offset = torch.cat([torch.arange(n) for n in length.tolist()]).to(device)
         self.start = (length.cumsum(0) - length).to(device)
         self.pads = torch.tensor([about["pad"] for about in self.modalities.values()]).to(device)
-        self.end = {"desc": modalities["desc"]["vocab"] - 2, "caption": modalities["caption"]["vocab"] - 2, "bbox": 1}
+        self.end = {m: about.get("end", about["vocab"] - 2) for m, about in self.modalities.items() if m in TEXTS}
+        self.end["bbox"] = 1
 
     def valid(self, tokens):
         """True where a row holds a token and not padding: (B, size)."""
@@ -467,8 +470,9 @@ def read_shards(config, modalities):
     """The training tokens, a memory map (scenes, length) per modality, and their sha256."""
     if not STANDALONE:
         import_ours("checks").check_scenes(sys.modules[__name__], config, modalities)
-    arrays = [np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in MODALITIES]
-    return arrays, content_sha256(ROOT / config.data, TEXTS, IMAGES)
+    texts, pictures = ([m for m in part if m in modalities] for part in (TEXTS, IMAGES))
+    arrays = [np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in pictures + texts]
+    return arrays, content_sha256(ROOT / config.data, texts, pictures)
 # --- end: shards ---
 
 

@@ -38,7 +38,10 @@ def check_batch(script, config, num, what):
 def check_scenes(script, config, modalities):
     side = math.isqrt(modalities["rgb"]["length"])
     make = "python data/scenes.py" if side == 8 else f"python data/scenes.py --size={8 * side} --num=200000"
-    check_tokens(script, config, script.MODALITIES, modalities, make, "scenes")
+    if "digits" in modalities["rgb"]:
+        make = "python data/course.py ROOT"
+    names = [m for m in script.MODALITIES if m in modalities]
+    check_tokens(script, config, names, modalities, make, "scenes")
 
 
 def check_objects(script, config, modalities):

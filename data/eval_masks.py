@@ -53,6 +53,25 @@ def draw_whole(valid, kind, rng, most=3, targets=16):
     return roles
 
 
+def draw_course_roles(lengths, rng, budget=BUDGET):
+    """Roles as above, as the course's own code draws them, to which padding is no less than a token: lengths (K,) are
+    those of whole modalities.
+
+    Of a budget of U{1..budget} a modality gets its share of a Dirichlet(1) draw, rounded down; a token left over goes
+    to the largest share of one more draw; what is more than a modality has (left) is dropped.
+    """
+    left, counts = np.array(lengths), []
+    for _ in ("inputs", "targets"):
+        total = rng.integers(1, budget + 1)
+        count = np.floor(rng.dirichlet(np.ones(len(left))) * total).astype(int)
+        lucky = rng.dirichlet(np.ones(len(left)), total - count.sum()).argmax(1)
+        count = np.minimum(count + np.bincount(lucky, minlength=len(left)), left)
+        left = left - count
+        counts.append(count)
+    roles = np.array([1, 2, 0], np.uint8)
+    return np.concatenate([rng.permutation(np.repeat(roles, parts)) for parts in zip(*counts, left)])
+
+
 def draw_masked(n, length, rng):
     """Masks (n, length) bool: in every row m of U{1..length} places, uniform without replacement."""
     ranks = rng.permuted(np.tile(np.arange(length), (n, 1)), axis=1)

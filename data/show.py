@@ -50,7 +50,8 @@ class Prepared:
 def prepare(run, **data):
     """Open what showing the model of a run will need. Raises its script's Fault for what is not there."""
     module = importlib.import_module(f"show_{run.task}")
-    return Prepared(module.Show(run.script, run, **data), run)
+    open_show = getattr(module, "open_show", module.Show)  # what it is may depend on the data
+    return Prepared(open_show(run.script, run, **data), run)
 
 
 def load_script(path):

@@ -5,13 +5,23 @@ from tqdm import tqdm
 
 import draw
 import judge as judges
+import show_course
 import studio as metrics
+import tokenizer
 from texts import parse_desc
 
 CHAIN_STEPS, SHEET_SCENES = 8, 8
 DRAWING = {"modality": "rgb", "scheme": "roar", "steps": 16, "temperature": 0.5}  # how a text becomes a picture
 PART = 100  # scenes generated at once: 1,000 would take 5 GB
 TRUTH_SCENES = 250  # that depth and normals are measured on, over all their pixels
+
+
+def open_show(script, run, layout, tokens):
+    """What shows a model of our scenes, or of data with other picture tokens."""
+    kind = Show
+    if layout.modalities["rgb"]["vocab"] != tokenizer.VOCAB:
+        kind = show_course.TextShow
+    return kind(script, run, layout, tokens)
 
 
 class Show:
