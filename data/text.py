@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from hub import sentences
 from shards import ROOT, Fault, check_name, first_line, plain_name, sha256
-from streams import finish, finished, learn_encoding, load_encoding, write_bin
+from streams import finish, finished, learn_encoding, load_encoding, load_gpt2, write_bin
 
 LEAST_VOCAB, MOST_VOCAB = 257, 65536  # the bytes and <|endoftext|>; what fits into 16 bits
 MOST_VALIDATION = 10_000_000  # bytes, about
@@ -186,11 +186,7 @@ def make_encoding(name, vocab, texts, path):
     if vocab == "bytes":
         return None
     if vocab == "gpt2":
-        import tiktoken
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # with errors of several libraries
-            raise Fault(f"tiktoken could not fetch GPT-2's merges, as it does once ({first_line(error)})") from None
+        return load_gpt2()
     print(f"learning the encoding's {int(vocab):,} tokens", flush=True)
     try:
         learn_encoding(texts, path, int(vocab))

