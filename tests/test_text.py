@@ -107,7 +107,8 @@ def test_gpt2(root, tmp_path, monkeypatch):
     paths, ranks = write(tmp_path / "book"), {bytes([i]): i for i in range(256)}
     merges = tiktoken.Encoding("gpt2", pat_str=streams.PATTERN, mergeable_ranks=ranks,
                                special_tokens={"<|endoftext|>": 50256})
-    monkeypatch.setattr(text, "load_gpt2", lambda: merges)
+    for module in (text, streams):
+        monkeypatch.setattr(module, "load_gpt2", lambda: merges)
     text.main(paths, name="mine", vocab="gpt2")
     meta, train, val = read_set(root / "mine")
     assert (meta["vocab"], meta["document_start"], meta["encoding"]) == (50257, 50256, "gpt2")
