@@ -1,6 +1,7 @@
 """nano4M: one encoder-decoder learns to predict any subset of eight modalities from any other.
 
-Record: 4m-cpu, val_loss <= 1.7, quality_normal_degrees <= 3.0, quality_desc_f1 >= 0.9, quality_rgb_from_desc_f1 >= 0.8, quality_rgb_from_caption_f1 >= 0.7 in 164.9 s on 1 x 2 cores of AMD EPYC (AVX512-BF16), torch 2.13.0+cpu (n=5).
+Record: 4m-cpu, val_loss <= 1.7, quality_normal_degrees <= 3.0, quality_desc_f1 >= 0.9, quality_rgb_from_desc_f1 >= 0.8,
+    quality_rgb_from_caption_f1 >= 0.7 in 164.9 s on 1 x 2 cores of AMD EPYC (AVX512-BF16), torch 2.13.0+cpu (n=5).
 
 After 4M (arXiv:2312.06647) and the nano4M of EPFL's course COM-304, made fast: a step links one modality to others, all
 of whose tokens it asks for; targets start from what is known of their cell; Muon, image tokens embedded and predicted

@@ -75,17 +75,10 @@ def train(minutes, resume=False, num=6000, batch=80, peak=2e-3, seed=0):
     model = load_tokenizer().train().requires_grad_() if resume else Tokenizer().to(memory_format=torch.channels_last)
     peak = peak / 2 if resume else peak
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    edges = (model.encoder[1].weight, model.encoder[-1].weight, model.decoder[0].weight, model.decoder[-2].weight)
-    inner = [p for p in model.parameters() if p.ndim == 2 and all(p is not e for e in edges)]
-    others = [p for p in model.parameters() if p.ndim < 2 or any(p is e for e in edges)]
-    optimizers = [torch.optim.Muon(inner, lr=peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0)]
     # what a modality's squared error counts: less where pictures are flat colours or thin lines that cost many bits
     weight = torch.tensor([6.0, 0.5, 0.6, 0.2, 0.3]).repeat_interleave(batch // 5).view(-1, 1, 1, 1)
-    start, step, bar = time.time(), 0, tqdm(total=round(minutes * 60), unit="s")
-    while (progress := (time.time() - start) / (60 * minutes)) < 1:
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = peak * min(1, step / 200, 1.02 - progress)
+
+    def draw_batch(step):
         source, parts = pool[128 if step % 5 == 0 else 64], []
         for m in IMAGES:
             images = source[m][torch.randint(len(source[m]), (batch // 5,))]
@@ -93,8 +86,31 @@ def train(minutes, resume=False, num=6000, batch=80, peak=2e-3, seed=0):
                 i, j = (8 * torch.randint(9, (2,))).tolist()
                 images = images[:, :, i:i + 64, j:j + 64]
             parts.append(images)
-        images = torch.cat(parts).float().div(255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        return torch.cat(parts)
+
+    def report(step, seconds):
+        print(f"\nstep {step} {seconds:.0f} s:", mean_psnr(model, test), flush=True)
+        save(model)
+
+    optimise(model, draw_batch, minutes, peak, weight, report)
+    save(model)
+    print("final:", mean_psnr(load_tokenizer(), test), flush=True)
+
+
+def optimise(model, draw_batch, minutes, peak, weight, report=None, bf16=True):
+    """Train a tokenizer for a number of minutes on batches of bytes (B, 3, 64, 64), draw_batch(step); weight: of their
+    errors, to be multiplied with (B, 3, 64, 64). report(step, seconds) is called each 500 steps."""
+    edges = (model.encoder[1].weight, model.encoder[-1].weight, model.decoder[0].weight, model.decoder[-2].weight)
+    inner = [p for p in model.parameters() if p.ndim == 2 and all(p is not e for e in edges)]
+    others = [p for p in model.parameters() if p.ndim < 2 or any(p is e for e in edges)]
+    optimizers = [torch.optim.Muon(inner, lr=peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0)]
+    start, step, bar = time.time(), 0, tqdm(total=round(minutes * 60), desc="tokenizer", unit="s")
+    while (progress := (time.time() - start) / (60 * minutes)) < 1:
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 200, 1.02 - progress)
+        images = draw_batch(step).float().div(255).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = model.reconstruct(model.quantise(images))
         error = output.float() - images
         loss = (weight * (error.square() + 0.02 * error.abs())).mean()
@@ -107,11 +123,9 @@ def train(minutes, resume=False, num=6000, batch=80, peak=2e-3, seed=0):
         if step % 100 == 0:
             bar.n = int(time.time() - start)
             bar.set_postfix(step=step, loss=f"{loss.item():.5f}")
-        if step % 500 == 0 or progress > 0.999:
-            print(f"\nstep {step} {time.time() - start:.0f} s:", mean_psnr(model, test), flush=True)
-            save(model)
-    save(model)
-    print("final:", mean_psnr(load_tokenizer(), test), flush=True)
+        if report and step % 500 == 0:
+            report(step, time.time() - start)
+    bar.close()
 
 
 def mean_psnr(model, images):
@@ -119,11 +133,11 @@ def mean_psnr(model, images):
     return {m: round(psnr(reconstruct(model, pictures)[1], pictures), 2) for m, pictures in images.items()}
 
 
-def save(model):
+def save(model, path=WEIGHTS):
     """Write the weights, in half precision, under a temporary name first."""
-    part = WEIGHTS.with_suffix(".part")
+    part = path.with_suffix(".part")
     save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, part)
-    part.replace(WEIGHTS)
+    part.replace(path)
 
 
 def reconstruct(model, pictures):

@@ -3,6 +3,7 @@
     python data/pictures.py holiday/                          # -> data/holiday; every subfolder is a class
     python data/pictures.py holiday/ --labels=none            # all pictures are of one class
     python data/pictures.py holiday/ --size=64 --fit=pad      # pixels64; nothing cut off, but white beside the picture
+    python data/pictures.py holiday/ --tokenizer=10           # tokens of a tokenizer that learns for ten minutes from them
     python train_flow.py --data=data/holiday/train --frozen=data/holiday/val.npz
     python train_maskgit.py --data=data/holiday/train --frozen=data/holiday/val.npz
 
@@ -14,7 +15,6 @@ val.npz repeats them up to the 2,000 rows that the times, noise and masks in dat
 import argparse
 import functools
 import hashlib
-import itertools
 import math
 import os
 from collections import defaultdict
@@ -125,21 +125,39 @@ def psnr(coder, pictures, tokens):
 
 
 def collect(pictures, left_out):
-    """Paths, pixels (N, 3, S, S) and tokens (N, 64) of what `usable` yields, and how well the tokens keep it, in dB."""
-    coder = tokenizer.load_tokenizer()
-    paths, pixels, tokens, kept = [], [], [], 0.0
-    while part := list(itertools.islice(pictures, PART)):
-        part_paths, large, small = zip(*part)
-        floats = torch.from_numpy(np.stack(large)).float() / 255
-        paths += part_paths
-        pixels.append(np.stack(small))
-        tokens.append(coder.encode_flat(floats))
-        if len(tokens) == 1:
-            kept = psnr(coder, floats[:RECONSTRUCTED], tokens[0][:RECONSTRUCTED])
+    """Paths, pixels (N, 3, 64, 64) and pixels (N, 3, S, S) of what `usable` yields."""
+    paths, large, small = [], [], []
+    for path, *both in pictures:
+        paths.append(path)
+        large.append(both[0])
+        small.append(both[1])
     if len(paths) < FEWEST:
         without = f"; left out: {told(left_out)}" if left_out else ""
         raise Fault(f"{len(paths)} pictures are too few, {FEWEST} are the least{without}")
-    return paths, np.concatenate(pixels), np.concatenate(tokens), kept
+    return paths, np.stack(large), np.stack(small)
+
+
+def fit_tokenizer(large, minutes, path):
+    """Train the scenes' tokenizer on for some minutes on pictures (N, 3, 64, 64), half of them mirrored, and write its
+    weights."""
+    from fit_tokenizer import optimise, save  # here, as it imports all that the scenes are made of
+    images = torch.from_numpy(large)
+    rng = torch.Generator().manual_seed(SEED)
+
+    def draw_batch(step):
+        rows = images[torch.randint(len(images), (80,), generator=rng)]
+        return torch.cat([rows[:40], rows[40:].flip(3)])
+
+    coder = tokenizer.load_tokenizer().train().requires_grad_()
+    optimise(coder, draw_batch, minutes, 1e-3, torch.ones(()), bf16=False)  # which is slow on many CPUs
+    save(coder, path)
+
+
+def encode(coder, large):
+    """Tokens (N, 64) of pictures (N, 3, 64, 64), and how well they keep some of them, in dB."""
+    parts = [torch.from_numpy(large[i:i + PART]).float() / 255 for i in range(0, len(large), PART)]
+    tokens = np.concatenate([coder.encode_flat(part) for part in parts])
+    return tokens, psnr(coder, parts[0][:RECONSTRUCTED], tokens[:RECONSTRUCTED])
 
 
 def split(label, rng):
@@ -168,7 +186,7 @@ def commands(name, size, num, classes):
 
 
 @sentences("pictures.py")
-def main(folder, name, size, labels, fit):
+def main(folder, name, size, labels, fit, minutes):
     """Make data/<name> of the pictures in a folder, or verify it."""
     source = Path(os.path.realpath(folder))  # resolve() would raise for a link to itself
     name = name or plain_name(source)
@@ -180,21 +198,29 @@ def main(folder, name, size, labels, fit):
         raise Fault(f"{folder} is where the set itself would be: give it another --name")
     found = find_pictures(source, labels, left_out)
     identity = {"name": name, "version": VERSION, "size": size, "seed": SEED, "labels": labels, "fit": fit,
-                "tokenizer": sha256(tokenizer.WEIGHTS), "content": sha256_of_all(found, source)}
+                "tokenizer": sha256(tokenizer.WEIGHTS), "minutes": minutes, "content": sha256_of_all(found, source)}
     if verified(out, identity):
         return
-    paths, pixels, tokens, kept = collect(usable(found, source, size, fit, left_out), left_out)
+    paths, large, pixels = collect(usable(found, source, size, fit, left_out), left_out)
     class_names = [class_of(path, source, labels) for path in paths]
     classes = sorted(set(class_names))
     number = {class_name: i for i, class_name in enumerate(classes)}
     label = np.array([number[class_name] for class_name in class_names])
     train, held = split(label, np.random.default_rng(SEED))
+    out.mkdir(exist_ok=True)
+    weights = tokenizer.WEIGHTS
+    if minutes:
+        weights = out / "tokenizer.safetensors"
+        fit_tokenizer(large[train], minutes, weights)
+    tokens, kept = encode(tokenizer.load_tokenizer(path=weights), large[np.concatenate([held, train])])
+    tokens = tokens[np.concatenate([held, train]).argsort()]  # those of validation pictures came first
     arrays = {f"pixels{size}": pixels, "label": label.astype(np.uint16)[:, None], "rgb": tokens}
     kinds = {"label": {"length": 1, "vocab": len(classes), "pad": -1, "names": classes},
              "rgb": {"length": TOKENS, "vocab": tokenizer.VOCAB, "pad": -1}}
+    if minutes:
+        kinds["rgb"]["decoder"] = f"{name}/{weights.name}"
     counts = {reason: len(files) for reason, files in left_out.items()}
     meta = {**identity, "num": len(train), "validation": len(held), "left_out": counts}
-    out.mkdir(exist_ok=True)
     finish(out, meta, kinds, {m: array[train] for m, array in arrays.items()},
            {m: array[np.resize(held, VALIDATION)] for m, array in arrays.items()})
     print(f"{out}: {len(train):,} pictures for training and {len(held):,} for validation, classes: {len(classes)}")
@@ -202,7 +228,7 @@ def main(folder, name, size, labels, fit):
         print(f"left out: {told(left_out)}")
     if len(classes) == 1:
         print("one class: guidance has nothing to tell apart and is off")
-    print(f"MaskGIT's tokens keep {kept:.1f} dB (PSNR) of these pictures; of the scenes they were made for it is 34 dB")
+    print(f"MaskGIT's tokens keep {kept:.1f} dB (PSNR) of pictures held out; of the scenes they were made for it is 34 dB")
     print(*commands(name, size, len(train), len(classes)), sep="\n")
 
 
@@ -215,4 +241,9 @@ if __name__ == "__main__":
                         help="classes: the first-level subfolders; with none, or without subfolders, there is one")
     parser.add_argument("--fit", choices=tuple(FITS), default="crop",
                         help="how pictures become square: by cutting off, or by adding white")
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--tokenizer", type=float, default=0, dest="minutes", metavar="MINUTES",
+                        help="for MaskGIT: have the tokenizer learn from these pictures for so long")
+    arguments = parser.parse_args()
+    if not 0 <= arguments.minutes <= 1440:
+        parser.error("--tokenizer is from 0 to 1440 minutes")
+    main(**vars(arguments))

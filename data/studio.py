@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import tokenizer
 from raycaster import render
+from shards import ROOT
 from world import load_frozen_scenes
 
 
@@ -24,14 +25,16 @@ class Patches2:
 class Studio:
     """Decodes token grids and token rows of the scenes world on a device.
 
-    decoder: what a set calls its picture tokens, where they are not the tokenizer's; "patches2": see Patches2.
+    decoder: what a set says of its picture tokens, where they are not the tokenizer's: "patches2", see Patches2, or a
+    tokenizer of its own, the file of its weights in data/.
     """
 
     def __init__(self, device="cpu", decoder=None):
         self.device, self.encoding = device, tokenizer.load_text()
         self.coder, self.vocab = Patches2(), 16
         if decoder != "patches2":
-            self.coder, self.vocab = tokenizer.load_tokenizer(device), tokenizer.VOCAB
+            path = ROOT / decoder if decoder else tokenizer.WEIGHTS
+            self.coder, self.vocab = tokenizer.load_tokenizer(device, path), tokenizer.VOCAB
 
     def pictures(self, ids):
         """Pictures (B, 3, 8s, 8s) in [0, 1], on the CPU, of the tokens (B, s * s) of an image-like modality."""

@@ -120,18 +120,19 @@ def summary(tracks):
     return "\n\n".join(out)
 
 def claim(folder, track, records):
-    """The line about a track's newest record in the docstring of its script; "" while there is only a baseline."""
+    """The lines about a track's newest record in the docstring of its script; "" while there is only a baseline."""
     if len(records) < 2:
         return ""
     r = records[-1]
     torch = read_settings(r["logs"][0])["torch"]
-    return (f"Record: {folder.name}, {show_target(track)} in {show_seconds(r['seconds'])} s on {r['hardware']}, "
-            f"torch {torch} (n={len(r['logs'])}).\n")
+    text = (f"Record: {folder.name}, {show_target(track)} in {show_seconds(r['seconds'])} s on {r['hardware']}, "
+            f"torch {torch} (n={len(r['logs'])}).")
+    return textwrap.fill(text, 120, subsequent_indent="    ") + "\n"
 
 def with_claims(text, claims):
-    """A script with these lines, and no others that begin with "Record: ", below its docstring's title."""
+    """A script with these lines, and no others about records, below its docstring's title."""
     title, _, rest = text.partition("\n")
-    rest = re.sub(r"\A\n(Record: .*\n)+", "", rest)
+    rest = re.sub(r"\A\n(Record: .*\n( .*\n)*)+", "", rest)
     if claims and title.count('"""') != 1:
         raise ValueError(f"a script with a record needs a docstring of more than its title: {title}")
     return title + "\n" + "\n" * bool(claims) + "".join(claims) + rest

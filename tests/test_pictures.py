@@ -18,6 +18,7 @@ import runs
 import shards
 import show_flow
 import show_maskgit
+import studio
 import tokenizer
 import train_flow
 import train_maskgit
@@ -46,7 +47,7 @@ def holiday(tmp_path):
 
 
 def make(source, **options):
-    pictures.main(source, **{"name": "holiday", "size": 32, "labels": "subfolders", "fit": "crop", **options})
+    pictures.main(source, **{"name": "holiday", "size": 32, "labels": "subfolders", "fit": "crop", "minutes": 0, **options})
 
 
 def refusal(source, **options):
@@ -104,6 +105,25 @@ def test_pictures_come_out_as_they_went_in(root, holiday, capsys):
     Image.fromarray(255 - NOISE[0]).save(holiday / "cats/0.png")
     assert "was made with another content;" in refusal(holiday)
     assert times(root) == before
+
+
+def test_a_tokenizer_learns_from_them(root, holiday, monkeypatch):
+    """It is another one than the scenes', the tokens are its own, and what decodes them takes it."""
+    make(holiday, minutes=0.02)
+    about = shards.read_meta(root / "holiday/train")["modalities"]["rgb"]
+    assert about["decoder"] == "holiday/tokenizer.safetensors"
+    own = tokenizer.load_tokenizer(path=root / about["decoder"])
+    monkeypatch.setattr(studio, "ROOT", root)
+    tokens = np.load(root / "holiday/train/rgb.npy")
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    made = studio.Studio(decoder=about["decoder"]).pictures(ids)
+    assert torch.equal(made, own.decode(ids.unflatten(1, (8, 8))))
+    assert not torch.equal(made, studio.Studio().pictures(ids))
+    large = [np.array(Image.fromarray(picture.transpose(1, 2, 0)).resize((64, 64), Image.LANCZOS))
+             for picture in np.load(root / "holiday/train/pixels32.npy")]
+    floats = torch.from_numpy(np.stack(large)).permute(0, 3, 1, 2).contiguous().float() / 255
+    assert (own.encode_flat(floats) == tokens).mean() > 0.99
+    assert "was made with another minutes" in refusal(holiday)
 
 
 def test_both_scripts_take_it(root, holiday, monkeypatch):

@@ -506,7 +506,8 @@ def test_its_log_opens_a_track(tiny, tmp_path, monkeypatch):
     assert (folder / script.name).exists() and (folder / "0.log").exists()
     track = json.loads((folder.parent / "track.json").read_text())
     assert not track["baseline"]["reached"], "one trial is no record"
-    assert track["eval_config"] == {"eval_tokens": 2000} and track["eval_files"] == [f"{tiny}/val.bin"]
+    assert track["eval_config"] == {"eval_tokens": 2000, "quality_tokens": 20000}
+    assert track["eval_files"] == [f"{tiny}/val.bin"]
 
 
 @pytest.mark.parametrize("argv, message", [
