@@ -1,6 +1,8 @@
 """Real digits and questions, here of tiny made-up packages: the sets, what trains on them, and what can go wrong."""
 import io
 import json
+import math
+import re
 import shutil
 import subprocess
 import tarfile
@@ -341,3 +343,18 @@ def test_run_sh_makes_the_set_that_is_asked_for(tmp_path, words, script):
     name, _, option = script.partition(" ")
     assert done.stdout.split() == (["-u", f"data/{name}.py", *option.split()] if script else []), done.stderr
     assert done.returncode == 0
+
+
+def test_the_table_says_what_the_logs_do():
+    text = (ROOT / "docs/DATA.md").read_text()
+    rows = re.findall(r"`python (train_\w+\.py) (.*?)` \| ([\d.]+) \| \[(.*?)\]\(real/(\w+)\.png\) \| (\d+) \(", text)
+    assert len(rows) == 4
+    for script, arguments, loss, quality, name, seconds in rows:
+        assert (ROOT / f"docs/real/{name}.png").exists()
+        footer = rules.parse_log(ROOT / f"docs/real/{name}.log")["footer"]
+        assert (footer["script"], footer["overrides"]) == (script, arguments)
+        assert (loss, seconds) == (f"{footer['val_loss']:.3f}", f"{footer['train_seconds']:.0f}")
+        if name == "vlm":
+            assert quality.startswith(f"{100 * footer['quality_exact_answers']:.0f} %")
+        if name == "gpt":
+            assert f"(50 x loss - 2.30) / 49, here {(50 * footer['val_loss'] - math.log(10)) / 49:.3f}" in text
