@@ -175,6 +175,16 @@ def refusal(main, argv, root):
 # -----------------------------------------------------------------------------
 # verify.py
 
+def test_scripts_of_the_repository_may_race():
+    """When their stop-watch changes, tracks that are open have its new hash as well."""
+    root = leaderboard.ROOT
+    for path in (root / "records").glob("*/track.json"):
+        track = json.loads(path.read_text())
+        for script in (root / f"train_{track['task']}.py", *(root / "baselines").glob(f"train_{track['task']}_*.py")):
+            for key, names in ("run_sha256", rules.STOP_WATCH), ("frozen_sha256", rules.FROZEN):
+                assert rules.block_sha256(script.read_text(), names) in track[key], (path, script.name, key)
+
+
 def test_committed_records():
     assert faults(leaderboard.ROOT) == []
 
