@@ -25,15 +25,15 @@ class Patches2:
 class Studio:
     """Decodes token grids and token rows of the scenes world on a device.
 
-    decoder: what a set says of its picture tokens, where they are not the tokenizer's: "patches2", see Patches2, or a
-    tokenizer of its own, the file of its weights in data/.
+    decoder: what a set says of its picture tokens: None or "scenes", they are the tokenizer's; "patches2", see Patches2;
+    or the file in data/ with the weights of a tokenizer of its own.
     """
 
     def __init__(self, device="cpu", decoder=None):
         self.device, self.encoding = device, tokenizer.load_text()
         self.coder, self.vocab = Patches2(), 16
         if decoder != "patches2":
-            path = ROOT / decoder if decoder else tokenizer.WEIGHTS
+            path = tokenizer.WEIGHTS if decoder in (None, "scenes") else ROOT / decoder
             self.coder, self.vocab = tokenizer.load_tokenizer(device, path), tokenizer.VOCAB
 
     def pictures(self, ids):
