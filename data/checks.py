@@ -10,10 +10,14 @@ import os
 
 import numpy as np
 
+from shards import command_for
+
 
 @contextlib.contextmanager
 def training_data(script, folder, make):
-    """Whatever goes wrong with a folder of training data becomes one sentence, with the command that makes our own."""
+    """Whatever goes wrong with a folder of training data becomes one sentence, with the command that makes it, or the
+    track's own if it is none of ours."""
+    make = command_for(folder) or make
     if not (folder / "meta.json").exists():
         raise script.Fault(f"no training data in {folder}: our own is made with `{make}`")
     try:
@@ -46,8 +50,7 @@ def check_scenes(script, config, modalities):
 
 def check_objects(script, config, modalities):
     side = math.isqrt(modalities["rgb"]["length"])
-    makers = {7: "mnist.py", 8: "scenes.py --objects"}
-    make = f"python data/{makers.get(side, f'scenes.py --objects --size={8 * side}')}"
+    make = "python data/scenes.py --objects" if side == 8 else f"python data/scenes.py --objects --size={8 * side}"
     check_tokens(script, config, ("rgb", "label"), modalities, make, "examples")
 
 

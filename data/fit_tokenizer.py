@@ -22,6 +22,7 @@ from raycaster import render
 from reports import write_sections
 from scenes import IMAGES
 from shards import FROZEN
+from studio import psnr
 from texts import caption, describe, facts
 from tokenizer import QA, TEXT, TEXT_PATTERN, TEXT_VOCAB, VOCAB, WEIGHTS, Tokenizer, load_text, load_tokenizer
 from world import build, load_frozen_scenes, sample_close_ups, sample_scenes
@@ -144,11 +145,6 @@ def reconstruct(model, pictures):
     """Tokens (n, S) and decoded pictures (n, 3, H, W) of pictures."""
     ids = torch.cat([model.encode(part) for part in pictures.split(100)])
     return ids.flatten(1), torch.cat([model.decode(part) for part in ids.split(100)])
-
-
-def psnr(output, pictures):
-    """In dB, of the mean squared error."""
-    return -10 * math.log10((output - pictures).square().mean().item())
 
 
 def entropy_at_place(ids):

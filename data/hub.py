@@ -3,9 +3,9 @@
     python data/hub.py push checkpoints/x.safetensors owner/name [--private]     # with card, loss curve and sample
     python data/hub.py card checkpoints/x.safetensors                            # prints the card, without a network
 
---load=hf:owner/name[@revision] of a training script fetches a model. fineweb.py, cifar10.py and
-cauldron.py share the files of datasets and, with pictures.py and conversations.py, the sets of pictures. HF_ENDPOINT,
-HF_TOKEN and HF_HOME mean what they mean to the hub's own client.
+--load=hf:owner/name[@revision] of a training script fetches a model. fineweb.py, cifar10.py and cauldron.py share the
+files of datasets and, with pictures.py and conversations.py, the sets of pictures. HF_ENDPOINT, HF_TOKEN and HF_HOME
+mean what they mean to the hub's own client.
 
 A set of pictures is data/<name>/train with meta.json and <array>.npy, num rows each, and for validation
 data/<name>/val.npz with arrays of the same names, and `modalities`, that part of meta.json as bytes.

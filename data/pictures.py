@@ -15,7 +15,6 @@ val.npz repeats them up to the 2,000 rows that the times, noise and masks in dat
 import argparse
 import functools
 import hashlib
-import math
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -29,6 +28,7 @@ import tokenizer
 from hub import finish, sentences, told, verified
 from image_files import FORMATS, is_picture, open_picture, sha256_of_all
 from shards import ROOT, Fault, check_name, first_line, plain_name, sha256
+from studio import psnr
 
 VERSION, SEED = 1, 0  # of what is made of a picture, and of the choice and order of pictures
 FEWEST = 8  # pictures in a set
@@ -117,13 +117,6 @@ def usable(paths, folder, size, fit, left_out):
 # ------------------------------------------------------------------------------------------------------------
 # The set
 
-def psnr(coder, pictures, tokens):
-    """In dB, of what the tokenizer makes of the tokens (n, 64) of pictures (n, 3, 64, 64)."""
-    grid = torch.from_numpy(tokens.astype(np.int64)).unflatten(1, (8, 8))
-    error = (coder.decode(grid) - pictures).square().mean().item()
-    return -10 * math.log10(max(error, 1e-10))
-
-
 def collect(pictures, left_out):
     """Paths, pixels (N, 3, 64, 64) and pixels (N, 3, S, S) of what `usable` yields."""
     paths, large, small = [], [], []
@@ -154,10 +147,8 @@ def fit_tokenizer(large, minutes, path):
 
 
 def encode(coder, large):
-    """Tokens (N, 64) of pictures (N, 3, 64, 64), and how well they keep some of them, in dB."""
-    parts = [torch.from_numpy(large[i:i + PART]).float() / 255 for i in range(0, len(large), PART)]
-    tokens = np.concatenate([coder.encode_flat(part) for part in parts])
-    return tokens, psnr(coder, parts[0][:RECONSTRUCTED], tokens[:RECONSTRUCTED])
+    """Tokens (N, 64) uint16 of pictures (N, 3, 64, 64) of bytes."""
+    return np.concatenate([coder.encode_flat(part.float() / 255) for part in torch.from_numpy(large).split(PART)])
 
 
 def split(label, rng):
@@ -212,9 +203,10 @@ def main(folder, name, size, labels, fit, minutes):
     if minutes:
         weights = out / "tokenizer.safetensors"
         fit_tokenizer(large[train], minutes, weights)
-    tokens, kept = encode(tokenizer.load_tokenizer(path=weights), large[np.concatenate([held, train])])
-    tokens = tokens[np.concatenate([held, train]).argsort()]  # those of validation pictures came first
-    arrays = {f"pixels{size}": pixels, "label": label.astype(np.uint16)[:, None], "rgb": tokens}
+    coder = tokenizer.load_tokenizer(path=weights)
+    some = torch.from_numpy(large[held[:RECONSTRUCTED]]).float() / 255
+    kept = psnr(coder.decode(coder.encode(some)), some)
+    arrays = {f"pixels{size}": pixels, "label": label.astype(np.uint16)[:, None], "rgb": encode(coder, large)}
     kinds = {"label": {"length": 1, "vocab": len(classes), "pad": -1, "names": classes},
              "rgb": {"length": TOKENS, "vocab": tokenizer.VOCAB, "pad": -1}}
     if minutes:
@@ -228,7 +220,8 @@ def main(folder, name, size, labels, fit, minutes):
         print(f"left out: {told(left_out)}")
     if len(classes) == 1:
         print("one class: guidance has nothing to tell apart and is off")
-    print(f"MaskGIT's tokens keep {kept:.1f} dB (PSNR) of pictures held out; of the scenes they were made for it is 34 dB")
+    print(f"MaskGIT's tokens keep {kept:.1f} dB (PSNR) of pictures held out; what they keep of the scenes is in "
+          "data/frozen/README.md")
     print(*commands(name, size, len(train), len(classes)), sep="\n")
 
 

@@ -58,7 +58,7 @@ def content_sha256(folder):
 def command_for(folder):
     """The command that makes a folder data/<name>/train, None if it is none of ours."""
     folder = Path(folder).resolve()
-    if folder.parents[1] != ROOT or folder.name != "train":
+    if folder.parent.parent != ROOT or folder.name != "train":
         return None
     for pattern, command in OURS.items():
         if match := re.fullmatch(pattern, folder.parent.name):

@@ -53,6 +53,11 @@ class Studio:
         return render(load_frozen_scenes(size, n), size, compile=False)[0]
 
 
+def psnr(output, pictures):
+    """In dB, of the mean squared error of pictures in [0, 1]; 100 at most."""
+    return -10 * math.log10(max((output - pictures).square().mean().item(), 1e-10))
+
+
 def standardised_l1(depth, truth):
     """Mean absolute difference of depth pictures (B, 3, H, W), in standard deviations of each true picture."""
     depth, truth = depth.mean(1).flatten(1), truth.mean(1).flatten(1)
