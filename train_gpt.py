@@ -51,11 +51,12 @@ class Config:
     mlp_ratio: int = 4  # hidden channels of an MLP per channel
     window: int = 64  # tokens that attention looks back, the current one included
     orders: int = 5  # one hashed embedding table per n-gram order 2..orders
-    grams: int = 8192  # rows of such a table, shared by hashing
+    grams: int = 65536  # rows of such a table, shared by hashing
     # optim
     muon_lr: float = 0.04  # of hidden matrices
     momentum: float = 0.95  # of Muon
     adam_lr: float = 0.05  # of embeddings and head
+    table_lr: float = 0.05  # of the n-gram tables
     # schedule
     num_steps: int = 45  # training steps
     batch: int = 32  # rows per step, over all processes
@@ -548,13 +549,47 @@ def schedule(step, config):
 # --- end: schedule ---
 
 
+class AdamWithTables(torch.optim.Adam):
+    """Adam, and for the parameters of its last group Adagrad with one sum of squares per row: a step moves only the rows
+    that its batch has looked up, and one that is rarely seen moves as far as any other."""
+
+    @torch.no_grad()
+    def step(self):
+        *_, tables = self.param_groups
+        for table in tables["params"]:
+            if table.grad is None:  # without n-grams it is empty
+                continue
+            rows, values = self.looked_up(table.grad)
+            if not self.state[table]:  # Adam's code asks for a step when a state is loaded
+                self.state[table] = {"step": torch.zeros(()), "sum": torch.full_like(table[:, 0], 1e-12)}
+            total = self.state[table]["sum"]
+            total.index_add_(0, rows, values.square().mean(1))
+            table.index_add_(0, rows, values * total[rows, None].rsqrt(), alpha=-tables["lr"])
+            table.grad = None  # Adam passes it over
+        super().step()
+
+    @staticmethod
+    def looked_up(grad):
+        """The rows (N,) that a gradient is about and its values there (N, C)."""
+        if grad.is_sparse:
+            grad = grad.coalesce()
+            return grad.indices()[0], grad.values()
+        return torch.arange(len(grad), device=grad.device), grad
+
+
 def make_optimizers(model, config, run):
-    """Muon for the blocks' matrices, Adam for the rest; every parameter is in exactly one."""
+    """Muon for the blocks' matrices, row-wise Adagrad for the n-gram tables, Adam for the rest; every parameter is in
+    exactly one."""
     hidden, rest = [], []
     for name, p in model.named_parameters():
-        (hidden if "blocks" in name and p.dim() == 2 else rest).append(p)
+        if "blocks" in name and p.dim() == 2:
+            hidden.append(p)
+        elif "ngrams" not in name:
+            rest.append(p)
     muon = Muon(hidden, config.momentum, run.rank, run.world, PRECISIONS[run.precision])
-    return muon, torch.optim.Adam(rest, lr=config.adam_lr, betas=(0.9, 0.95), fused=True)
+    groups = [{"params": rest, "peak": config.adam_lr},
+              {"params": list(model.embed_ngrams.parameters()), "peak": config.table_lr}]
+    return muon, AdamWithTables(groups, betas=(0.9, 0.95), fused=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -674,15 +709,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens in, logits of the next token out. The last 2, 3 .. tokens have embeddings of their own, hashed."""
+    """Tokens in, logits of the next token out. The last 2, 3 .. tokens have embeddings of their own, hashed.
 
-    def __init__(self, config, meta):
+    sparse: gradients of their tables hold the rows that were looked up alone; several processes add up dense ones.
+    """
+
+    def __init__(self, config, meta, sparse=True):
         super().__init__()
         C, vocab = config.dim, meta["vocab"]
         self.window, self.document_start = config.window, meta["document_start"]
-        self.grams, self.head_dim, self.mask_cache = config.grams, config.head_dim, {}
+        self.orders, self.grams = config.orders, config.grams
+        self.head_dim, self.mask_cache = config.head_dim, {}
         self.embed = nn.Embedding(vocab, C)
-        self.embed_grams = nn.ModuleList(nn.Embedding(self.grams, C) for _ in range(1, config.orders))
+        self.embed_ngrams = nn.EmbeddingBag((self.orders - 1) * self.grams, C, mode="sum", sparse=sparse)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Linear(C, vocab)
 
@@ -690,10 +729,13 @@ class GPT(nn.Module):
         """Embeddings (B, T - start, C) of the places of tokens (B, T) from start on."""
         code = tokens[:, start:]
         x = self.embed(code)
-        for n, table in enumerate(self.embed_grams, 1):
+        rows = []
+        for n in range(1, self.orders):
             earlier = F.pad(tokens, (n, 0))[:, start:tokens.size(1)]  # the token n places before
             code = (code * 0x5BD1E995 + earlier) % 0x7FFFFFFF  # hash of the last n + 1 tokens
-            x = x + table(code % self.grams)
+            rows.append((n - 1) * self.grams + code % self.grams)
+        if rows:
+            x = x + self.embed_ngrams(torch.stack(rows, -1).flatten(0, 1)).view_as(x)
         return x
 
     def mask_mod(self, doc_ids, b, q, k):
@@ -739,7 +781,7 @@ class GPT(nn.Module):
 
 def init_weights(model):
     for name, p in model.named_parameters():
-        if "proj" in name or "down" in name or "head" in name or "gram" in name:
+        if "proj" in name or "down" in name or "head" in name or "ngrams" in name:
             nn.init.zeros_(p)
         elif "embed" in name:
             nn.init.normal_(p)
@@ -769,7 +811,8 @@ def train_step(step, inputs, targets, model, muon, adam, config, run):
     sum_gradients(adam, run.world)
     factor = schedule(step, config)
     muon.step(config.muon_lr * factor)
-    adam.param_groups[0]["lr"] = config.adam_lr * factor
+    for group in adam.param_groups:
+        group["lr"] = group["peak"] * factor
     adam.step()
     model.zero_grad(set_to_none=True)
     return total
@@ -969,7 +1012,7 @@ def main(argv):
     rows = min(config.micro_batch, config.batch // run.world)
     run.choose_precision(rows * config.context, config.dim, config.mlp_ratio * config.dim)
     torch.manual_seed(config.seed)
-    model = GPT(config, meta).to(run.device)
+    model = GPT(config, meta, sparse=run.world == 1).to(run.device)
     init_weights(model)
     if run.device.type == "cuda":  # block by block: all are one graph, made in seconds
         for block in model.blocks:

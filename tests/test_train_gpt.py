@@ -184,9 +184,30 @@ def test_gpu_model_on_the_meta_device():
 
 def test_every_parameter_has_one_optimizer(model):
     muon, adam = train_gpt.make_optimizers(model, small_config(), runs.fake_run())
-    taken = [p for params, _ in muon.stacks for p in params] + adam.param_groups[0]["params"]
+    taken = [p for params, _ in muon.stacks for p in params] + [p for group in adam.param_groups for p in group["params"]]
     assert len(taken) == len({id(p) for p in taken}) == len(list(model.parameters()))
     assert all(p.dim() == 2 for params, _ in muon.stacks for p in params)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_tables_move_by_row_wise_adagrad(sparse):
+    """Each row that was looked up moves by lr times its gradient over the root of the sum of its mean squares."""
+    table = torch.nn.EmbeddingBag(6, 4, mode="sum", sparse=sparse)
+    other = torch.nn.Parameter(torch.ones(3))
+    adam = train_gpt.AdamWithTables([{"params": [other], "lr": 0.1}, {"params": [table.weight], "lr": 0.5}])
+    rng = torch.Generator().manual_seed(0)
+    weight, total = table.weight.detach().clone(), torch.zeros(6)
+    for step in range(3):
+        rows = torch.randint(4, (5, 2), generator=rng)  # the last two are never seen
+        slope = torch.randn(5, 4, generator=rng)
+        grad = torch.zeros(6, 4).index_add(0, rows.flatten(), slope.repeat_interleave(2, 0))
+        total += grad.square().mean(1)
+        weight -= 0.5 * grad / total.clamp(min=1e-12).sqrt()[:, None]
+        ((table(rows) * slope).sum() + other.sum()).backward()
+        adam.step()
+        adam.zero_grad()
+        assert torch.allclose(table.weight, weight, atol=1e-5)
+        assert torch.allclose(other, torch.full((3,), 1 - 0.1 * (step + 1)), atol=1e-5)  # Adam's first steps are of lr
 
 
 # ------------------------------------------------------------------------------------------------------------
