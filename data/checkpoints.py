@@ -68,7 +68,9 @@ def fetch(script, path):
 def read_checkpoint(script, path, config, given=()):
     """Weights that a run of a script (a module) saved, and config with the architecture that they are for.
 
-    given: fields of config that were asked for. Raises script.Fault for what cannot be read, or is of other fields.
+    given: fields of config that were asked for. Where they are those of a command line, {field: text}, and name no
+    track, config becomes that of the checkpoint's track, whatever the machine's default. Raises script.Fault for what
+    cannot be read, or is of other fields.
     """
     file_path = fetch(script, path)
     try:
@@ -79,6 +81,9 @@ def read_checkpoint(script, path, config, given=()):
             weights = {name: file.get_tensor(name).float() for name in file.keys()}
     except Exception as error:  # safetensors raises its own kinds
         raise script.Fault(f"{path} is not a checkpoint of this script ({type(error).__name__}: {error})") from None
+    if isinstance(given, dict) and "track" not in given and saved.get("track") in script.CONFIGS:
+        words = {"track": saved["track"], **given}
+        config, *_ = script.read_options([f"--{key}={text}" for key, text in words.items()])
     for key, value in architecture.items():
         if key in given and getattr(config, key) != value:
             raise script.Fault(f"{path} was trained with --{key}={value}: leave it out, the checkpoint has its own")

@@ -200,6 +200,17 @@ def test_checkpoint_of_another_model(monkeypatch, root, tiny, checkpoint):
     assert untouched(root)
 
 
+def test_the_track_of_a_checkpoint(monkeypatch, checkpoint):
+    """It is what a checkpoint is of, not what the machine would take by default, unless a track is asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for words, track, frozen in (("", "cpu", "scenes64"), ("--track=gpu", "gpu", "scenes128")):
+        config, _, given = train_4m.read_options([*words.split(), "--batch=32", f"--load={checkpoint}"])
+        assert config.track == "gpu"
+        _, config = checkpoints.read_checkpoint(train_4m, checkpoint, config, given)
+        assert config.track == track and config.frozen == f"data/frozen/{frozen}.npz"
+        assert config.batch == 32 and config.dim == DIMS["dim"]
+
+
 def test_not_a_checkpoint(monkeypatch, root, tiny, checkpoint, tmp_path):
     assert "none.safetensors" in fault(monkeypatch, root, *tiny[1], f"--load={tmp_path}/none.safetensors")
     path = tmp_path / "bad.safetensors"
