@@ -41,7 +41,7 @@ def check_batch(script, config, num, what):
 
 def check_scenes(script, config, modalities):
     side = math.isqrt(modalities["rgb"]["length"])
-    make = "python data/scenes.py" if side == 8 else f"python data/scenes.py --size={8 * side} --num=200000"
+    make = "python data/scenes.py" if side == 8 else f"python data/scenes.py --size={8 * side}"
     if "digits" in modalities["rgb"]:
         make = "python data/course.py ROOT"
     names = [m for m in script.MODALITIES if m in modalities]

@@ -5,8 +5,8 @@ scene itself, questions and answers by data/questions.py. Image-like modalities 
 data/tokenizer.py (with questions: as pixels), texts as tokens of its encodings.
 
     python data/scenes.py                            # 20,000 training scenes at 64 px -> data/scenes64/train
-    python data/scenes.py --size=128 --num=200000    # the gpu track's set            -> data/scenes128/train
-    python data/scenes.py --objects [--size=128]     # 20,000 with one object, labels -> data/objects64, data/scenes
+    python data/scenes.py --size=128                 # the gpu tracks' 200,000 -> data/scenes128/train
+    python data/scenes.py --objects [--size=128]     # as many with one object and its label -> data/objects64, data/scenes
     python data/scenes.py --qa                       # the first set's scenes, pixels and questions -> data/qa64
     python data/scenes.py [--objects|--qa] --check   # whether a set is what this machine would make
     python data/scenes.py [--objects|--qa] --preview # a contact sheet      -> samples/{scenes,objects,qa}.png
@@ -360,7 +360,7 @@ def preview(kind, path, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=64, help="picture width and height in pixels, a multiple of 8")
-    parser.add_argument("--num", type=int, default=20000, help="training scenes")
+    parser.add_argument("--num", type=int, help="training scenes; 20,000, and 200,000 from 128 px up")
     parser.add_argument("--seed", type=int, default=1, help="of the training scenes; validation has its own")
     kinds = parser.add_mutually_exclusive_group()
     for option, about in (("objects", "scenes with one object and its class, 64 px"), ("qa", "scenes with questions")):
@@ -370,8 +370,11 @@ def main():
     parser.add_argument("--check", action="store_true", help="see whether a set is what this machine would make")
     arguments = parser.parse_args()
     kind, size = arguments.kind, arguments.size
+    num = arguments.num
+    if num is None:
+        num = 20000 if size < 128 else 200000
     fits = size in (64, 128) if kind == "objects" else size >= 16 and size % 8 == 0
-    if not fits or arguments.num < 1 or not 0 <= arguments.seed < 1 << 20:
+    if not fits or num < 1 or not 0 <= arguments.seed < 1 << 20:
         stop("--size must be a multiple of 8 from 16 up (--objects: 64, 128), --num at least 1, --seed 0 to 2^20 - 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -380,10 +383,10 @@ def main():
         elif arguments.frozen:
             make_frozen(size, device, kind=kind)
         elif arguments.check:
-            print(check_shards(size, arguments.num, arguments.seed, device, kind))
+            print(check_shards(size, num, arguments.seed, device, kind))
         else:
             workers = pool.cores() if device == "cpu" else min(pool.cores(), GPU_WORKERS)
-            make_shards(size, arguments.num, arguments.seed, device, kind, workers)
+            make_shards(size, num, arguments.seed, device, kind, workers)
             if kind == "qa":
                 report_questions(ROOT / f"qa{size}" / "train")
             if kind == "objects" and size == 64:

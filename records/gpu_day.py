@@ -56,8 +56,8 @@ def stages(out, gpus, tiny):
     if not tiny:
         plan += [Stage("kernels", python("-m", "pytest", "-q", "tests/test_kernels.py"), 60),
                  Stage("checks", python("-m", "pytest", "-q", "tests/test_cuda.py"), 300),
-                 Stage("data-4m", python("data/scenes.py", "--size=128", "--num=200000"), 240),
-                 Stage("data-objects", python("data/scenes.py", "--objects", "--size=128", "--num=200000"), 120),
+                 Stage("data-4m", python("data/scenes.py", "--size=128"), 240),
+                 Stage("data-objects", python("data/scenes.py", "--objects", "--size=128"), 120),
                  Stage("data-vlm", python("data/scenes.py", "--qa", "--num=200000"), 120),
                  Stage("data-noise", python("records/gpu_day.py", "--noise"), 10)]
     for task in tasks:

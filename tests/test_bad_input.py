@@ -151,7 +151,7 @@ def test_missing_shards_name_the_command(monkeypatch, root, tiny):
     assert "no training data in" in found and "our own is made with `python data/scenes.py`" in found
     frozen = ["--frozen=data/frozen/scenes128.npz", "--frozen_masks=data/frozen/eval_4m_128.npz"]
     found = fault(monkeypatch, root, "--data=data/nowhere", *frozen)
-    assert "`python data/scenes.py --size=128 --num=200000`" in found and untouched(root)
+    assert "`python data/scenes.py --size=128`" in found and untouched(root)
 
 
 def test_batch_larger_than_the_data(monkeypatch, root, tiny):

@@ -338,6 +338,7 @@ def test_missing_digits_name_their_script(tmp_path, monkeypatch):
     ("gpt cpu --data=mnist14", "mnist"), ("maskgit cpu --data=data/mnist14/train", "mnist"),
     ("flow gpu --data=data/mnist/train", "mnist"), ("vlm cpu --data=data/easy_vqa/train", "easy_vqa"),
     ("gpt cpu --data=scenes", "scenes --objects"), ("flow cpu --data=data/here/train", ""),
+    ("4m gpu-l", "scenes --size=128"), ("flow gpu", "scenes --objects --size=128"),
     ("flow cpu --data=/elsewhere/mnist/train", ""), ("gpt cpu --data=mine", "")])
 def test_run_sh_makes_the_set_that_is_asked_for(tmp_path, words, script):
     text = (ROOT / "run.sh").read_text()

@@ -321,6 +321,18 @@ def test_command_line_refuses(argument, monkeypatch):
     assert "\n" not in stopped.value.code
 
 
+@pytest.mark.parametrize("words, num", [("", 20000), ("--size=128", 200000), ("--objects --size=128", 200000),
+                                        ("--size=128 --num=7", 7)])
+def test_the_gpu_tracks_take_more_scenes(words, num, monkeypatch):
+    """By default, so that every hint to make a set again makes the one that the track is about."""
+    made = []
+    monkeypatch.setattr(maker, "make_shards", lambda size, num, *_: made.append(num))
+    monkeypatch.setattr(maker, "write_stream", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["scenes.py", *words.split()])
+    maker.main()
+    assert made == [num]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Frozen validation sets
 
