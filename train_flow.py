@@ -88,7 +88,7 @@ class Options:
 CONFIGS = {
     "cpu": Config(),
     "gpu": Config(track="gpu", data="data/objects128/train", pixels="pixels64", frozen="data/frozen/objects128.npz",
-                  dim=384, depth=8, num_steps=4000, batch=256),
+                  dim=384, depth=8, num_steps=4000, batch=256, target=0.0, eval_every=250),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "patch")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0

@@ -84,7 +84,7 @@ CONFIGS = {
     # the course's size on pictures of 256 tokens
     "gpu": Config(track="gpu", data="data/objects128/train", frozen="data/frozen/objects128.npz",
                   frozen_masks="data/frozen/eval_maskgit_128.npz", dim=512, head_dim=64, depth=8, batch=256,
-                  num_steps=4000, adam_lr=0.005, target=0.0),
+                  num_steps=4000, adam_lr=0.005, target=0.0, eval_every=250),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0

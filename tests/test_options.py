@@ -1,4 +1,5 @@
 """Any combination of options either runs two steps or ends with one sentence, before anything is trained or written."""
+import ast
 import dataclasses
 import importlib
 
@@ -7,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import test_resume
+from runs import ROOT
 from test_resume import MODULES, arguments
 
 tiny_4m, tiny_flow, tiny_gpt = test_resume.tiny_4m, test_resume.tiny_flow, test_resume.tiny_gpt
@@ -15,6 +17,15 @@ tiny_maskgit, tiny_vlm, frozen = test_resume.tiny_maskgit, test_resume.tiny_vlm,
 FIXED = {"track", "data", "frozen", "frozen_masks", "frozen_draws", "pixels", "num_steps", "precision", "load", "save",
          "resume", "log_to", "draft", "chat", "vit", "lm", "reflow", "shard", "target", "save_every", "prompt"}
 INTS, FLOATS = (-1, 0, 1, 2, 3, 5, 8, 16, 64, 10 ** 9), (-1.0, 0.0, 0.001, 0.5, 0.95, 1.0, 7.0, 1e30, float("inf"))
+
+
+@pytest.mark.parametrize("task", MODULES)
+def test_no_track_inherits_a_target(task):
+    """Opening the cpu track, whose numbers are the defaults, must not open another one."""
+    tree = ast.parse((ROOT / f"train_{task}.py").read_text())
+    configs, = (node.value for node in tree.body if ast.unparse(node).startswith("CONFIGS ="))
+    for name, config in zip(configs.keys, configs.values):
+        assert name.value == "cpu" or {"target", "eval_every"} <= {field.arg for field in config.keywords}
 
 
 def overrides(task):
