@@ -1255,15 +1255,18 @@ def main(argv):
         arrays, run.data_sha256 = read_shards(config, modalities)
     run.choose_precision(config.batch // run.world * config.budget // 2, config.dim, config.mlp_ratio * config.dim)
     torch.manual_seed(config.seed)
-    model = Nano4M(config, layout).to(run.device)
-    init_weights(model)
+    with torch.device("meta" if config.shard else "cpu"):
+        model = Nano4M(config, layout)
     if run.device.type == "cuda":  # block by block and for any lengths: few graphs, made in half a minute
         torch.fx.experimental._config.use_duck_shape = False  # or lengths that happen to be equal have to stay so
         for block in (*model.encoder, *model.decoder):
             block.compile(fullgraph=True, dynamic=True)
     if config.shard:
         blocks = (*model.encoder, model.local, *model.decoder, model.mix)
-        import_ours("sharding").shard_blocks(model, blocks, run.world, run.device, PRECISIONS[run.precision])
+        dtype = PRECISIONS[run.precision]
+        import_ours("sharding").shard_blocks(model, blocks, run.world, run.device, dtype, init_weights)
+    else:
+        init_weights(model.to(run.device))
     run.prepare(model, layout=layout, tokens=val_tokens)
     val_tokens, val_roles = val_tokens.to(run.device), val_roles.to(run.device)
 
@@ -1301,10 +1304,11 @@ def main(argv):
         if run.saver:
             run.saver.after_step(model, muon, adam, loader)
 
-    if config.shard:  # whole again: samples are drawn by rank 0 alone
+    if config.shard:
         weights = import_ours("sharding").whole_weights(model)
-        model = Nano4M(config, layout).to(run.device)
-        model.load_state_dict(weights)
+        if run.rank == 0:  # which draws the samples
+            model = Nano4M(config, layout).to(run.device)
+            model.load_state_dict(weights)
     run.result(model, digest, numbers)
     run.show(model)
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
+ON_RANK_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
 COUNTERS = ("step", "tokens", "flops", "seconds")  # of a Run
 MAY_CHANGE = {"num_steps", "eval_every", "target", "shard"}  # fields of Config that a resumed run may have another of
 
@@ -148,7 +149,7 @@ class Saver:
         with run.paused():
             counters = {name: getattr(run, name) for name in COUNTERS}
             state = {"config": vars(run.config), "data_sha256": run.data_sha256, "counters": counters,
-                     "model": get_model_state_dict(model, options=FULL_STATE), "adam": adam.state_dict(),
+                     "model": get_model_state_dict(model, options=ON_RANK_0), "adam": adam.state_dict(),
                      "muon": muon.momentum_buffers() if muon else [], "loader": loader.state_dict()}
             path = run.script.ROOT / (run.options.resume or f"checkpoints/{run.run_id}.state.pt")
             problem = write_safely(path, torch.save, state) if run.rank == 0 else ""

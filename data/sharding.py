@@ -1,12 +1,16 @@
 """FSDP2 for train_4m.py --shard=true: weights, gradients and momentum of the blocks divided among the processes."""
+import types
+
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard_blocks(model, blocks, world, device, dtype):
-    """Divide the weights of the blocks by rows among the ranks; FSDP2 gathers a block while it is computed.
+def shard_blocks(model, blocks, world, device, dtype, init_weights):
+    """Divide the blocks of a model on the meta device by rows among the ranks, and only then give it weights, which no
+    process ever holds all of. FSDP2 gathers a block while it is computed.
 
     What is outside of them, embeddings and heads, stays whole: it is a few percent. Gradients are summed, not averaged.
     """
@@ -20,11 +24,24 @@ def shard_blocks(model, blocks, world, device, dtype):
         block.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params={p for p in model.parameters() if p not in inside})
     register_fsdp_forward_method(model, "hidden")
+    model.to_empty(device=device)
+    init_weights(types.SimpleNamespace(named_parameters=lambda: whole_parameters(model, device)))
+
+
+@torch.no_grad()
+def whole_parameters(model, device):
+    """A model's named_parameters, each one whole: once it has its values this rank keeps its rows of it."""
+    for name, p in model.named_parameters():
+        whole = torch.empty(p.shape, device=device)
+        yield name, whole
+        if isinstance(p, DTensor):
+            whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # all ranks drew the same
+        p.copy_(whole)
 
 
 def whole_weights(model):
-    """The weights of a divided model, whole on every rank."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    """The weights of a divided model, whole on rank 0's CPU; {} on others."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def sharded(Muon, orthogonalise):

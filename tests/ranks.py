@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoints
+import sharding
 import train_4m
 
 
@@ -57,18 +58,46 @@ def break_compiler(script):
 def compile_divided_blocks(script):
     """Have train_4m.py compile its blocks as on CUDA, but with torch's eager backend, before they are divided; how many
     graphs there are at the end in a file."""
-    init, result = script.init_weights, script.Run.result
+    result = script.Run.result
 
-    def init_and_compile(model):
-        init(model)
-        for block in (*model.encoder, *model.decoder):
-            block.compile(fullgraph=True, dynamic=True, backend="eager")
+    class Compiled(script.Nano4M):
+        def __init__(self, config, layout):
+            super().__init__(config, layout)
+            for block in (*self.encoder, *self.decoder):
+                block.compile(fullgraph=True, dynamic=True, backend="eager")
 
     def count(run, *rest):
         found = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         (script.ROOT / f"graphs{run.rank}.txt").write_text(str(found))
         result(run, *rest)
-    script.init_weights, script.Run.result = init_and_compile, count
+    script.Nano4M, script.Run.result = Compiled, count
+
+
+def seed_weights(script):
+    """Have a script draw the same weights whatever was drawn before: a divided model is made without draws."""
+    init = script.init_weights
+
+    def seeded(model):
+        torch.manual_seed(0)
+        init(model)
+    script.init_weights = seeded
+
+
+def divided_weights(path):
+    """Divide a small model among the ranks: how many weights each holds, and what it has of them all, in files."""
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    config = train_4m.Config(dim=64, head_dim=32, enc_depth=2, dec_depth=2)
+    layout = train_4m.Layout(train_4m.read_frozen(config)[2])
+    with torch.device("meta"):
+        model = train_4m.Nano4M(config, layout)
+    blocks = (*model.encoder, model.local, *model.decoder, model.mix)
+    torch.manual_seed(0)
+    sharding.shard_blocks(model, blocks, world, torch.device("cpu"), torch.float32, train_4m.init_weights)
+    own = sum(p.to_local().numel() for block in blocks for p in block.parameters())
+    torch.save((own, sharding.whole_weights(model)), f"{path}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def muon_steps(path):

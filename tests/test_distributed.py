@@ -52,8 +52,8 @@ def test_a_divided_model_is_the_same_run(tiny, tmp_path):
     """--shard=true on two processes against one process with the whole model, and its state resumed by that one."""
     argv = [*SMALL, *tiny[1], "--enc_depth=2", "--dec_depth=2", "--num_steps=20", "--eval_every=10"]
     roots = [make_root(tmp_path / name) for name in ("whole", "divided")]
-    worlds = [runs.start("4m", argv, roots[0]),
-              runs.start("4m", [*argv, "--shard=true", "--save_every=10"], roots[1], 2)]
+    worlds = [runs.start("4m", argv, roots[0], spy=ranks.seed_weights),
+              runs.start("4m", [*argv, "--shard=true", "--save_every=10"], roots[1], 2, ranks.seed_weights)]
     (whole,), (divided,) = (runs.footers(root) for world, root in zip(worlds, roots) if world.succeed())
     assert divided["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-4)
     assert divided["parameters"] == whole["parameters"] and divided["world_size"] == 2
@@ -62,6 +62,23 @@ def test_a_divided_model_is_the_same_run(tiny, tmp_path):
     runs.run("4m", [*argv, f"--resume={state}"], make_root(tmp_path / "resumed"))
     again, = runs.footers(tmp_path / "resumed")
     assert again["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-4)
+
+
+def test_no_process_holds_a_divided_model(layout, tmp_path):
+    """The weights are those of a whole model, also where rows do not divide evenly; all of them are on rank 0 alone."""
+    config = train_4m.Config(dim=64, head_dim=32, enc_depth=2, dec_depth=2)
+    model = train_4m.Nano4M(config, layout)
+    torch.manual_seed(0)
+    train_4m.init_weights(model)
+    blocks = (*model.encoder, model.local, *model.decoder, model.mix)
+    hidden = sum(p.numel() for block in blocks for p in block.parameters())
+    runs.World(ranks.divided_weights, (str(tmp_path / "divided"),), 3).succeed()
+    found = [torch.load(tmp_path / f"divided.{rank}", weights_only=True) for rank in range(3)]
+    assert sum(own for own, _ in found) == hidden and max(own for own, _ in found) < 0.36 * hidden
+    (_, weights), *others = found
+    assert all(rest == {} for _, rest in others) and weights.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert weights[name].equal(value), name
 
 
 def test_dividing_needs_processes(tiny, tmp_path, monkeypatch):
