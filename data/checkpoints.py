@@ -96,7 +96,7 @@ def read_checkpoint(script, path, config, given=()):
 def load_weights(script, model, weights, path):
     """Put the weights of a checkpoint into a model. Raises script.Fault for those of another one."""
     try:
-        model.load_state_dict(weights)
+        set_model_state_dict(model, weights, options=FULL_STATE)
     except RuntimeError as error:
         raise script.Fault(f"{path} does not fit this model: {str(error)[:200]}") from None
 

@@ -52,7 +52,7 @@ def test_a_divided_model_is_the_same_run(tiny, tmp_path):
     """--shard=true on two processes against one process with the whole model, and its state resumed by that one."""
     argv = [*SMALL, *tiny[1], "--enc_depth=2", "--dec_depth=2", "--num_steps=20", "--eval_every=10"]
     roots = [make_root(tmp_path / name) for name in ("whole", "divided")]
-    worlds = [runs.start("4m", argv, roots[0], spy=ranks.seed_weights),
+    worlds = [runs.start("4m", [*argv, "--save=true"], roots[0], spy=ranks.seed_weights),
               runs.start("4m", [*argv, "--shard=true", "--save_every=10"], roots[1], 2, ranks.seed_weights)]
     (whole,), (divided,) = (runs.footers(root) for world, root in zip(worlds, roots) if world.succeed())
     assert divided["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-4)
@@ -62,6 +62,9 @@ def test_a_divided_model_is_the_same_run(tiny, tmp_path):
     runs.run("4m", [*argv, f"--resume={state}"], make_root(tmp_path / "resumed"))
     again, = runs.footers(tmp_path / "resumed")
     assert again["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-4)
+    weights, = (roots[0] / "checkpoints").iterdir()
+    runs.run("4m", [*argv, f"--load={weights}", "--num_steps=0", "--shard=true"], roots[1], 2)
+    assert runs.footers(roots[1])[1]["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-3), "in half precision"
 
 
 def test_no_process_holds_a_divided_model(layout, tmp_path):
