@@ -107,9 +107,11 @@ LINKS = ((("rgb",), ("desc", "bbox", "caption")), (("desc",), ("rgb",)), (("capt
          (("rgb",), ("normal", "depth")), (("caption",), ("desc", "bbox")), ((), ("rgb",)), (("rgb",), ("seg", "edge")),
          (("caption",), ("rgb",)), (("rgb",), ("normal", "depth")), None)
 WORD_LINKS = 3
-# 4M's L and XL, for which weights, gradients and momentum are divided among the GPUs
+# 4M's L and XL, for which weights, gradients and momentum are divided among the GPUs; scenes at a time as many as leave
+# dim x blocks x scenes, and with it the memory of activations, what it is for gpu
 for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
-    CONFIGS[name] = dataclasses.replace(CONFIGS["gpu"], track=name, dim=dim, enc_depth=24, dec_depth=24, shard=True)
+    CONFIGS[name] = dataclasses.replace(CONFIGS["gpu"], track=name, dim=dim, enc_depth=24, dec_depth=24, shard=True,
+                                        micro_batch=2 ** 15 // dim, target=0.0)
 ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
     "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96),

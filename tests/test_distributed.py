@@ -50,7 +50,7 @@ def test_muon_is_the_same_on_any_number_of_processes(processes, muon_steps):
 
 def test_a_divided_model_is_the_same_run(tiny, tmp_path):
     """--shard=true on two processes against one process with the whole model, and its state resumed by that one."""
-    argv = [*SMALL, *tiny[1], "--enc_depth=2", "--dec_depth=2", "--num_steps=20", "--eval_every=10"]
+    argv = [*SMALL, *tiny[1], "--enc_depth=2", "--dec_depth=2", "--num_steps=20", "--eval_every=10", "--micro_batch=2"]
     roots = [make_root(tmp_path / name) for name in ("whole", "divided")]
     worlds = [runs.start("4m", [*argv, "--save=true"], roots[0], spy=ranks.seed_weights),
               runs.start("4m", [*argv, "--shard=true", "--save_every=10"], roots[1], 2, ranks.seed_weights)]
@@ -97,6 +97,7 @@ def test_sizes_of_the_gpu_configs(track, millions, layout):
         model = train_4m.Nano4M(config, layout)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
     assert config.track == track and config.shard == (track != "gpu")
+    assert config.micro_batch * config.dim * (config.enc_depth + config.dec_depth) == 256 * 512 * 12
 
 
 # ------------------------------------------------------------------------------------------------------------
