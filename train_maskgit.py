@@ -744,7 +744,9 @@ def init_weights(model):
 
 def masked_nats(model, tokens, labels, masked):
     """Cross-entropy (N,) in nats of the N tokens (B, L) that masked (B, L) marks, given all others and labels (B,)."""
-    return model.nll(model(tokens, labels, masked)[masked], tokens[masked])
+    places = masked.flatten().nonzero()[:, 0]  # the step's one wait for the device, while it has nothing to do yet
+    states = model(tokens, labels, masked).flatten(0, 1).index_select(0, places)
+    return model.nll(states, tokens.flatten()[places])
 
 
 def train_step(step, tokens, labels, rng, model, muon, adam, config, run):
