@@ -3,13 +3,14 @@
 The recipe, written afresh: GPT-2's pre-norm blocks with LayerNorm, GELU and learned positions, without biases; a head
 tied to the embedding; smaller initial weights the more projections add to the residual stream; AdamW, warm-up and a
 cosine down to a tenth of the peak; rows from anywhere in the stream, whose documents see each other.
-nanoGPT's numbers are those of config/train_shakespeare_char.py for the cpu track and those of its GPT-2 (124M) for the
-gpu track. What is different here, and why:
+nanoGPT's numbers for the cpu track are those of config/train_shakespeare_char.py at the size that its README has for a
+CPU, 4 blocks of 4 heads and dim 128 without dropout, and for the gpu track those of its GPT-2 (124M). What is different
+here, and why:
 
     cpu   data      bytes of 42 texts, 4.6 MB, not characters of 1 MB: the track's
-          size      dim 256, not 384: less than half the work per token
-          batch     32 rows, not 64: half the work per step
-          dropout   none, not 0.2: as nanoGPT has it on a CPU; here a text four times as long is read fewer times
+          size      after eight and a half minutes on one core dim 128 and 4 blocks have 1.58 nats, dim 192 and 6 blocks
+                    1.71, dim 256 and 6 blocks with rows of 256 tokens 2.08
+          rows      16 of 128 tokens, not 12 of 64: the validation loss has up to 256 tokens to look back on
     gpu   data      FineWeb, not OpenWebText: the track's
           head      the 50,257 tokens that there are, not filled up to 50,304: the evaluation asks for no others
           steps     20,000, not 600,000: 10 billion tokens and not 300
@@ -59,11 +60,11 @@ class Config:
     seed: int = 0  # of weights, batches and dropout
     data: str = "shakespeare"  # token streams in data/<name>, made by data/<name>.py; scenes: by scenes.py --objects
     # model
-    dim: int = 256  # channels
-    head_dim: int = 64  # channels per attention head
-    depth: int = 6  # blocks
+    dim: int = 128  # channels
+    head_dim: int = 32  # channels per attention head
+    depth: int = 4  # blocks
     mlp_ratio: int = 4  # hidden channels of an MLP per channel
-    context: int = 256  # tokens per row, and positions that there are
+    context: int = 128  # tokens per row, and positions that there are
     dropout: float = 0.0  # share left out of embeddings, attention weights and what a block adds
     init_std: float = 0.02  # of all matrices and embeddings; projections into the residual stream have less
     # optim
@@ -74,14 +75,14 @@ class Config:
     weight_decay: float = 0.1  # of matrices and embeddings, not of gains
     clip: float = 1.0  # norm of the gradient at most
     # schedule
-    num_steps: int = 5000  # training steps
+    num_steps: int = 18000  # training steps
     warmup: int = 100  # of them that the learning rate rises over
-    batch: int = 32  # rows per step, over all processes
+    batch: int = 16  # rows per step, over all processes
     micro_batch: int = 512  # of them that a process computes at a time
     # eval
-    target: float = 0.0  # validation loss to reach; 0: the track has not been opened
+    target: float = 1.5  # validation loss to reach; 0: the track has not been opened
     eval_tokens: int = 327680  # of the validation stream
-    eval_every: int = 500  # steps between evaluations; the clock is paused
+    eval_every: int = 1800  # steps between evaluations; the clock is paused
 
 
 @dataclass
@@ -109,8 +110,9 @@ class Options:
 CONFIGS = {
     "cpu": Config(),
     # GPT-2 (124M): 480 rows of 1,024 tokens, nanoGPT's 0.5M per step, can be divided among 1, 2, 4 and 8 GPUs
-    "gpu": Config(track="gpu", data="fineweb", dim=768, depth=12, context=1024, lr=6e-4, beta2=0.95, num_steps=20000,
-                  warmup=2000, batch=480, micro_batch=30, target=3.28, eval_tokens=10485760, eval_every=1000),
+    "gpu": Config(track="gpu", data="fineweb", dim=768, head_dim=64, depth=12, context=1024, lr=6e-4, beta2=0.95,
+                  num_steps=20000, warmup=2000, batch=480, micro_batch=30, target=3.28, eval_tokens=10485760,
+                  eval_every=1000),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "context")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0

@@ -97,7 +97,7 @@ def test_same_task_as_the_fast_script(track):
 # The recipe
 
 def test_nanogpts_numbers():
-    assert (CPU.depth, CPU.head_dim, CPU.context, CPU.lr, CPU.warmup, CPU.beta2) == (6, 64, 256, 1e-3, 100, 0.99)
+    assert (CPU.depth, CPU.head_dim, CPU.dim, CPU.lr, CPU.warmup, CPU.beta2) == (4, 32, 128, 1e-3, 100, 0.99)
     assert (GPU.dim, GPU.depth, GPU.head_dim, GPU.context) == (768, 12, 64, 1024)
     assert (GPU.lr, GPU.lr * GPU.lr_end, GPU.warmup, GPU.beta2) == (6e-4, pytest.approx(6e-5), 2000, 0.95)
     assert GPU.batch * GPU.context == 491520
@@ -112,7 +112,8 @@ def test_gpus_share_the_batch(world):
 
 
 @pytest.mark.parametrize("config, vocab, millions", [
-    (dataclasses.replace(CPU, dim=384), 65, 10.65),
+    (CPU, 65, 0.80),
+    (dataclasses.replace(CPU, dim=384, head_dim=64, depth=6), 65, 10.65),
     (GPU, 50304, 123.59),
 ])
 def test_size_is_nanogpts(config, vocab, millions):
