@@ -59,7 +59,7 @@ class Config:
     adam_lr: float = 0.05  # of embeddings and head
     table_lr: float = 0.5  # of the n-gram tables
     # schedule
-    num_steps: int = 1200  # training steps
+    num_steps: int = 1800  # training steps
     batch: int = 64  # rows per step, over all processes
     micro_batch: int = 512  # of them that a process computes at a time
     context: int = 64  # tokens per row
@@ -68,7 +68,7 @@ class Config:
     # eval
     target: float = 1.5  # validation loss to reach; 0: the track has not been opened
     eval_tokens: int = 327680  # of the validation stream
-    eval_every: int = 300  # steps between evaluations; the clock is paused
+    eval_every: int = 450  # steps between evaluations; the clock is paused
 
 
 @dataclass
