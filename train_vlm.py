@@ -490,8 +490,9 @@ class Loader:
     """Endless steps of shuffled conversations, packed into rows without padding between them, the same on every rank.
 
     A step is a dict: tokens (rows, T), IMAGE where a picture's tokens go and the pad at a row's end; answer (rows, T);
-    document (rows, T), which conversation of the step a token belongs to; pixels (n, 3, S, S) in reading order; and of
-    all ranks together how many answer tokens and pictures it has.
+    document (rows, T), which conversation of the step a token belongs to; places (m,) of answer tokens in all rows, one
+    after another; pixels (n, 3, S, S) in reading order; and of all ranks together how many answer tokens and pictures
+    it has. The CPU puts rows together, so that no step has to wait for a GPU to say how many of what there are.
     """
 
     def __init__(self, pixels, tokens, answer, pad, config, run):
@@ -500,8 +501,9 @@ class Loader:
         self.pad, self.device = pad, run.device
         image_tokens = self.lengths[0] - int((tokens[0] != pad).sum())
         self.pixels = pixels.to(run.device)
-        self.tokens = F.pad(tokens, (image_tokens, 0), value=IMAGE).to(run.device)
-        self.answer = F.pad(answer, (image_tokens, 0)).to(run.device)
+        self.tokens = F.pad(tokens, (image_tokens, 0), value=IMAGE).numpy()
+        self.answer = F.pad(answer, (image_tokens, 0)).numpy()
+        self.answers = (self.answer > 0).sum(1).tolist()
         self.rng = torch.Generator().manual_seed(config.seed)
         self.pending = []  # conversations to come, the next one last
         self.pictures = 0  # so far
@@ -525,28 +527,30 @@ class Loader:
                 start = 0
         return plan
 
-    def fill(self, value, places, values):
-        """Rows (rows, T) of a value, with other values at some places of them."""
-        rows = self.rows.stop - self.rows.start
-        filled = torch.full((rows * self.seq_len,), value, device=self.device)
-        return filled.index_copy_(0, places, values.long()).view(rows, self.seq_len)
+    def send(self, array):
+        """An array on the device; from pinned memory, so that Python goes on meanwhile."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
 
     def __call__(self):
         plan = self.plan()
-        answers = int((self.answer[[chosen for chosen, _, _ in plan]] > 0).sum())
         self.pictures += len(plan)
         own = [step for step in plan if self.rows.start <= step[1] < self.rows.stop]
-        chosen = torch.tensor([chosen for chosen, _, _ in own])
-        starts = torch.tensor([(row - self.rows.start) * self.seq_len + start for _, row, start in own])
-        lengths = torch.tensor([self.lengths[i] for i in chosen.tolist()])
-        document, offset = (torch.arange(int(lengths.max())) < lengths[:, None]).nonzero().to(self.device).unbind(1)
-        chosen = chosen.to(self.device)
-        source = chosen[document]
-        places = starts.to(self.device)[document] + offset
-        return {"tokens": self.fill(self.pad, places, self.tokens[source, offset]),
-                "answer": self.fill(0, places, self.answer[source, offset]),
-                "document": self.fill(-1, places, document),
-                "pixels": self.pixels[chosen], "answers": answers, "pictures": len(plan)}
+        packed = np.empty((3, self.rows.stop - self.rows.start, self.seq_len), np.int64)
+        packed[:] = np.array([self.pad, 0, -1])[:, None, None]
+        for i, (chosen, row, start) in enumerate(own):
+            length = self.lengths[chosen]
+            tokens, answer, document = packed[:, row - self.rows.start, start:start + length]
+            tokens[:] = self.tokens[chosen, :length]
+            answer[:] = self.answer[chosen, :length]
+            document[:] = i
+        tokens, answer, document = self.send(packed)
+        chosen = self.send(np.array([chosen for chosen, _, _ in own]))
+        return {"tokens": tokens, "answer": answer, "document": document,
+                "places": self.send(np.flatnonzero(packed[1])), "pixels": self.pixels[chosen],
+                "answers": sum(self.answers[chosen] for chosen, _, _ in plan), "pictures": len(plan)}
 
     def state_dict(self):
         return {"rng": self.rng.get_state(), "pending": list(self.pending), "pictures": self.pictures}
@@ -867,7 +871,10 @@ class VLM(nn.Module):
     def embed(self, tokens, pixels):
         """Embeddings (B, T, C) of tokens (B, T), the tokens of pixels (n, 3, S, S) in order where they say IMAGE."""
         x = self.lm.embed_tokens(tokens.clamp(min=0))
-        return x.masked_scatter((tokens == IMAGE)[..., None], self.encode_images(pixels).type_as(x))
+        images = self.encode_images(pixels).flatten(0, 1).type_as(x)
+        # as many places as tokens of images: masked_scatter would wait for the device to count them, in its backward
+        places = (tokens == IMAGE).flatten().int().argsort(descending=True, stable=True)[:len(images)]
+        return x.flatten(0, 1).index_copy(0, places, images).view_as(x)
 
     def mask(self, document, image, start=0, mask_cache=None):
         """For attend, of the places from start on of documents (B, T), image (B, T) True at a picture's tokens."""
@@ -905,18 +912,17 @@ def init_weights(model):
 # ------------------------------------------------------------------------------------------------------------
 # Loss
 
-def answer_logits(model, tokens, answer, document, pixels):
-    """Logits (n, V) of the n answer tokens that answer (B, T) marks, and these tokens (n,): each is predicted from the
-    place before it."""
-    marked = answer[:, 1:] > 0
-    states = model(tokens, document, pixels)[:, :-1]
-    return model.lm.logits(states[marked]), tokens[:, 1:][marked]
+def answer_logits(model, tokens, places, document, pixels):
+    """Logits (n, V) of the tokens at some places (n,) of tokens (B, T), row after row, and these tokens (n,): each is
+    predicted from the place before it."""
+    states = model(tokens, document, pixels).flatten(0, 1).index_select(0, places - 1)
+    return model.lm.logits(states), tokens.flatten()[places]
 
 
 def train_step(step, batch, model, muon, adam, config, run):
     """One step on this rank's rows: its part of the loss."""
     with run.autocast():
-        logits, truth = answer_logits(model, batch["tokens"], batch["answer"], batch["document"], batch["pixels"])
+        logits, truth = answer_logits(model, batch["tokens"], batch["places"], batch["document"], batch["pixels"])
         loss = F.cross_entropy(logits, truth, reduction="sum") / batch["answers"]
     loss.backward()
     sum_gradients(adam, run.world)

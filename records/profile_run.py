@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from rules import ROOT
 
-SYNCS = ("aten::_local_scalar_dense", "aten::nonzero")  # what item(), bool() and boolean indexing come down to
+# what item(), bool() and boolean indexing come down to, and masked_scatter in its backward
+SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 LAUNCH = re.compile(r"^(cuda|cu)(LaunchKernel|GraphLaunch)")
 WARM = 5  # steps before those that are measured
 sys.path.insert(0, str(ROOT / "data"))

@@ -212,7 +212,7 @@ def test_a_packed_conversation_is_alone(model, frozen):
     """Its loss is that of the conversation by itself, whatever stands beside it in the row."""
     batch, pad = make_loader(frozen)(), frozen[4]["pad"]
     with torch.no_grad():
-        parts = (batch["tokens"], batch["answer"], batch["document"], batch["pixels"])
+        parts = (batch["tokens"], batch["places"], batch["document"], batch["pixels"])
         logits, truth = train_vlm.answer_logits(model, *parts)
         packed, alone = F.cross_entropy(logits, truth, reduction="none"), []
         for tokens, answer, picture in conversations(batch, pad):
