@@ -9,10 +9,12 @@ import shutil
 import signal
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -180,6 +182,24 @@ def test_gpu_model_on_the_meta_device():
     assert logits.shape == (2, 1024, 50257) and mask.shape == (2, 1, 1024, 1024)
     hidden = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     assert hidden == 12 * 12 * 768 ** 2
+
+
+def test_columns_that_fill_up_the_head_change_nothing():
+    """On CUDA, which a tensor here pretends to be on, logits are of a whole number of 128 columns, the last ones cut."""
+    on_gpu = type("OnGpu", (torch.Tensor,), {"is_cuda": True})
+    y = torch.randn(2, 5, DIMS["dim"], generator=torch.Generator().manual_seed(0))
+    for vocab, columns in ((200, 256), (256, 256)):
+        model, grads = small_model({**META, "vocab": vocab}), []
+        for states in (y, y.as_subclass(on_gpu)):
+            logits = model.logits(states).as_subclass(torch.Tensor)
+            found, = torch.autograd.grad(logits.square().sum(), model.head.weight)
+            grads.append((logits, found))
+        (plain, expected), (padded, found) = grads
+        assert plain.shape == padded.shape == (2, 5, vocab)
+        assert torch.allclose(plain, padded, atol=1e-5) and torch.allclose(expected, found, atol=1e-4)
+        with mock.patch.object(train_gpt.F, "linear", side_effect=F.linear) as linear:
+            model.logits(y.as_subclass(on_gpu))
+        assert linear.call_args[0][1].shape[0] == columns
 
 
 def test_every_parameter_has_one_optimizer(model):
