@@ -134,7 +134,7 @@ def check_config(config, run, layout, valid_scenes):
         raise Fault(f"--image_targets={config.image_targets}, --text_targets={config.text_targets}: a scene has places "
                     f"for {images} and {texts}")
     if config.shard and run.world == 1:
-        raise Fault("--shard=true divides the model among processes: start several with torchrun")
+        raise Fault("--shard=true divides the model among processes: start several with torchrun, or --shard=false")
     if config.shard and -(-valid_scenes // EVAL_BATCH) % run.world:
         raise Fault(f"--shard=true needs as many evaluation batches on every process: {run.world} processes cannot "
                     f"share {valid_scenes} scenes in batches of {EVAL_BATCH} evenly")
