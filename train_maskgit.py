@@ -489,7 +489,7 @@ POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.772
 
 
 def orthogonalise(G, dtype=torch.bfloat16):
-    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; computed in dtype."""
+    """The nearest semi-orthogonal matrices of a stack (K, rows, columns), roughly; computed and given in dtype."""
     tall = G.size(1) > G.size(2)
     X = G.to(dtype)
     X = X.mT if tall else X
@@ -497,7 +497,7 @@ def orthogonalise(G, dtype=torch.bfloat16):
     for a, b, c in POLAR:
         A = X @ X.mT
         X = a * X + (b * A + c * (A @ A.mT)) @ X  # A is symmetric
-    return (X.mT if tall else X).to(G.dtype)
+    return X.mT if tall else X
 
 
 class Muon:
@@ -549,7 +549,8 @@ class Muon:
             if handle:
                 handle.wait()
             rows, columns = params[0].shape
-            torch._foreach_add_(params, list(update[:len(params)].unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+            update = update[:len(params)].float()  # only now: in bfloat16 it is half as long a message
+            torch._foreach_add_(params, update.unbind(), alpha=-lr * max(1, rows / columns) ** 0.5)
 
     def momentum_buffers(self):
         """The momentum of each stack, gathered: (matrices, rows, columns)."""

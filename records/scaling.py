@@ -31,7 +31,8 @@ from rules import ROOT, parse_log, read_settings
 WORLDS = (1, 2, 3, 4)  # processes
 # a batch that all of WORLDS divide; no word steps, which would be all that a short run has
 ARGV = ["--track=cpu", "--batch=48", "--quality_scenes=0", "--word_steps=0"]
-FLOAT = 4  # bytes; all messages are float32
+FLOAT = 4  # bytes; all messages are float32 but Muon's updates
+UPDATE = {"fp32": FLOAT, "bf16": 2}  # of these, by precision
 REPLICATED = {"loader": "the loader's global batch", "masking": "its inputs and targets",
               "adam": "Adam of embeddings and heads"}
 # One H200 and its neighbours as the maker's data sheets have them, per direction; `reached` is a guess.
@@ -59,7 +60,7 @@ def share(count, world):
     """How many of `count` matrices of one shape each process orthogonalises; zeros fill up what is left."""
     return -(-count // world)
 
-def volume(world, stacks, rest, sharded):
+def volume(world, stacks, rest, sharded, precision="fp32"):
     """Bytes that a process sends in a step, by what they are.
 
     In a ring it passes on (w-1)/w of a message, twice for all_reduce. sharded: the gradients of Muon's matrices are
@@ -70,7 +71,7 @@ def volume(world, stacks, rest, sharded):
     padded = sum(share(count, world) * world * size[shape] for shape, count in stacks.items())
     plain = sum(count * size[shape] for shape, count in stacks.items())
     return {"gradients of Muon's matrices": ring * padded if sharded else 2 * ring * plain,
-            "their updates": ring * padded, "gradients of the rest": 2 * ring * rest}
+            "their updates": ring * padded * UPDATE[precision] / FLOAT, "gradients of the rest": 2 * ring * rest}
 
 def step_seconds(world, compute, replicated, sent, bandwidth, cores=math.inf):
     """The formula; where processes share cores, each is slower by as many as share one."""
@@ -90,7 +91,7 @@ def project(world, stacks, rest, sharded, flops, places):
     flops: of the global batch without Muon; places: of the global batch, all modalities.
     """
     machines = -(-world // GPU["per_machine"])
-    sent = sum(volume(world, stacks, rest, sharded).values())
+    sent = sum(volume(world, stacks, rest, sharded, "bf16").values())
     # a ring leaves a machine on one card, but there are as many rings as cards, each with its part of the message
     bandwidth = GPU["nvlink"] if machines == 1 else min(GPU["nvlink"], GPU["card"] * GPU["per_machine"])
     return {"sent": sent, "compute": (flops / world + polar_flops(stacks, world)) / (GPU["flops"] * GPU["reached"]),
@@ -175,7 +176,8 @@ def measure(folder, world, threads, argv):
     if log["footer"]["world_size"] != world:
         raise ValueError(f"{path}: its world_size is {log['footer']['world_size']}, not {world}")
     return {**json.loads(out.read_text()), "world": world, "threads": threads, "step": log["averages"][-1] / 1000,
-            "torch": read_settings(log)["torch"], "hardware": str(log["footer"]["hardware"]).partition(" cores of ")[2]}
+            "torch": read_settings(log)["torch"], "precision": log["footer"]["precision"],
+            "hardware": str(log["footer"]["hardware"]).partition(" cores of ")[2]}
 
 def make_folder(folder, scenes):
     """A folder with the script, its data scripts and so many training scenes: seconds that making these took."""
@@ -205,7 +207,8 @@ def fit(runs, stacks, rest, sharded, cores):
     """The formula's constants from the runs {(processes, threads): [measure's results]}."""
     replicated = {name: median(runs[1, 1], part(name)) for name in REPLICATED}
     compute = median(runs[1, 1], lambda run: run["step"]) - sum(replicated.values())
-    sent = {world: sum(volume(world, stacks, rest, sharded).values()) for world in WORLDS}
+    precision = runs[1, 1][0]["precision"]
+    sent = {world: sum(volume(world, stacks, rest, sharded, precision).values()) for world in WORLDS}
     bandwidth = sent[2] / median(runs[2, 1], part("messages"))
     line = {world: step_seconds(world, compute, sum(replicated.values()), sent[world], bandwidth, cores)
             for world in WORLDS}
@@ -272,8 +275,8 @@ loader gives {loader_rate:,.0f} rows a second, and training takes {train_rate:.0
 - replicated, {replicated:.1f} ms: what each process does in full: {parts}.
 - sent(w), the bytes a process passes on, for P_m = {matrices:,} float32 parameters in Muon's matrices and
   P_a = {rest:,} others: {reduced}, all_gather of their updates
-  (w-1)/w 4 P_m, all_reduce of the other gradients 2 (w-1)/w 4 P_a. Matrices of one shape are divided among the
-  processes; where that leaves a remainder, zeros fill it up.
+  (w-1)/w 4 P_m, half of that in bfloat16, all_reduce of the other gradients 2 (w-1)/w 4 P_a. Matrices of one shape are
+  divided among the processes; where that leaves a remainder, zeros fill it up.
 - bandwidth, {bandwidth:.2f} GB/s: sent(2) over the time that two processes spent on messages, waiting included.
 
 Compute and replicated come from one process with one thread, the bandwidth from two; the other rows test the formula.

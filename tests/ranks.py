@@ -100,7 +100,7 @@ def divided_weights(path):
     dist.destroy_process_group()
 
 
-def muon_steps(path):
+def muon_steps(path, dtype=torch.float32):
     """Four steps of Muon and Adam on made-up gradients, which the ranks share; the parameters and momenta in a file."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
@@ -109,12 +109,12 @@ def muon_steps(path):
     shapes = [(24, 8)] * 5 + [(8, 8)] * 2 + [(8, 24)]  # uneven among 2, 3 or 4 ranks
     params = [torch.nn.Parameter(torch.randn(shape, generator=rng)) for shape in shapes]
     rest = [torch.nn.Parameter(torch.randn(7, generator=rng)) for _ in range(2)]
-    muon = train_4m.Muon(params, 0.9, rank, world, torch.float32)
+    muon = train_4m.Muon(params, 0.9, rank, world, dtype)
     adam = torch.optim.Adam(rest, lr=0.1)
     for step in range(4):
         if step == 2 and world > 1:  # a state goes through any number of ranks
             kept = muon.momentum_buffers()
-            muon = train_4m.Muon(params, 0.9, rank, world, torch.float32)
+            muon = train_4m.Muon(params, 0.9, rank, world, dtype)
             checkpoints.load_momentum(muon, kept)
         for i, p in enumerate((*params, *rest)):
             whole = torch.randn(p.shape, generator=rng)

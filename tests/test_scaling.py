@@ -15,6 +15,7 @@ def test_volume_by_hand():
     # two processes: the stack of three is filled up to four, that of one to two
     assert list(scaling.volume(2, stacks, 10, True).values()) == [0.5 * 4 * 56, 0.5 * 4 * 56, 4 * 10]
     assert list(scaling.volume(2, stacks, 10, False).values()) == [4 * 34, 0.5 * 4 * 56, 4 * 10]
+    assert scaling.volume(2, stacks, 10, True, "bf16")["their updates"] == 0.5 * 2 * 56
     for sharded in (False, True):  # large worlds, no remainder: (w-1)/w of it all, two or three times
         many = scaling.volume(4, {(2, 3): 4}, 0, sharded)
         assert sum(many.values()) == 0.75 * 4 * 24 * (2 if sharded else 3)
@@ -76,8 +77,9 @@ def test_failed_run(tmp_path):
 def test_report(tmp_path):
     def run(world, step):
         seconds = {"loader": 0.001, "masking": 0.009, "adam": 0.01, **({"messages": 0.05} if world > 1 else {})}
-        return {"world": world, "threads": 1, "step": step, "steps": 40, "torch": "2.13.0", "hardware": "Some CPU",
-                "seconds": seconds, "sent": {"all_reduce": 1e6 * (world - 1)}}
+        return {"world": world, "threads": 1, "step": step, "steps": 40, "torch": "2.13.0",
+                "precision": "bf16", "hardware": "Some CPU", "seconds": seconds,
+                "sent": {"all_reduce": 1e6 * (world - 1)}}
     model = {(10, 10): 4}, 1000, True, 1e9, 1000, 32
     runs = {(world, 1): [run(world, 0.2 / world + 0.02 + k / 1000) for k in range(3)] for world in scaling.WORLDS}
     runs[1, 2] = [run(1, 0.15)]
