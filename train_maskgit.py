@@ -1,5 +1,8 @@
 """MaskGIT: an encoder learns to fill in masked tokens, of pictures of one class or of text, and draws from nothing.
 
+Record: maskgit-cpu, val_loss <= 1.57, quality_class_accuracy >= 0.95, quality_inpainting_accuracy >= 0.9,
+    quality_frechet <= 3.2 in 105.7 s on 1 x 2 cores of AMD EPYC (AVX512-BF16), torch 2.13.0+cpu (n=5).
+
 After MaskGIT (arXiv:2202.04200) and the nanoMaskGIT of EPFL's course COM-304, made fast: Muon, image tokens embedded
 and predicted as two digits, rotary positions of rows and columns, QK-norm, ReLU^2, zero-initialised projections. Times
 against the baseline, record #1, are in records/README.md.
