@@ -1249,6 +1249,8 @@ def main(argv):
     course = None
     if config.track == "course":
         course = import_ours("course_loss").CourseLoss(run)
+    if not STANDALONE:
+        import_ours("checks").check_archives(run.script, config.frozen, config.frozen_masks)
     val_tokens, val_roles, modalities, digest = read_frozen(config)
     layout = Layout(modalities, run.device)
     if config.pads:

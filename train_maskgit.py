@@ -947,6 +947,8 @@ def main(argv):
     if "/" not in config.data:  # token streams in data/<name>; text: in data/shakespeare
         *frozen, modalities, digest = import_ours("text_rows").read_frozen(run.script, config)
     else:
+        if not STANDALONE:
+            import_ours("checks").check_archives(run.script, config.frozen, config.frozen_masks)
         *frozen, modalities, digest = read_frozen(config)
     check_config(config, run, modalities["rgb"]["length"])
     if not STANDALONE:

@@ -1146,6 +1146,8 @@ def main(argv):
         backbones = import_ours("backbones").Backbones(run.script, config)
         config = run.config = backbones.config  # in their sizes
     check_config(config, run)
+    if not STANDALONE:
+        import_ours("checks").check_archives(run.script, config.frozen)
     *frozen, about, digest = read_frozen(config)
     vocab, pad = about["vocab"], about["pad"]
     if config.num_steps:

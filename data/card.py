@@ -13,7 +13,7 @@ import textwrap
 from huggingface_hub import ModelCardData
 from safetensors import safe_open
 
-from shards import ROOT, Fault, first_line
+from shards import ROOT, Fault, check_file, first_line
 
 REPOSITORY = ROOT.parent
 sys.path.append(str(REPOSITORY / "records"))
@@ -63,8 +63,18 @@ In a copy of modded-nano4M, to evaluate it and to draw samples:
 
 
 def build(path, folder, repo="owner/name"):
-    """Write README.md, config.json and pictures for a checkpoint into a folder: the text of README.md."""
+    """Write README.md, config.json and pictures for a checkpoint into a folder: the text of README.md. Raises Fault."""
     about, log, settings = read_run(path)
+    try:
+        return write(about, log, settings, folder, repo)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds: whatever somebody has made of a log
+        raise Fault(f"{log['path']} is damaged ({type(error).__name__}: {first_line(error)})") from None
+
+
+def write(about, log, settings, folder, repo):
+    """What build does, of what read_run has found."""
     footer, run_id = log["footer"], log["path"].stem
     config = {"library_name": "modded-nano4M", **{key: footer[key] for key in ("script", "task", "track")},
               "run_id": run_id, "git": settings.get("git"), "model_sha256": about.get("model_sha256"),
@@ -85,6 +95,7 @@ def build(path, folder, repo="owner/name"):
 def read_run(path):
     """What a checkpoint says of itself, {name: text}, its run's log as rules.parse_log gives it, and the settings."""
     try:
+        check_file(path)
         with safe_open(path, "np") as file:
             about = file.metadata()
         json.loads(about["config"])
@@ -92,12 +103,13 @@ def read_run(path):
         raise Fault(f"{path} is not a checkpoint of ours ({type(error).__name__}: {first_line(error)})") from None
     log_path = REPOSITORY / "logs" / f"{about.get('run_id', path.stem)}.txt"
     try:
+        check_file(log_path)
         log = rules.parse_log(log_path)
         return about, log, rules.read_settings(log)
     except FileNotFoundError:
         raise Fault(f"{path} needs the log of the run that saved it, and there is no {log_path}") from None
-    except ValueError as error:
-        raise Fault(first_line(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise Fault(f"{log_path} cannot be read ({first_line(error)})") from None
 
 
 def command(footer, settings, repo):

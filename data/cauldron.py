@@ -18,47 +18,57 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 from tqdm import tqdm
 
+import parquet_files
 import tokenizer
 from hub import Source, finish, sentences, verified
-from image_files import stretch, to_rgb
-from questions import MOST, encode
+from image_files import open_picture, stretch
+from questions import MOST, encode, text
 from shards import ROOT, Fault, first_line, sha256
 
 VERSION, REPO = 1, "HuggingFaceM4/the_cauldron"
 VALIDATION = 500  # conversations, but no more than half of them
 
 
+def one_line(said):
+    return " ".join((said or "").split())  # a line end would end the turn
+
+
 def rows(paths):
     """The rows of parquet files: (where it is, bytes of its first image file or None, [(question, answer)])."""
-    clean = lambda text: " ".join((text or "").split())  # a line end would end the turn
     for path in paths:
-        try:
-            file, n = pq.ParquetFile(path), 0
-            for batch in file.iter_batches(64, columns=["images", "texts"]):
-                for n, row in enumerate(batch.to_pylist(), n + 1):
-                    picture = (row["images"] or [None])[0]
-                    turns = [(clean(turn["user"]), clean(turn["assistant"])) for turn in row["texts"] or ()]
-                    yield f"row {n} of {path.name}", picture and picture["bytes"], list(filter(all, turns))
-        except (pa.ArrowException, OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-            raise Fault(f"{path} is damaged or not of The Cauldron's format ({first_line(error)})") from None
+        for number, row in parquet_files.read_rows(path, ["images", "texts"]):
+            try:
+                picture = (row["images"] or [None])[0]
+                turns = [(one_line(turn["user"]), one_line(turn["assistant"])) for turn in row["texts"] or ()]
+                data = picture and picture["bytes"]
+            except (LookupError, TypeError, AttributeError) as error:
+                raise Fault(f"{path}, row {number}, is not of The Cauldron's format ({first_line(error)})") from None
+            yield f"row {number} of {path.name}", data, list(filter(all, turns))
 
 
 def fit(encoding, turns, length, most=MOST):
     """As many turns as fit, from the first on: (how many, tokens, marks), or None if not even the first does."""
-    for n in range(min(most, len(turns)), 0, -1):
-        with contextlib.suppress(ValueError):  # too long
-            return n, *encode(encoding, [(0, *turn) for turn in turns[:n]], length)
+    longest = length * max(map(len, encoding.token_byte_values()))  # bytes of so many tokens
+    kept, tokens = [], 0
+    for turn in turns[:most]:
+        said = text([(0, *turn)])
+        if len(said) > longest:  # megabytes, say, which need not be encoded
+            break
+        tokens += len(encoding.encode_ordinary(said))
+        if tokens > length:
+            break
+        kept.append((0, *turn))
+    for n in range(len(kept), 0, -1):
+        with contextlib.suppress(ValueError):  # too long, with the end token
+            return n, *encode(encoding, kept[:n], length)
 
 
 def square(where, data, size):
     """The picture (3, size, size) uint8 in an image file's bytes, white where it is transparent."""
     try:
-        return stretch(to_rgb(Image.open(io.BytesIO(data))), size)
+        return stretch(open_picture(io.BytesIO(data)), size)
     except Exception as error:  # Pillow's decoders raise what they like
         raise Fault(f"{where}: its picture cannot be read ({first_line(error)})") from None
 

@@ -9,12 +9,15 @@ import json
 import os
 import signal
 import sys
+import zipfile
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+from shards import check_file, first_line, printable
 
 FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
 ON_RANK_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -66,6 +69,15 @@ def fetch(script, path):
         raise script.Fault(str(fault)) from None
 
 
+def check_widths(script, architecture, weights, path):
+    """Raises script.Fault for a width that no weight has. The model is made before its weights are found to be of
+    another one, and one that is much too wide would take all memory."""
+    sizes = {size for weight in weights.values() for size in weight.shape}
+    for key, width in architecture.items():
+        if key in ("dim", "vit_dim", "lm_dim") and width not in sizes:
+            raise script.Fault(f"{path} does not fit this model: none of its weights is for --{key}={width}")
+
+
 def read_checkpoint(script, path, config, given=()):
     """Weights that a run of a script (a module) saved, and config with the architecture that they are for.
 
@@ -75,16 +87,21 @@ def read_checkpoint(script, path, config, given=()):
     """
     file_path = fetch(script, path)
     try:
+        check_file(file_path)
         with safe_open(file_path, "pt") as file:
             about = file.metadata()
             saved = json.loads(about["config"])
-            architecture = {key: saved[key] for key in script.ARCHITECTURE}
+            # of the fields' types and within their limits
+            architecture = {key: script.parse(key, str(saved[key]), type(getattr(config, key)))
+                            for key in script.ARCHITECTURE}
             weights = {name: file.get_tensor(name).float() for name in file.keys()}
     except Exception as error:  # safetensors raises its own kinds
-        raise script.Fault(f"{path} is not a checkpoint of this script ({type(error).__name__}: {error})") from None
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise script.Fault(f"{path} is not a checkpoint of this script ({reason})") from None
     if isinstance(given, dict) and "track" not in given and saved.get("track") in script.CONFIGS:
         words = {"track": saved["track"], **given}
         config, *_ = script.read_options([f"--{key}={text}" for key, text in words.items()])
+    check_widths(script, architecture, weights, path)
     for key, value in architecture.items():
         if key in given and getattr(config, key) != value:
             raise script.Fault(f"{path} was trained with --{key}={value}: leave it out, the checkpoint has its own")
@@ -161,17 +178,31 @@ class Saver:
             sys.exit(1 if problem else 0)
 
 
+def check_whole(path):
+    """Raises an exception, of any kind, unless every part of a file of torch.save is what was written. torch.load would
+    read a changed one all the same."""
+    check_file(path)
+    with zipfile.ZipFile(path) as parts:
+        if name := parts.testzip():
+            raise ValueError(f"{name} in it is damaged")
+
+
 def read_state(run):
     """What a Saver wrote of this run. It may go on for more steps than planned, or be evaluated more often."""
     script, path, config = run.script, run.options.resume, vars(run.config)
     if not run.config.num_steps:
         raise script.Fault("--resume continues a run: pass its --num_steps, or --load to evaluate a checkpoint")
     try:
+        check_whole(script.ROOT / path)
         state = torch.load(script.ROOT / path, map_location="cpu", weights_only=True)
-        saved = state["config"]
+        saved = dict(state["config"])
         state["counters"] = {name: state["counters"][name] for name in COUNTERS}
+        if missing := {"data_sha256", "model", "muon", "adam", "loader"} - state.keys():
+            raise KeyError(missing.pop())
+        if not state["model"]:  # which torch would take for one without parameters
+            raise ValueError("it has no parameters")
     except Exception as error:  # torch.load raises many kinds
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = printable(f"{type(error).__name__}: {first_line(error)}")
         raise script.Fault(f"--resume={path} is not the state of a run ({reason})") from None
     fixed = sorted(config.keys() - MAY_CHANGE)
     if different := [f"--{key}={saved.get(key)}" for key in fixed if saved.get(key) != config[key]]:
@@ -184,13 +215,17 @@ def read_state(run):
 
 
 def load_state(run, model, muon, adam, loader):
-    """Put what read_state found back to where it came from. The clock resumes where it was."""
+    """Put what read_state found back to where it came from. The clock resumes where it was. Raises script.Fault."""
     state = run.state
-    set_model_state_dict(model, state["model"], options=FULL_STATE)
-    if muon:
-        load_momentum(muon, state["muon"])
-    adam.load_state_dict(state["adam"])
-    loader.load_state_dict(state["loader"])
+    try:
+        set_model_state_dict(model, state["model"], options=FULL_STATE)
+        if muon:
+            load_momentum(muon, state["muon"])
+        adam.load_state_dict(state["adam"])
+        loader.load_state_dict(state["loader"])
+    except Exception as error:  # of many kinds, for one of other shapes
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise run.script.Fault(f"--resume={run.options.resume} does not fit this run ({reason})") from None
     vars(run).update(state["counters"])
     run.bar.update(run.step)
     planned, num_steps = state["config"]["num_steps"], run.config.num_steps
@@ -202,6 +237,6 @@ def load_state(run, model, muon, adam, loader):
 
 def load_momentum(muon, buffers):
     """Give a Muon its rank's part of what Muon.momentum_buffers gathered, of any number of ranks."""
-    for (params, shard), whole in zip(muon.stacks, buffers):
+    for (params, shard), whole in zip(muon.stacks, buffers, strict=True):
         first, last = (min(r * len(shard), len(params)) for r in (muon.rank, muon.rank + 1))
         shard[:last - first] = whole[first:last].to(shard.device)

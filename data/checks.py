@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from shards import command_for
+from shards import check_file, command_for, open_array, printable, read_json
 
 
 @contextlib.contextmanager
@@ -21,19 +21,39 @@ def training_data(script, folder, make):
     if not (folder / "meta.json").exists():
         raise script.Fault(f"no training data in {folder}: our own is made with `{make}`")
     try:
-        yield json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise script.Fault(f"{folder} cannot be trained on ({error}): our own set is made again with `{make}`, once it "
-                           "is moved away") from None
+        yield read_json(folder / "meta.json")
+    except script.Fault:
+        raise
+    except Exception as error:  # of many kinds where meta.json is of another shape
+        reason = printable(str(error), 200)
+        raise script.Fault(f"{folder} cannot be trained on ({reason}): our own set is made again with `{make}`, once "
+                           "it is moved away") from None
 
 
 def load(folder, name):
-    return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    return open_array(folder / f"{name}.npy")
 
 
 def check_batch(script, config, num, what):
     if config.batch > num:
         raise script.Fault(f"--batch={config.batch} is more than the {num} training {what} there are")
+
+
+def check_archives(script, *names):
+    """Validation files are archives that can be read: a script's read_frozen, which stays as it is, does not expect every
+    kind of error that others raise."""
+    for path in (script.ROOT / name for name in names):
+        try:
+            check_file(path)
+            with np.load(path, allow_pickle=False) as arrays:
+                for name in arrays:
+                    arrays[name]
+        except FileNotFoundError:
+            pass  # which it does expect
+        except Exception as error:  # numpy, zipfile and zlib have many kinds
+            reason = printable(f"{path} cannot be read, {type(error).__name__}: {error}", 300)
+            raise script.Fault(f"the frozen validation set is damaged ({reason}): `git checkout data/frozen`, or make "
+                               "your own set again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -195,24 +215,28 @@ def stream_set(script, folder):
         if not (folder / "meta.json").exists():
             mine = "it should hold train*.bin, val*.bin and a meta.json: `python data/text.py` makes them of any text"
             raise script.Fault(f"no data in {folder}: " + (f"make it with `{make}`" if ours else mine))
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json")
         vocab, document_start, encoding = (meta[key] for key in ("vocab", "document_start", "encoding"))
         if not (isinstance(vocab, int) and 1 <= vocab <= 1 << 16 and isinstance(encoding, str)
-                and (document_start is None or isinstance(document_start, int))):
+                and (document_start is None or isinstance(document_start, int) and 0 <= document_start < vocab)):
             raise ValueError(f"meta.json says vocab {vocab}, document_start {document_start}, encoding {encoding}")
         yield meta
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except script.Fault:
+        raise
+    except Exception as error:  # of many kinds, as above
         hint = f": our own set is made again with `{make}`, once it is moved away" if ours else ""
-        raise script.Fault(f"{folder} cannot be trained on ({error}){hint}") from None
+        raise script.Fault(f"{folder} cannot be trained on ({printable(str(error), 200)}){hint}") from None
 
 
 def check_streams(script, config):
     """Streams are whole and of the vocabulary that meta.json says; config is made to fit those that are short."""
     folder = script.ROOT / "data" / config.data
     with stream_set(script, folder) as meta:
-        train, val = ([script.read_bin(path) for path in sorted(folder.glob(f"{split}*.bin"))]
-                      for split in ("train", "val"))
-        for shard in train:
+        train, val = (sorted(folder.glob(f"{split}*.bin")) for split in ("train", "val"))
+        for path in (*train, *val):
+            check_file(path)
+        train, val = (list(map(script.read_bin, paths)) for paths in (train, val))
+        for shard in (*train, *val):
             if int(shard.max()) >= meta["vocab"]:
                 raise ValueError(f"token {shard.max()} of a vocabulary of {meta['vocab']}")
         fit_short_text(script, config, sum(map(len, train)), sum(map(len, val)))

@@ -19,10 +19,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
+import parquet_files
 import tokenizer
 from cauldron import VALIDATION, fit
 from hub import finish, sentences, told, verified
@@ -45,13 +44,8 @@ def read_rows(path):
                 if line.strip():
                     yield f"line {number}", line
         return
-    number = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(64):
-            for number, row in enumerate(batch.to_pylist(), number + 1):
-                yield f"row {number}", row
-    except (pa.ArrowException, OSError) as error:
-        raise Fault(f"{path} is damaged or no parquet file ({first_line(error)})") from None
+    for number, row in parquet_files.read_rows(path):
+        yield f"row {number}", row
 
 
 def parse(row):

@@ -14,6 +14,7 @@ to 256. val.npz has besides the tokens which of them are inputs and which target
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -36,6 +37,7 @@ MASKED = 4  # modalities that the course masks, the first ones: it has captions,
 CROPS, LENGTH = 10, 256  # per sample, and tokens of a picture or a text
 DIGITS = (512, 125)  # of a picture's token, id % 512 and id // 512: the levels 8, 8, 8 and 5, 5, 5 of Cosmos DI16x16
 PAD, START, END, TEXT_VOCAB = 50257, 50258, 50259, 50304  # GPT-2 has 50257 tokens
+LONGEST = 128  # bytes of a token of GPT-2
 VALIDATION = 2000  # samples at most, the first ones
 
 
@@ -80,15 +82,15 @@ def fingerprint(root, samples):
         for m in FOLDERS:
             for name in names:
                 path = file_of(root, split, m, name)
-                digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+                digest.update(os.fsencode(f"{path.relative_to(root)} {path.stat().st_size}\n"))
     return digest.hexdigest()
 
 
 def read_tokens(path):
     """Picture tokens (CROPS, LENGTH) of a .npy file."""
     try:
-        tokens = np.lib.format.open_memmap(path, "r")
-    except (OSError, ValueError, EOFError) as error:
+        tokens = shards.open_array(path)
+    except (OSError, ValueError) as error:
         raise Fault(f"{path} is damaged ({first_line(error)})") from None
     if tokens.dtype.kind not in "iu" or tokens.shape != (CROPS, LENGTH):
         raise Fault(f"{path} holds {tokens.dtype} {tokens.shape}, not integers {(CROPS, LENGTH)}")
@@ -102,7 +104,7 @@ def read_tokens(path):
 def read_texts(path):
     """The CROPS texts of a .json file."""
     try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
+        texts = shards.read_json(path)
     except (OSError, ValueError) as error:
         raise Fault(f"{path} is damaged ({first_line(error)})") from None
     if not isinstance(texts, list) or len(texts) != CROPS or not all(isinstance(text, str) for text in texts):
@@ -112,6 +114,7 @@ def read_texts(path):
 
 def text_row(encoding, text):
     """Tokens (LENGTH,) of a text: START, the text cut to what fits, END, PAD."""
+    text = text[:LENGTH * LONGEST]  # what is behind has no place, however long it is
     row = [START, *encoding.encode_ordinary(text)[:LENGTH - 2], END]
     return row + [PAD] * (LENGTH - len(row))
 

@@ -23,7 +23,7 @@ import numpy as np
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-from shards import Fault, first_line, sha256, verify
+from shards import Fault, first_line, printable, sha256, verify
 
 
 @contextlib.contextmanager
@@ -33,8 +33,12 @@ def sentences(script):
         yield
     except KeyboardInterrupt:
         sys.exit(f"{script}: interrupted; run the same command to continue")
-    except (Fault, OSError) as error:
-        sys.exit(f"{script}: {first_line(error)}")
+    except Fault as fault:
+        sys.exit(f"{script}: {printable(str(fault))}")
+    except OSError as error:
+        sys.exit(f"{script}: {printable(first_line(error))}")
+    except MemoryError:
+        sys.exit(f"{script}: there is not enough memory for this")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -177,23 +181,28 @@ def told(left_out, most=3):
     parts = []
     for reason, names in left_out.items():
         more = ", .." if len(names) > most else ""
-        parts.append(f"{len(names):,} {reason} ({', '.join(map(str, names[:most]))}{more})")
+        shown = ", ".join(printable(str(name), 200) for name in names[:most])
+        parts.append(f"{len(names):,} {reason} ({shown}{more})")
     return "; ".join(parts)
 
 
 def finish(folder, meta, kinds, train, val):
-    """Write a set: the arrays of train and val, and meta.json with meta and the modalities `kinds`."""
+    """Write a set: the arrays of train and val, and meta.json with meta and the modalities `kinds`. Where that fails,
+    as on a full disk, nothing of it is left."""
     part = folder / "train.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    for name, array in train.items():
-        np.save(part / f"{name}.npy", array)
-    np.savez_compressed(part / "val.npz", **val, modalities=np.frombuffer(json.dumps(kinds).encode(), np.uint8))
-    hashes = {path.name: sha256(path) for path in sorted(part.glob("*.npy"))}
-    path = (part / "val.npz").replace(folder / "val.npz")
-    meta = {**meta, "modalities": kinds, "sha256": {**hashes, "../val.npz": sha256(path)}}
-    (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    part.rename(folder / "train")
+    try:
+        for name, array in train.items():
+            np.save(part / f"{name}.npy", array)
+        np.savez_compressed(part / "val.npz", **val, modalities=np.frombuffer(json.dumps(kinds).encode(), np.uint8))
+        hashes = {path.name: sha256(path) for path in sorted(part.glob("*.npy"))}
+        meta = {**meta, "modalities": kinds, "sha256": {**hashes, "../val.npz": sha256(part / "val.npz")}}
+        (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        (part / "val.npz").replace(folder / "val.npz")
+        part.rename(folder / "train")
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

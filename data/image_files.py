@@ -36,8 +36,8 @@ def to_rgb(image):
 
 
 def open_picture(path, formats=None, least=None):
-    """The image in a file, as to_rgb has it. Raises an exception, of any kind, for what is no picture, and Pillow's
-    DecompressionBombError or DecompressionBombWarning for one of more than 89 megapixels.
+    """The image in a file, a path or one that is open, as to_rgb has it. Raises an exception, of any kind, for what is
+    no picture, and Pillow's DecompressionBombError or DecompressionBombWarning for one of more than 89 megapixels.
 
     formats: that it may be in; None: any. least: pixels of the shorter side that are enough; a JPEG is then read at a
     half, a quarter or an eighth of its size, if that leaves so many, which is faster.

@@ -43,7 +43,8 @@ def download(folder):
     """Put the package into an empty folder: its path. npm goes first, as it may have been told of a mirror."""
     path = folder / FILE
     if npm := shutil.which("npm"):
-        done = subprocess.run([npm, "pack", "--loglevel=error", PACKAGE], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run([npm, "pack", "--loglevel=error", PACKAGE], cwd=folder, capture_output=True, text=True,
+                              errors="replace")
         if done.returncode:
             raise OSError((done.stderr.strip().splitlines() or ["npm says nothing"])[0])
     else:

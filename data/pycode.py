@@ -13,6 +13,7 @@ import zipfile
 import numpy as np
 from tqdm import tqdm
 
+from hub import sentences
 from shards import ROOT, sha256
 from streams import fetch_package, finish, finished, learn_encoding, load_encoding, write_bin
 
@@ -103,6 +104,7 @@ def check(path):
              "rustbpe and tiktoken the versions that the requirements ask for?")
 
 
+@sentences("pycode.py")
 def main():
     folder = ROOT / "pycode"
     if finished(folder, IDENTITY):

