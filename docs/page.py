@@ -26,6 +26,7 @@ from rules import parse_log  # noqa: E402
 ORDER = "4m gpt maskgit flow vlm".split()  # of the families; others follow by name
 SHOWN = {"maskgit.png": "Four draws of every class, and validation pictures of which half is given.",
          "maskgit_steps.gif": "Every class as it is filled in, in 16 steps.",
+         "maskgit_orders.png": "The judge's numbers on samples, by steps and by the order in which places are filled.",
          "4m.png": "What it makes of validation scenes it has never seen, the truth beside it.",
          "gpt.txt": 'What the ready model says after "ROMEO:".',
          "real/gpt.png": "Real data: handwritten digits of MNIST, of a GPT that learnt them as a stream of tokens.",
