@@ -644,6 +644,16 @@ def state(tiny, tmp_path_factory):  # noqa: F811
     return argv, path.read_bytes()
 
 
+def resume(argv, root, path):
+    """The sentence of a run that is resumed from a file, "" if it ends well; it alone leaves a line in runs.jsonl."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = sentence(runs.run_here, "gpt", patch, root, [*argv, f"--resume={path}"])
+    assert (root / "records/runs.jsonl").exists() != bool(found)
+    for folder in ("logs", "records", "checkpoints", "samples"):
+        shutil.rmtree(root / folder, ignore_errors=True)
+    return found
+
+
 def test_states(state, tmp_path, monkeypatch):
     argv, good = state
     root = runs.make_root("gpt", tmp_path / "root")
@@ -654,12 +664,9 @@ def test_states(state, tmp_path, monkeypatch):
     @given(damaged(good))
     def works_or_refuses(bad):
         put(path, bad)
-        with pytest.MonkeyPatch.context() as patch:
-            found = sentence(runs.run_here, "gpt", patch, root, [*argv, f"--resume={path}"])
+        found = resume(argv, root, path)
         assert not found or str(path) in found
-        assert (root / "records/runs.jsonl").exists() != bool(found) and not (tmp_path / "sprung").exists()
-        for folder in ("logs", "records", "checkpoints", "samples"):
-            shutil.rmtree(root / folder, ignore_errors=True)
+        assert not (tmp_path / "sprung").exists(), "code in a file was run"
 
     works_or_refuses()
 
@@ -677,15 +684,10 @@ def test_states_of_other_shapes(state, tmp_path):
         {"config": []}, {"config": {}}, {"counters": {}}, {"counters": 3}, {"data_sha256": 1}]
     for change in changes:
         torch.save({**content, **change}, path)
-        with pytest.MonkeyPatch.context() as patch:
-            found = sentence(runs.run_here, "gpt", patch, root, [*argv, f"--resume={path}"])
-        assert found.startswith(f"--resume={path} "), change
+        assert resume(argv, root, path).startswith(f"--resume={path} "), change
     for part in content:
         torch.save({key: value for key, value in content.items() if key != part}, path)
-        with pytest.MonkeyPatch.context() as patch:
-            found = sentence(runs.run_here, "gpt", patch, root, [*argv, f"--resume={path}"])
-        assert f"--resume={path} is not the state of a run (KeyError: '{part}')" == found
-    assert not (root / "records/runs.jsonl").exists()
+        assert resume(argv, root, path) == f"--resume={path} is not the state of a run (KeyError: '{part}')"
 
 
 # ------------------------------------------------------------------------------------------------------------
