@@ -22,6 +22,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
@@ -192,7 +193,11 @@ def run_here(task, monkeypatch, root, argv, samples=False):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    script.main(argv)
+    try:
+        script.main(argv)
+    finally:  # a bar of a run that was cut off would leave tqdm's list when it is collected: at worst while another reads it
+        for bar in list(tqdm._instances):
+            bar.close()
 
 
 def fake_run(rank=0, world=1, precision="fp32"):
