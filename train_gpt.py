@@ -59,7 +59,7 @@ class Config:
     adam_lr: float = 0.05  # of embeddings and head
     table_lr: float = 0.5  # of the n-gram tables
     # schedule
-    num_steps: int = 1800  # training steps
+    num_steps: int = 1650  # training steps
     batch: int = 64  # rows per step, over all processes
     micro_batch: int = 512  # of them that a process computes at a time
     context: int = 64  # tokens per row
@@ -68,7 +68,7 @@ class Config:
     # eval
     target: float = 1.5  # validation loss to reach; 0: the track has not been opened
     eval_tokens: int = 327680  # of the validation stream
-    eval_every: int = 450  # steps between evaluations; the clock is paused
+    eval_every: int = 550  # steps between evaluations; the clock is paused
 
 
 @dataclass
@@ -92,6 +92,7 @@ class Options:
 
 CONFIGS = {
     "cpu": Config(),
+    "cpu-code": Config(track="cpu-code", data="pycode", target=0.0),
     # GPT-2 small's size on FineWeb, to modded-nanogpt's target
     "gpu": Config(track="gpu", data="fineweb", dim=768, depth=12, window=1024, orders=2, grams=65536, batch=512,
                   micro_batch=32, context=1024, num_steps=3000, muon_lr=0.02, adam_lr=0.005, cooldown=0.7,
@@ -908,7 +909,7 @@ def generate(model, tokens, options, seed=0):
 # --- frozen: eval ---
 EVAL_BATCH = 64  # windows at a time; so many are predicted a second time
 # tokens of a window, how far on the next one is, and of how many log-probabilities a batch is at most
-EVAL_WINDOWS = {"cpu": (256, 128, 2 ** 26), "gpu": (2048, 1024, 2 ** 29)}
+EVAL_WINDOWS = {"cpu": (256, 128, 2 ** 26), "cpu-code": (256, 128, 2 ** 26), "gpu": (2048, 1024, 2 ** 29)}
 
 
 def eval_sha256(*paths):

@@ -75,14 +75,14 @@ class Config:
     weight_decay: float = 0.1  # of matrices and embeddings, not of gains
     clip: float = 1.0  # norm of the gradient at most
     # schedule
-    num_steps: int = 18000  # training steps
+    num_steps: int = 10000  # training steps
     warmup: int = 100  # of them that the learning rate rises over
     batch: int = 16  # rows per step, over all processes
     micro_batch: int = 512  # of them that a process computes at a time
     # eval
     target: float = 1.5  # validation loss to reach; 0: the track has not been opened
     eval_tokens: int = 327680  # of the validation stream
-    eval_every: int = 1800  # steps between evaluations; the clock is paused
+    eval_every: int = 2000  # steps between evaluations; the clock is paused
 
 
 @dataclass
@@ -109,6 +109,7 @@ class Options:
 
 CONFIGS = {
     "cpu": Config(),
+    "cpu-code": Config(track="cpu-code", data="pycode", target=0.0),
     # GPT-2 (124M): 480 rows of 1,024 tokens, nanoGPT's 0.5M per step, can be divided among 1, 2, 4 and 8 GPUs
     "gpu": Config(track="gpu", data="fineweb", dim=768, head_dim=64, depth=12, context=1024, lr=6e-4, beta2=0.95,
                   num_steps=20000, warmup=2000, batch=480, micro_batch=30, target=3.28, eval_tokens=10485760,
@@ -702,7 +703,7 @@ def generate(model, tokens, options, seed=0):
 # --- frozen: eval ---
 EVAL_BATCH = 64  # windows at a time; so many are predicted a second time
 # tokens of a window, how far on the next one is, and of how many log-probabilities a batch is at most
-EVAL_WINDOWS = {"cpu": (256, 128, 2 ** 26), "gpu": (2048, 1024, 2 ** 29)}
+EVAL_WINDOWS = {"cpu": (256, 128, 2 ** 26), "cpu-code": (256, 128, 2 ** 26), "gpu": (2048, 1024, 2 ** 29)}
 
 
 def eval_sha256(*paths):

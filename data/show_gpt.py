@@ -1,6 +1,8 @@
 """What a GPT makes of a prompt: text, printed as it comes; of labels, in a stream of pictures: a sheet."""
 import dataclasses
+import io
 import re
+import tokenize
 
 import torch
 from tqdm import tqdm
@@ -14,6 +16,8 @@ TEXTS, TEMPERATURE = 40, 0.8  # texts whose words are looked at, and how they ar
 KNOWN_TOKENS = 10_000_000  # of the training stream, the first ones of its first file, whose words are known
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 REPEATED = 8  # words in a row
+SNIPPETS, SNIPPET_TOKENS = 200, 128  # of code, whose tokens Python's own tokenizer is asked for
+AT_THE_END = "EOF in multi-line", "unterminated triple-quoted"  # its words for what was still open where a text was cut
 
 
 def words(text):
@@ -30,6 +34,17 @@ def word_numbers(texts, known):
         runs += [tuple(whole[i:i + REPEATED]) for i in range(len(whole) - REPEATED + 1)]
     return {"quality_known_words": round(sum(word in known for word in found) / max(1, len(found)), 4),
             "quality_repeated_8grams": round(1 - len(set(runs)) / max(1, len(runs)), 4)}
+
+
+def tokenizes(text):
+    """Whether Python's tokenizer finds no fault in the whole lines of a text, whose end may be missing."""
+    lines = io.StringIO(text[:text.rfind("\n") + 1])
+    try:
+        return all(token.type != tokenize.ERRORTOKEN for token in tokenize.generate_tokens(lines.readline))
+    except tokenize.TokenError as error:
+        return any(words in str(error) for words in AT_THE_END)
+    except SyntaxError:  # of indentation
+        return False
 
 
 class Show:
@@ -86,16 +101,24 @@ class Show:
         return [self.decode(row).decode(errors="replace") for row in rows.tolist()]
 
     def quality(self, model):
-        """Whether what is drawn has words: of 40 texts that begin as the samples do by default, after a line end."""
-        tokens = -(-self.options.quality_tokens // TEXTS)
-        options = dataclasses.replace(self.options, temperature=TEMPERATURE, top_k=0, top_p=1.0, sample_tokens=tokens)
-        start = torch.tensor([self.encode("\n")] * TEXTS, device=self.device)
-        bar = tqdm(self.script.generate(model, start, options), total=tokens, desc="quality", unit="token",
-                   dynamic_ncols=True)
-        texts = [self.decode(row).decode(errors="replace") for row in torch.cat(list(bar), 1).tolist()]
+        """Whether what is drawn has words: of 40 texts that begin as the samples do by default, after a line end. Of code
+        also whether 200 snippets, each from a function's first word on, are Python to the eye of its tokenizer."""
+        texts = self.drawn(model, "\n", TEXTS, -(-self.options.quality_tokens // TEXTS))
         training = streams.read_bin(min(self.folder.glob("train*.bin")))[:KNOWN_TOKENS]
         known = set(words(self.decode(training.tolist()).decode(errors="replace")))
-        return word_numbers(texts, known)
+        numbers = word_numbers(texts, known)
+        if self.folder.name == "pycode":
+            snippets = ["def" + text for text in self.drawn(model, "\ndef", SNIPPETS, SNIPPET_TOKENS)]
+            numbers["quality_python"] = sum(map(tokenizes, snippets)) / SNIPPETS
+        return numbers
+
+    def drawn(self, model, prompt, texts, tokens):
+        """What continues a prompt in so many tokens, so many times."""
+        options = dataclasses.replace(self.options, temperature=TEMPERATURE, top_k=0, top_p=1.0, sample_tokens=tokens)
+        start = torch.tensor([self.encode(prompt)] * texts, device=self.device)
+        bar = tqdm(self.script.generate(model, start, options), total=tokens, desc="quality", unit="token",
+                   dynamic_ncols=True)
+        return [self.decode(row).decode(errors="replace") for row in torch.cat(list(bar), 1).tolist()]
 
     def sheet(self, model, path):
         """Pictures of every label, four each."""

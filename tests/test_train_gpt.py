@@ -367,6 +367,15 @@ def test_text_is_printed_as_it_comes(capsys):
     assert capsys.readouterr().out == "H\u00e4!\n" and (ids, count) == ([72, 195, 164, 33], 2) and speed > 0
 
 
+@pytest.mark.parametrize("text, answer", [
+    ("def f(x):\n    return x\n", True), ("def f(x,\n      y\n", True), ('def f():\n    """What it\n', True),
+    ("def f(x):\n    return 'a\n", False), ("def f(x):\n        y = 1\n    return y\n", False),
+    ("def f(x):\n    return 'a", True), ("def f(x)?\n", False), ("", True)])
+def test_tokenizes(text, answer):
+    """What is still open at the end is no fault, nor is anything in the last line, which may be cut off."""
+    assert show_gpt.tokenizes(text) is answer
+
+
 def test_word_numbers():
     """By hand: `tw` is cut off, and the second text's first run of eight words is the first one's second."""
     known = set(show_gpt.words("A b c d e f g h i don't"))
