@@ -66,6 +66,7 @@ class Config:
     # schedule
     num_steps: int = 260  # training steps
     batch: int = 40  # images per step, over all processes
+    times_std: float = 1.0  # of the times' logits, which are normal (arXiv:2403.03206)
     label_drop: float = 0.1  # share of images without their label, for classifier-free guidance
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
@@ -103,8 +104,9 @@ LIMITS = {  # what a field may be: least and most, or choices; any other number 
 def check_config(config, run, side):
     """What fields may be together, for images of side pixels. Raises Fault for what they may not."""
     run.slice(config.batch)  # can it be divided among the processes?
-    if config.dim % config.head_dim:
-        raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}")
+    if config.dim % config.head_dim or config.head_dim % 4:
+        raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}, or that is none of 4, as "
+                    "rotary positions of rows and columns need")
     if config.patch % 2 or side % config.patch:
         raise Fault(f"patches of {config.patch} pixels do not tile images of {side}: --patch is an even divisor")
     if config.reflow and not run.options.load:
@@ -634,15 +636,34 @@ def split_heads(x, head_dim):
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
 
+# --- copied: grid angles ---
+def rotary_angles(side, head_dim, device):
+    """Cosine and sine (side^2, D / 2) of the rotary angles of a grid's cells, half of them by row, half by column: 1.5
+    to 0.375 per cell, so that neighbours are easily told apart."""
+    rate = 1.5 * 4 ** -torch.linspace(0, 1, head_dim // 4, device=device)
+    angle = torch.arange(side, device=device)[:, None] * rate
+    angle = torch.cat([angle.repeat_interleave(side, 0), angle.repeat(side, 1)], 1)
+    return angle.cos(), angle.sin()
+# --- end: grid angles ---
+
+
+# --- copied: rotary ---
+def apply_rotary(x, cos, sin):
+    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (T, D / 2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+# --- end: rotary ---
+
+
 class Attention(nn.Module):
     def __init__(self, dim, head_dim):
         super().__init__()
         self.head_dim = head_dim
         self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
 
-    def forward(self, x):
-        q = norm(split_heads(self.q(x), self.head_dim))
-        k = norm(split_heads(self.k(x), self.head_dim))
+    def forward(self, x, cos, sin):
+        q = apply_rotary(norm(split_heads(self.q(x), self.head_dim)), cos, sin)
+        k = apply_rotary(norm(split_heads(self.k(x), self.head_dim)), cos, sin)
         v = split_heads(self.v(x), self.head_dim)
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
@@ -657,9 +678,9 @@ class Block(nn.Module):
         self.down = Linear(config.mlp_ratio * config.dim, config.dim)
         self.modulate = Linear(config.dim, 4 * config.dim)
 
-    def forward(self, x, condition):
+    def forward(self, x, condition, cos, sin):
         scale1, shift1, scale2, shift2 = self.modulate(condition)[:, None].chunk(4, -1)  # (B, 1, C)
-        x = x + self.attention(norm(x) * (1 + scale1) + shift1)
+        x = x + self.attention(norm(x) * (1 + scale1) + shift1, cos, sin)
         return x + self.down(F.relu(self.up(norm(x) * (1 + scale2) + shift2)).square())
 
 
@@ -673,7 +694,7 @@ class Flow(nn.Module):
     def __init__(self, config, classes, side):
         super().__init__()
         C, p = config.dim, config.patch
-        self.side, self.patch, self.classes = side, p, classes
+        self.side, self.patch, self.head_dim, self.classes = side, p, config.head_dim, classes
         self.embed_patch = Linear(3 * (2 * p) ** 2, C)  # sees half a patch more on every side
         self.embed_position = nn.Embedding((side // p) ** 2, C)
         self.embed_label = nn.Embedding(classes + 1, C)  # the last one: no label
@@ -700,8 +721,9 @@ class Flow(nn.Module):
         waves = t.logit(1e-4)[:, None] * frequencies  # log of the ratio of noise to image
         condition = norm(self.embed_time(torch.cat([waves.sin(), waves.cos()], 1)) + self.embed_label(labels))
         x = norm(self.embed_patch(windows) + self.embed_position.weight + condition[:, None])  # (B, T, C)
+        cos, sin = rotary_angles(self.side // p, self.head_dim, x.device)
         for block in self.blocks:
-            x = block(x, condition)
+            x = block(x, condition, cos, sin)
         residual = F.fold(self.head(norm(x)).float().mT, self.side, p, stride=p)
         linear = (t_ - (1 - t_) * self.sigma ** 2) / std * centred - self.mean
         return linear + self.sigma / std * residual
@@ -735,6 +757,8 @@ def train_step(step, batch, rng, errors_of, model, muon, adam, config, run):
     B, device = config.batch, run.device
     t = torch.randperm(B, generator=rng, device=device) + torch.rand(B, generator=rng, device=device)
     t = t / B  # one time in every B-th
+    if not config.reflow:  # straight paths are learnt evenly along their length
+        t = torch.sigmoid(config.times_std * torch.special.ndtri(t))
     noise = noise[0] if noise else torch.randn(images.shape, generator=rng, device=device)
     dropped = torch.rand(B, generator=rng, device=device) < config.label_drop
     labels = labels.masked_fill(dropped, model.classes)

@@ -630,6 +630,7 @@ def split_heads(x, head_dim):
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
 
+# --- copied: grid angles ---
 def rotary_angles(side, head_dim, device):
     """Cosine and sine (side^2, D / 2) of the rotary angles of a grid's cells, half of them by row, half by column: 1.5
     to 0.375 per cell, so that neighbours are easily told apart."""
@@ -637,6 +638,7 @@ def rotary_angles(side, head_dim, device):
     angle = torch.arange(side, device=device)[:, None] * rate
     angle = torch.cat([angle.repeat_interleave(side, 0), angle.repeat(side, 1)], 1)
     return angle.cos(), angle.sin()
+# --- end: grid angles ---
 
 
 # --- copied: rotary ---

@@ -5,8 +5,10 @@ train_flow.py times and noise.
 modalities by a Dirichlet(1) draw, places uniform without replacement, disjoint), here scene by scene in numpy, the plain
 way that the vectorised masking of the training scripts is tested against; in odd rows one to three modalities are inputs
 as a whole, and up to 16 places of every other one are targets, as in generation. MaskGIT's are a uniform number of the 64 rgb tokens at
-uniform places, so that every stage of its sampling counts, from all tokens hidden to one. The flow's are one time of
-U(0, 1) and the seed of one noise a picture, the times spread evenly, so that no stretch of time is left out.
+uniform places, so that every stage of its sampling counts, from all tokens hidden to one. The flow's are one time and
+the seed of one noise a picture. Logits of times are normal around 0.5, where objects take their shapes and colours, as
+evenly spread as that allows: of uniform times the last sixteenth, which the eye does not see, would decide, and models
+that draw better had higher losses (records/NEGATIVE.md).
 
     python data/eval_masks.py   # maintainers only -> data/frozen/eval_{4m_64,4m_128,maskgit_64,maskgit_128,flow}.npz
 """
@@ -14,6 +16,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from scipy.special import expit, ndtri
 
 FROZEN = Path(__file__).resolve().parent / "frozen"
 BUDGET = 128
@@ -98,7 +101,7 @@ if __name__ == "__main__":
         np.savez_compressed(path, masked=masked)
         print(f"{path}: {masked.sum(1).mean():.1f} masked tokens a scene, {path.stat().st_size / 1e6:.2f} MB")
     rng, n = np.random.default_rng(0), len(masked)
-    times = (rng.permutation(n) + rng.random(n)) / n
+    times = expit(0.5 + ndtri((rng.permutation(n) + rng.random(n)) / n))
     path = FROZEN / "eval_flow.npz"
     np.savez_compressed(path, index=np.arange(n), t=times.astype(np.float32), seed=rng.permutation(n).astype(np.uint32))
     print(f"{path}: times around {times.mean():.3f}, {path.stat().st_size / 1e6:.2f} MB")
