@@ -871,7 +871,7 @@ def predict_velocity(model, z, t, labels):
 @torch.no_grad()
 def evaluate(model, pictures, times, noise, labels, rank, world):
     """Mean squared error of the velocity over pixels and n frozen draws, and further numbers for the footer, among them
-    the same of each quarter of time.
+    the same of each quarter of the draws, from the earliest to the latest.
 
     Whatever a model predicts in training, here model(z (B, 3, S, S), t (B,), labels (B,)) is a velocity, checked by
     predict_velocity. The first batch is predicted again at the end, while every picture and noise is another one but z
@@ -901,7 +901,7 @@ def evaluate(model, pictures, times, noise, labels, rank, world):
         dist.all_reduce(errors)
     if not (errors[1] == 1).all():
         raise Fault(f"{int(errors[1].sum())} draws were predicted, and there are {len(times)}")
-    by_quarter = [errors[0, (times * 4).long() == q].mean().item() for q in range(4)]
+    by_quarter = [errors[0, part].mean().item() for part in times.argsort().chunk(4)]
     numbers = {f"val_loss_quarter_{q}": round(value, 5) for q, value in enumerate(by_quarter, 1)}
     return errors[0].mean().item(), {**numbers, "eval_targets": len(times)}
 # --- end: eval ---
