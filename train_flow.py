@@ -55,23 +55,23 @@ class Config:
     reflow: int = 0  # train on so many images that the loaded model draws: straighter paths, fewer sampling steps
     # model
     dim: int = 128  # channels
-    head_dim: int = 64  # channels per attention head
+    head_dim: int = 32  # channels per attention head
     depth: int = 2  # blocks
     mlp_ratio: int = 4  # hidden channels of an MLP per channel
     patch: int = 4  # pixels across a token
     # optim
-    muon_lr: float = 0.025  # of hidden matrices
+    muon_lr: float = 0.04  # of hidden matrices
     momentum: float = 0.9  # of Muon; 0.95: 0.061 instead of 0.059 after 150 steps
     adam_lr: float = 0.01  # of embeddings, modulation and head
     # schedule
-    num_steps: int = 260  # training steps
-    batch: int = 40  # images per step, over all processes
+    num_steps: int = 2700  # training steps
+    batch: int = 64  # images per step, over all processes
     times_std: float = 1.0  # of the times' logits, which are normal (arXiv:2403.03206)
     label_drop: float = 0.1  # share of images without their label, for classifier-free guidance
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
     target: float = 0.0  # validation loss to reach; 0: the track has not been opened
-    eval_every: int = 80  # steps between evaluations; the clock is paused
+    eval_every: int = 900  # steps between evaluations; the clock is paused
 
 
 @dataclass
