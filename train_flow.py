@@ -16,15 +16,12 @@ import copy
 import ctypes
 import hashlib
 import importlib
-import inspect
 import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
@@ -136,46 +133,6 @@ class Fault(Exception):
         return " ".join(super().__str__().split())[:500]  # libraries' errors, which it may quote, can be pages long
 
 
-def read_options(argv):
-    """--field=value arguments -> the track's Config, the Options, and {field: value} as given."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__, *map(inspect.getsource, (Config, Options, check_config)), sep="\n")
-        print("Numbers are at least 0, and", *(f"{key} in {limits}" for key, limits in LIMITS.items()), sep="\n    ")
-        sys.exit()
-    given = {}
-    for argument in argv:
-        key, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals:
-            raise Fault(f"arguments look like --field=value, not {argument!r}; --help lists the fields")
-        given[key] = text
-    track = given.get("track", "gpu" if torch.cuda.is_available() else "cpu")
-    if track not in CONFIGS:
-        raise Fault(f"--track={track} is not one of {', '.join(CONFIGS)}")
-    config = copy.copy(CONFIGS[track])
-    options = Options()
-    for key, text in given.items():
-        part = options if key in vars(options) else config
-        if key not in vars(part):
-            raise Fault(f"there is no field --{key}; --help lists the fields")
-        setattr(part, key, parse(key, text, type(getattr(part, key))))
-    return config, options, given
-
-
-def parse(key, text, kind):
-    """A field's value from its text: of its type, and what LIMITS allow."""
-    try:
-        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        raise Fault(f"--{key}={text} is not of type {kind.__name__}") from None
-    if kind is str and value not in LIMITS.get(key, [value]):
-        raise Fault(f"--{key}={text} is not one of {', '.join(LIMITS[key])}")
-    if kind in (int, float):
-        least, most = LIMITS.get(key, (0, math.inf))
-        if not least <= value <= most or not math.isfinite(value):
-            raise Fault(f"--{key}={text} is not a number from {least} to {most}")
-    return value
-
-
 def import_ours(name):
     """A module of data/, for checks and samples and for what some options ask for."""
     if STANDALONE:
@@ -184,29 +141,29 @@ def import_ours(name):
     return importlib.import_module(name)
 
 
+def read_options(argv):
+    """--field=value arguments -> the track's Config, the Options, and {field: value} as given."""
+    if not STANDALONE:
+        import_ours("options").check(sys.modules[__name__], argv)
+    given = dict(argument.removeprefix("--").split("=", 1) for argument in argv)
+    config = copy.copy(CONFIGS[given.get("track", "gpu" if torch.cuda.is_available() else "cpu")])
+    options = Options()
+    for key, text in given.items():
+        part = options if key in vars(options) else config
+        kind = type(getattr(part, key))
+        setattr(part, key, text.lower() == "true" if kind is bool else kind(text))
+    return config, options, given
+
+
 def hardware(device):
     """The machine as its user would name it."""
-    if device.type == "cuda":
-        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    name = info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor() or platform.machine()
-    if "amx_bf16" in info:
-        name += " (AMX)"
-    elif "avx512_bf16" in info:
-        name += " (AVX512-BF16)"
-    return f"{torch.get_num_threads()} cores of {name}"
-
-
-def peak_memory_mib(device):
-    """Most memory in use so far: the allocator's on CUDA, the process's on Linux, 0 elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() >> 20
-    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else "VmHWM: 0 kB"
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) >> 10
+    if STANDALONE:
+        return f"{torch.get_num_threads()} cores of {platform.machine()}, {device.type}"
+    return import_ours("machine").hardware(device)
 
 
 def matmul_flops(device, dtype, rows, dim, hidden):
-    """Measured FLOP/s of products (rows, dim) x (dim, hidden) in dtype."""
+    """Measured FLOP/s of products (rows, dim) x (dim, hidden)."""
     a = torch.randn(rows, dim, device=device, dtype=dtype)
     b = torch.randn(hidden, dim, device=device, dtype=dtype)
     timer = benchmark.Timer("F.linear(a, b)", globals={"F": F, "a": a, "b": b}, num_threads=torch.get_num_threads())
@@ -250,18 +207,17 @@ class Run:
     def choose_precision(self, rows, dim, hidden):
         """Set precision and the peak in FLOP/s that MFU is relative to. A product of the model is (rows, dim, hidden).
 
-        auto is what multiplies such matrices faster: bf16 on a GPU of compute capability 8.0 and on a CPU with AMX by
-        far, fp32 on most others, where bf16 can take seven times as long.
+        auto is what multiplies such matrices faster: on most CPUs without AMX bf16 takes up to seven times as long.
         """
-        shape = (rows, dim, hidden)
         if self.device.type == "cuda":
-            shape = (8192, 8192, 8192)  # smaller ones leave it idle
-        flops = {name: matmul_flops(self.device, dtype, *shape) for name, dtype in PRECISIONS.items()}
+            rows = dim = hidden = 8192  # smaller ones leave it idle
+        flops = {name: matmul_flops(self.device, dtype, rows, dim, hidden) for name, dtype in PRECISIONS.items()}
         decision = [max(flops, key=flops.get), max(flops.values())]
         if self.world > 1:  # one run, one precision
             dist.broadcast_object_list(decision)
-        fastest, self.peak = decision
-        self.precision = fastest if self.options.precision == "auto" else self.options.precision
+        self.precision, self.peak = decision
+        if self.options.precision != "auto":
+            self.precision = self.options.precision
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -294,7 +250,6 @@ class Run:
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
 
     def prepare_show(self, **data):
-        """data/show.py with all it needs to draw samples."""
         return None if STANDALONE else import_ours("show").prepare(self, **data)
 
     def say(self, line):
@@ -368,6 +323,7 @@ class Run:
         seconds = max(self.seconds, 1e-9)
         tokens = int(self.tokens)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - self.graphs
+        memory = 0 if STANDALONE else import_ours("machine").peak_memory_mib(self.device)
         footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
                   "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
                   "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
@@ -378,7 +334,7 @@ class Run:
                   "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
                   "tokens_per_second": round(tokens / seconds),
                   "mfu": round(self.flops / seconds / self.peak / self.world, 4),
-                  "matmul_peak_tflops": round(self.peak / 1e12, 2), "peak_memory_mib": peak_memory_mib(self.device),
+                  "matmul_peak_tflops": round(self.peak / 1e12, 2), "peak_memory_mib": memory,
                   "data_sha256": self.data_sha256, "eval_sha256": eval_sha256,
                   "overrides": " ".join(f"--{key}={value}" for key, value in self.given.items()) or "none"}
         if self.rank == 0:
@@ -410,24 +366,6 @@ def keep_memory():
             libc.mallopt(-4, 0)  # M_MMAP_MAX
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 # --- end: keep memory ---
-
-
-# --- copied: compiler ---
-def compiler_works(run):
-    """Whether torch.compile can build code here, tried on one line: on a CPU it takes a working C++ compiler."""
-    if run.device.type == "cuda":
-        return True
-    # torch would take up what it compiled for another CPU with this cache, and compute NaN with it
-    name = f"torchinductor_{os.environ.get('USER', '')}_{torch.backends.cpu.get_cpu_capability()}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), name)))
-    try:
-        new = time.time_ns()  # in no cache: what is cached needs no compiler
-        torch.compile(lambda x: x + new)(torch.zeros(1))
-    except Exception as error:  # torch.compile has many kinds
-        run.say(f"torch.compile does not work here ({str(error).splitlines()[0]}): steps take longer without it")
-        return False
-    return True
-# --- end: compiler ---
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -940,7 +878,8 @@ def main(argv):
 
     errors_of = velocity_errors
     if config.num_steps:
-        if compiler_works(run):  # 64 ms per step instead of 83, in float32 on 2 cores
+        # 64 ms per step instead of 83, in float32 on 2 cores
+        if STANDALONE or import_ours("machine").compiler_works(run):
             errors_of = torch.compile(velocity_errors, fullgraph=True, dynamic=False)
         with run.warm_up(model):
             muon, adam = make_optimizers(model, config, run)

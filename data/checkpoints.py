@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
+import options
 from shards import check_file, first_line, printable
 
 FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
@@ -92,7 +93,7 @@ def read_checkpoint(script, path, config, given=()):
             about = file.metadata()
             saved = json.loads(about["config"])
             # of the fields' types and within their limits
-            architecture = {key: script.parse(key, str(saved[key]), type(getattr(config, key)))
+            architecture = {key: options.parse(script, key, str(saved[key]), type(getattr(config, key)))
                             for key in script.ARCHITECTURE}
             weights = {name: file.get_tensor(name).float() for name in file.keys()}
     except Exception as error:  # safetensors raises its own kinds

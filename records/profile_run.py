@@ -57,6 +57,7 @@ def table_of(profiler, steps, device):
 
 def measure(path, fields, steps):
     """Profile a script's steps: what is written to --out."""
+    import machine
     import show
 
     script = show.load_script(path)
@@ -76,7 +77,7 @@ def measure(path, fields, steps):
                 found.update(milliseconds=round(1000 * seconds, 3), precision=self.precision, world_size=self.world,
                              mfu=round((self.flops - self.flops_before) / steps / seconds / self.peak / self.world, 4),
                              peak_tflops=round(self.peak / 1e12, 1),
-                             peak_memory_mib=script.peak_memory_mib(self.device),
+                             peak_memory_mib=machine.peak_memory_mib(self.device),
                              compile_seconds=round(self.compile_seconds, 1), graphs=self.graphs,
                              hardware=script.hardware(self.device), rank=self.rank)
                 activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
