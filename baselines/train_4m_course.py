@@ -769,7 +769,10 @@ def sharpen(logits, temperature, top_k, top_p):
 # --- copied: sampling ---
 @dataclass
 class Output:
-    """One modality to generate and how: scheme roar (random order), maskgit (most confident first) or ar (in order)."""
+    """One modality to generate and how: scheme roar (random order), maskgit (most confident first) or ar (in order).
+
+    data/generate_4m.py generates one after another, and texts in order.
+    """
     modality: str
     scheme: str = ""  # "": maskgit for images, ar for texts
     steps: int = 8  # ar takes one step per token
@@ -831,63 +834,6 @@ def generate_masked(model, layout, tokens, known, output, scheme, rng):
             order = confidence.masked_fill(~is_unknown, -math.inf).argsort(1, descending=True)
             chosen = is_unknown & (order.argsort(1) < num_now)
         fill(tokens, known, places, ids, chosen)
-
-
-def generate_ar(model, layout, tokens, known, output, rng):
-    """Fill a modality from left to right until every row has its end token; changes tokens and known."""
-    given = known.clone()
-    span = layout.span[output.modality]
-    end = layout.end.get(output.modality)
-    places, is_unknown = gather_places(~known & (layout.kind == MODALITIES.index(output.modality)))  # in order
-    running = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # no end token yet
-    for i in range(places.size(1)):
-        place = places[:, i:i + 1]
-        running &= is_unknown[:, i:i + 1]
-        ids, _ = draw_tokens(model, layout, tokens, known, place, output, rng)
-        fill(tokens, known, place, ids, running)
-        running &= ids != end
-        if not bool(running.any()):
-            break
-    if end is not None:  # whatever follows the end token is padding
-        part = tokens[:, span]
-        is_end = (part == end).long()
-        ended = is_end.cumsum(1) - is_end > 0
-        ended = (ended | ~known[:, span]) & ~given[:, span]
-        tokens[:, span] = part.masked_fill(ended, layout.modalities[output.modality]["pad"])
-        known[:, span] = ~ended
-
-
-@torch.no_grad()
-def generate(model, layout, tokens, known, outputs, seed=0):
-    """Fill the modalities of outputs one after another; each result is an input of the next.
-
-    tokens int64 (B, size), known bool (B, size): what is given, any places of each row. A given part of an output
-    modality stays as it is. Returns new tokens and known. Raises Fault for a modality or scheme there is not, or when a
-    row has nothing known.
-    """
-    tokens, known = tokens.clone(), known.clone()
-    if not bool(known.any(1).all()):
-        raise Fault("generate needs at least one known token in every row")
-    rng = torch.Generator(tokens.device).manual_seed(seed)
-    for output in outputs:
-        if output.modality not in layout.span:
-            raise Fault(f"there is no modality {output.modality!r}; there are {', '.join(layout.span)}")
-        scheme = output.scheme or ("maskgit" if output.modality in IMAGES else "ar")
-        if scheme not in ("roar", "maskgit", "ar") or output.steps < 1:
-            raise Fault(f"scheme {scheme!r}, {output.steps} steps: schemes are roar, maskgit and ar, steps at least 1")
-        if scheme == "ar":
-            generate_ar(model, layout, tokens, known, output, rng)
-        else:
-            generate_masked(model, layout, tokens, known, output, scheme, rng)
-    return tokens, known
-
-
-def only(layout, tokens, *names):
-    """The mask (B, size) that knows exactly these modalities."""
-    known = torch.zeros_like(tokens, dtype=torch.bool)
-    for name in names:
-        known[:, layout.span[name]] = layout.valid(tokens)[:, layout.span[name]]
-    return known
 # --- end: sampling ---
 
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import draw
+import generate_4m
 import judge as judges
 import show_course
 import studio as metrics
@@ -44,12 +45,12 @@ class Show:
         """New tokens (B, size); one task of the bar."""
         self.bar.set_postfix_str(f"{' > '.join(output.modality for output in outputs)} of {len(tokens)} scenes")
         parts = enumerate(zip(tokens.split(PART), known.split(PART)))
-        made = [self.script.generate(model, self.layout, *part, outputs, seed=i)[0] for i, part in parts]
+        made = [generate_4m.generate(self.script, model, self.layout, *part, outputs, seed=i)[0] for i, part in parts]
         self.bar.update()
         return torch.cat(made)
 
     def only(self, tokens, modality):
-        return self.script.only(self.layout, tokens, modality)
+        return generate_4m.only(self.layout, tokens, modality)
 
     def pictures(self, tokens, modality):
         return self.studio.pictures(tokens[:, self.layout.span[modality]])

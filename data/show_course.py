@@ -2,6 +2,8 @@
 import numpy as np
 import torch
 
+import generate_4m
+
 ROWS = 8
 
 
@@ -31,10 +33,10 @@ class TextShow:
     def show(self, model, folder):
         self.run.say("pictures and quality numbers need our own tokenizer, judge and scenes: of other data there are "
                      "texts")
-        known, made = self.script.only(self.layout, self.tokens, "rgb"), {}
+        known, made = generate_4m.only(self.layout, self.tokens, "rgb"), {}
         for m in ("desc", "caption"):
             output = self.script.Output(m, temperature=0)
-            made[m], _ = self.script.generate(model, self.layout, self.tokens, known, [output])
+            made[m], _ = generate_4m.generate(self.script, model, self.layout, self.tokens, known, [output])
         lines = []
         for i, row in enumerate(self.tokens):
             lines.append(f"validation row {i}, from rgb")

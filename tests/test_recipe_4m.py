@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import eval_masks
+import generate_4m
 import rules
 import runs
 import show
@@ -257,10 +258,10 @@ def test_evaluation_accepts_it(frozen, layout):
 
 def test_generation(frozen, layout):
     tokens = frozen[0][:3]
-    known = course.only(layout, tokens, "rgb")
+    known = generate_4m.only(layout, tokens, "rgb")
     outputs = [course.Output("desc", temperature=0), course.Output("depth", "roar", steps=3),
                course.Output("normal", steps=3, guidance=2.0)]
-    out, seen = course.generate(small_model(layout), layout, tokens, known, outputs)
+    out, seen = generate_4m.generate(course, small_model(layout), layout, tokens, known, outputs)
     for m in ("depth", "normal"):
         assert seen[:, layout.span[m]].all() and (out[:, layout.span[m]] < 4096).all()
     assert (out[:, layout.span["desc"]] < layout.modalities["desc"]["vocab"]).all()

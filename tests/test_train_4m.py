@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import eval_masks
+import generate_4m
 import rules
 import judge
 import ranks
@@ -571,11 +572,11 @@ def test_untrained_model_is_uniform(layout, frozen):
 def generate(model, layout, frozen, outputs, source="rgb", hide=None, seed=0, n=3):
     """Tokens and known after generating from a modality of n scenes; hide: (modality, places to leave open in it)."""
     tokens = frozen[0][:n]
-    known = train_4m.only(layout, tokens, source, *([hide[0]] if hide else []))
+    known = generate_4m.only(layout, tokens, source, *([hide[0]] if hide else []))
     if hide:
         known[:, layout.span[hide[0]]] &= ~hide[1]
     outputs = outputs if isinstance(outputs, list) else [outputs]
-    out, seen = train_4m.generate(model, layout, tokens, known, outputs, seed)
+    out, seen = generate_4m.generate(train_4m, model, layout, tokens, known, outputs, seed)
     assert torch.equal(tokens, frozen[0][:n]), "the caller's tokens changed"
     assert torch.equal(out[known], tokens[known]) and seen[known].all(), "what was given changed"
     return out, seen
@@ -594,7 +595,7 @@ def test_generation_fills_a_modality(model, layout, frozen, scheme, steps):
         outside = torch.ones(layout.size, dtype=torch.bool)
         outside[span] = False
         assert torch.equal(out[:, outside], frozen[0][:3, outside])
-        assert torch.equal(seen[:, outside], train_4m.only(layout, frozen[0][:3], "rgb")[:, outside])
+        assert torch.equal(seen[:, outside], generate_4m.only(layout, frozen[0][:3], "rgb")[:, outside])
         if modality in IMAGES:
             assert seen[:, span].all() and not torch.equal(out[0, span], out[1, span])
 
@@ -611,7 +612,7 @@ def test_one_step_is_the_likeliest_token_everywhere(model, layout, frozen, schem
     tokens, span = frozen[0][:3], layout.span["seg"]
     places = torch.arange(span.start, span.stop).expand(3, -1)
     with torch.no_grad():
-        best = train_4m.predict(model, tokens, train_4m.only(layout, tokens, "rgb"), places).argmax(-1)
+        best = train_4m.predict(model, tokens, generate_4m.only(layout, tokens, "rgb"), places).argmax(-1)
     for settings in ({"temperature": 0}, {"top_k": 1}, {"temperature": 1e-6}):
         out, _ = generate(model, layout, frozen, Output("seg", scheme, steps=1, **settings))
         assert torch.equal(out[:, span], best), settings
@@ -623,7 +624,7 @@ def test_unmasking_schedule(layout, frozen, monkeypatch, steps, scheme):
     """Of rows with 64, 40, 5 and no places open, each by its own schedule."""
     span, open_places = layout.span["normal"], torch.tensor([64, 40, 5, 0])
     tokens = frozen[0][:4]
-    known = train_4m.only(layout, tokens, "rgb")
+    known = generate_4m.only(layout, tokens, "rgb")
     known[:, span] = torch.arange(64).flip(0) >= open_places[:, None]
     counts, asked = [], []
 
@@ -639,7 +640,7 @@ def test_unmasking_schedule(layout, frozen, monkeypatch, steps, scheme):
         return torch.zeros(*targets.shape, layout.vocab)
 
     monkeypatch.setattr(train_4m, "predict", predict)
-    _, seen = train_4m.generate(None, layout, tokens, known, [Output("normal", scheme, steps=steps)])
+    _, seen = generate_4m.generate(train_4m, None, layout, tokens, known, [Output("normal", scheme, steps=steps)])
     assert seen[:, span].all()
     made, asked = torch.stack([*counts, seen[:, span].sum(1)]) - counts[0], torch.stack(asked)
     steps = min(steps, 64)
@@ -655,7 +656,7 @@ def test_unmasking_schedule(layout, frozen, monkeypatch, steps, scheme):
 
 def test_maskgit_keeps_the_most_confident(model, layout, frozen):
     tokens, span = frozen[0][:1].clone(), layout.span["edge"]
-    known = train_4m.only(layout, tokens, "rgb")
+    known = generate_4m.only(layout, tokens, "rgb")
     places = torch.arange(span.start, span.stop)[None]
     with torch.no_grad():
         logits = train_4m.predict(model, tokens, known, places)
@@ -707,7 +708,7 @@ def test_a_query_that_sees_nothing_gets_zeros():
 def test_guidance(model, layout, frozen):
     half = torch.arange(64) < 32
     tokens, span = frozen[0][:3], layout.span["depth"]
-    known = train_4m.only(layout, tokens, "rgb", "depth")
+    known = generate_4m.only(layout, tokens, "rgb", "depth")
     known[:, span] &= ~half
     own = known.clone()
     own[:, :span.start] = False
@@ -746,17 +747,17 @@ def test_a_row_is_generated_as_if_alone(model, layout, frozen, modality, scheme)
     size = span.stop - span.start
     open_places = torch.tensor([0, 1, 3, size // 2, size - 2, size])
     order = torch.rand(6, size, generator=torch.Generator().manual_seed(1)).argsort(1)
-    known = train_4m.only(layout, tokens, "depth")
+    known = generate_4m.only(layout, tokens, "depth")
     known[:, span] = order.argsort(1) >= open_places[:, None]
     output = Output(modality, scheme, steps=6, temperature=0)
-    out, seen = train_4m.generate(model, layout, tokens, known, [output])
+    out, seen = generate_4m.generate(train_4m, model, layout, tokens, known, [output])
     assert torch.equal(out[known], tokens[known]) and seen[known].all(), "what was given changed"
     outside = torch.ones(layout.size, dtype=torch.bool)
     outside[span] = False
     assert torch.equal(out[:, outside], tokens[:, outside]) and torch.equal(seen[:, outside], known[:, outside])
     for i, count in enumerate(open_places):
         rows, place = ([i] * 6, i) if scheme == "roar" else ([i], 0)
-        alone, alone_seen = train_4m.generate(model, layout, tokens[rows], known[rows], [output])
+        alone, alone_seen = generate_4m.generate(train_4m, model, layout, tokens[rows], known[rows], [output])
         assert torch.equal(out[i], alone[place]) and torch.equal(seen[i], alone_seen[place]), int(count)
         assert count < 3 or not torch.equal(out[i], tokens[i])
         if scheme != "ar" or modality in IMAGES:
@@ -767,8 +768,9 @@ def test_chained_outputs_see_each_other(model, layout, frozen):
     cold = [Output(m, steps=4, temperature=0) for m in ("depth", "normal")]
     out, seen = generate(model, layout, frozen, cold)
     assert seen[:, layout.span["depth"]].all() and seen[:, layout.span["normal"]].all()
-    first = train_4m.generate(model, layout, frozen[0][:3], train_4m.only(layout, frozen[0][:3], "rgb"), cold[:1])
-    second = train_4m.generate(model, layout, *first, cold[1:])
+    tokens = frozen[0][:3]
+    first = generate_4m.generate(train_4m, model, layout, tokens, generate_4m.only(layout, tokens, "rgb"), cold[:1])
+    second = generate_4m.generate(train_4m, model, layout, *first, cold[1:])
     assert torch.equal(out, second[0]) and torch.equal(seen, second[1])
     assert not torch.equal(out, generate(model, layout, frozen, cold[1:])[0])
 
@@ -803,10 +805,10 @@ def test_generate_refuses(model, layout, frozen):
         with pytest.raises(Fault, match=message):
             generate(model, layout, frozen, output, source="depth")
     tokens = frozen[0][:2]
-    known = train_4m.only(layout, tokens, "rgb")
+    known = generate_4m.only(layout, tokens, "rgb")
     known[1] = False
     with pytest.raises(Fault, match="at least one known"):
-        train_4m.generate(model, layout, tokens, known, [Output("depth")])
+        generate_4m.generate(train_4m, model, layout, tokens, known, [Output("depth")])
 
 
 class Oracle:
@@ -829,11 +831,11 @@ def test_quality_numbers(layout, frozen, tmp_path, monkeypatch):
     tokens, asked = frozen[0][:12], []
     described = [texts.parse_desc(tokenizer.decode_text(tokenizer.load_text(), row[layout.span["desc"]])) for row in tokens]
 
-    def made(model, layout, rows, known, outputs, seed=0):
+    def made(script, model, layout, rows, known, outputs, seed=0):
         asked.append((len(rows), seed, *(output.modality for output in outputs)))
         return rows.clone(), known
 
-    monkeypatch.setattr(train_4m, "generate", made)
+    monkeypatch.setattr(generate_4m, "generate", made)
     monkeypatch.setattr(judge, "load", lambda device: Oracle(described))
     monkeypatch.setattr(show_4m, "PART", 5)
     monkeypatch.setattr(show_4m, "TRUTH_SCENES", 6)
@@ -978,7 +980,7 @@ def test_loading_reproduces_the_loss(finished, tiny, tmp_path, monkeypatch):
 def test_a_result_outlives_its_samples(tiny, tmp_path, monkeypatch, capsys):
     """Whatever happens while samples are drawn: footer, weights and line are there, one sentence, exit code 1."""
     root = make_root(tmp_path / "root")
-    monkeypatch.setattr(train_4m, "generate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(generate_4m, "generate", lambda *_, **__: 1 / 0)
     with pytest.raises(SystemExit) as stopped:
         run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=2", "--save=true"], samples=True)
     assert stopped.value.code == 1 and len(list((root / "checkpoints").iterdir())) == 1
