@@ -20,7 +20,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 import zipfile
@@ -147,13 +146,6 @@ def read_options(argv):
     return config, options, given
 
 
-def hardware(device):
-    """The machine as its user would name it."""
-    if STANDALONE:
-        return f"{torch.get_num_threads()} cores of {platform.machine()}, {device.type}"
-    return import_ours("machine").hardware(device)
-
-
 def matmul_flops(device, dtype, rows, dim, hidden):
     """Measured FLOP/s of products (rows, dim) x (dim, hidden)."""
     a = torch.randn(rows, dim, device=device, dtype=dtype)
@@ -222,6 +214,9 @@ class Run:
         if self.options.resume:
             self.state = import_ours("checkpoints").read_state(self)
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.task}-{self.config.track}-{self.config.seed}"
+        self.about = {"torch": torch.__version__, "hardware": f"{platform.machine()}, {self.device.type}"}
+        if not STANDALONE:
+            self.about = import_ours("machine").describe(self.device, ROOT)
         if self.rank:
             return
         if self.options.log_to != "none":
@@ -234,11 +229,8 @@ class Run:
             self.file = open(ROOT / "logs" / f"{self.run_id}.txt", "x", buffering=1)
         except OSError as error:
             raise Fault(f"cannot write the log: {error}") from None
-        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
         settings = {"config": vars(self.config), "options": vars(self.options), "argv": sys.argv[1:],
-                    "overrides": self.given, "python": platform.python_version(), "torch": torch.__version__,
-                    "cuda": torch.version.cuda, "threads": torch.get_num_threads(), "hardware": hardware(self.device),
-                    "precision": self.precision, "git": git or None}
+                    "overrides": self.given, "precision": self.precision, **self.about}
         self.file.write(f"{HERE.read_text()}\n{RULE}\n{json.dumps(settings, indent=1)}\n{RULE}\n")
 
     def prepare_show(self, **data):
@@ -253,7 +245,7 @@ class Run:
     @contextlib.contextmanager
     def warm_up(self, model):
         """For untimed steps on dummy data: afterwards the weights are what they were before."""
-        self.say(f"warming up in {self.precision} on {hardware(self.device)}")
+        self.say(f"warming up in {self.precision} on {self.about['hardware']}")
         start = time.perf_counter()
         weights = copy.deepcopy(model.state_dict())
         yield
@@ -312,21 +304,15 @@ class Run:
             self.saver.close()
         self.bar.close()
         self.check(self.val_loss)
-        seconds = max(self.seconds, 1e-9)
-        tokens = int(self.tokens)
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - self.graphs
-        memory = 0 if STANDALONE else import_ours("machine").peak_memory_mib(self.device)
+        speed = {} if STANDALONE else import_ours("machine").speed(self)
         footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
-                  "world_size": self.world, "hardware": hardware(self.device), "precision": self.precision,
+                  "world_size": self.world, "hardware": self.about["hardware"], "precision": self.precision,
                   "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
-                  "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
+                  "buffers": sum(b.numel() for b in model.buffers()), "tokens": int(self.tokens),
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "start_time": round(self.start_time, 1),
                   "train_seconds": round(self.seconds, 3), "eval_seconds": round(self.eval_seconds, 3),
-                  "compile_seconds": round(self.compile_seconds, 1), "recompiles": graphs,
-                  "tokens_per_second": round(tokens / seconds),
-                  "mfu": round(self.flops / seconds / self.peak / self.world, 4),
-                  "matmul_peak_tflops": round(self.peak / 1e12, 2), "peak_memory_mib": memory,
+                  "compile_seconds": round(self.compile_seconds, 1), **speed,
                   "data_sha256": self.data_sha256, "eval_sha256": eval_sha256,
                   "overrides": " ".join(f"--{key}={value}" for key, value in self.given.items()) or "none"}
         if self.rank == 0:

@@ -1,7 +1,8 @@
-"""What a training script says of the machine that it runs on, and whether torch.compile works there."""
+"""What a training script says of the machine that it runs on and of how well it uses it; whether torch.compile works."""
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +22,22 @@ def hardware(device):
     elif "avx512_bf16" in info:
         name += " (AVX512-BF16)"
     return f"{torch.get_num_threads()} cores of {name}"
+
+
+def describe(device, root):
+    """What a log says of the machine and of what is installed: {name: value}. root: the repository."""
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=root, capture_output=True, text=True).stdout.strip()
+    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "threads": torch.get_num_threads(), "hardware": hardware(device), "git": git or None}
+
+
+def speed(run):
+    """What a footer says of how well a run has used the machine: {name: value}."""
+    seconds = max(run.seconds, 1e-9)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - run.graphs
+    return {"recompiles": graphs, "tokens_per_second": round(int(run.tokens) / seconds),
+            "mfu": round(run.flops / seconds / run.peak / run.world, 4),
+            "matmul_peak_tflops": round(run.peak / 1e12, 2), "peak_memory_mib": peak_memory_mib(run.device)}
 
 
 def peak_memory_mib(device):

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "data"))
 
 def measure(path, fields):
     """Train a script and write {task, hardware, points: [{seconds, val_loss, quality_..}]}."""
+    import machine
     import show
 
     script = show.load_script(path)
@@ -58,7 +59,7 @@ def measure(path, fields):
     run = found["run"]
     FOLDER.mkdir(exist_ok=True)
     about = {"script": Path(path).name, "task": run.task, "track": run.config.track, "fields": fields,
-             "hardware": script.hardware(run.device), "precision": run.precision}
+             "hardware": machine.hardware(run.device), "precision": run.precision}
     text = json.dumps(about | {"points": found["points"]}, indent=1)
     (FOLDER / f"{Path(path).stem}.json").write_text(re.sub(r"\n\s{2,}", " ", text) + "\n")
 

@@ -35,6 +35,7 @@ def orders(halton):
 def measure(fields):
     """{order: {steps: [class accuracy, Frechet distance]}} of a checkpoint, and where it was measured; written down."""
     sys.path.insert(0, str(ROOT / "data"))
+    import machine
     import show
 
     script = show.load_script(ROOT / "train_maskgit.py")
@@ -55,7 +56,7 @@ def measure(fields):
                         found[name][steps] = shown.judged(model, steps, shown.per_class)
                         bar.update()
             about = {"fields": fields, "pictures": shown.per_class * len(shown.classes), "guidance": shown.guidance,
-                     "hardware": script.hardware(self.device), "precision": self.precision}
+                     "hardware": machine.hardware(self.device), "precision": self.precision}
             text = json.dumps(about | {"orders": found}, indent=1)
             (DOCS / "maskgit_orders.json").write_text(re.sub(r"\n\s{2,}", " ", text) + "\n")
 

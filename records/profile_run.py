@@ -79,7 +79,7 @@ def measure(path, fields, steps):
                              peak_tflops=round(self.peak / 1e12, 1),
                              peak_memory_mib=machine.peak_memory_mib(self.device),
                              compile_seconds=round(self.compile_seconds, 1), graphs=self.graphs,
-                             hardware=script.hardware(self.device), rank=self.rank)
+                             hardware=machine.hardware(self.device), rank=self.rank)
                 activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
                 self.profiler = profile(activities=activities)
                 self.profiler.start()
