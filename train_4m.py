@@ -130,11 +130,8 @@ def check_config(config, run, layout, valid_scenes):
     if config.image_targets > images or config.text_targets > texts:
         raise Fault(f"--image_targets={config.image_targets}, --text_targets={config.text_targets}: a scene has places "
                     f"for {images} and {texts}")
-    if config.shard and run.world == 1:
-        raise Fault("--shard=true divides the model among processes: start several with torchrun, or --shard=false")
-    if config.shard and -(-valid_scenes // EVAL_BATCH) % run.world:
-        raise Fault(f"--shard=true needs as many evaluation batches on every process: {run.world} processes cannot "
-                    f"share {valid_scenes} scenes in batches of {EVAL_BATCH} evenly")
+    if config.shard:
+        import_ours("sharding").check(run, valid_scenes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1135,9 +1132,7 @@ def flops_per_scene(model, config, inputs, images, texts):
 def main(argv):
     run = Run("4m", argv)
     config = run.config
-    course = None
-    if config.track == "course":
-        course = import_ours("course_loss").CourseLoss(run)
+    course = import_ours("course_loss").CourseLoss(run) if config.track == "course" else None
     if not STANDALONE:
         import_ours("checks").check_archives(run.script, config.frozen, config.frozen_masks)
     val_tokens, val_roles, modalities, digest = read_frozen(config)
@@ -1157,8 +1152,7 @@ def main(argv):
             block.compile(fullgraph=True, dynamic=True)
     if config.shard:
         blocks = (*model.encoder, model.local, *model.decoder, model.mix)
-        dtype = PRECISIONS[run.precision]
-        import_ours("sharding").shard_blocks(model, blocks, run.world, run.device, dtype, init_weights)
+        import_ours("sharding").shard_blocks(model, blocks, run, init_weights)
     else:
         init_weights(model.to(run.device))
     run.prepare(model, layout=layout, tokens=val_tokens)
@@ -1199,10 +1193,7 @@ def main(argv):
             run.saver.after_step(model, muon, adam, loader)
 
     if config.shard:
-        weights = import_ours("sharding").whole_weights(model)
-        if run.rank == 0:  # which draws the samples
-            model = Nano4M(config, layout).to(run.device)
-            model.load_state_dict(weights)
+        model = import_ours("sharding").whole_on_rank_0(model, run, layout)
     run.result(model, digest, numbers)
     run.show(model)
 

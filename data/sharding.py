@@ -8,16 +8,27 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard_blocks(model, blocks, world, device, dtype, init_weights):
+def check(run, valid_scenes):
+    """Raises the script's Fault for a run that cannot be divided."""
+    script, world = run.script, run.world
+    if world == 1:
+        raise script.Fault("--shard=true divides the model among processes: start several with torchrun, or --shard=false")
+    if -(-valid_scenes // script.EVAL_BATCH) % world:
+        raise script.Fault(f"--shard=true needs as many evaluation batches on every process: {world} processes cannot "
+                           f"share {valid_scenes} scenes in batches of {script.EVAL_BATCH} evenly")
+
+
+def shard_blocks(model, blocks, run, init_weights):
     """Divide the blocks of a model on the meta device by rows among the ranks, and only then give it weights, which no
     process ever holds all of. FSDP2 gathers a block while it is computed.
 
     What is outside of them, embeddings and heads, stays whole: it is a few percent. Gradients are summed, not averaged.
     """
+    device, dtype = run.device, run.script.PRECISIONS[run.precision]
     inside = {p for block in blocks for p in block.parameters()}
     weights = dtype if device.type == "cuda" else None  # what is gathered; autocast rounds them too
     policy = MixedPrecisionPolicy(weights, torch.float32, cast_forward_inputs=False)
-    mesh = init_device_mesh(device.type, (world,))
+    mesh = init_device_mesh(device.type, (run.world,))
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
         block.set_gradient_divide_factor(1.0)
@@ -42,6 +53,16 @@ def whole_parameters(model, device):
 def whole_weights(model):
     """The weights of a divided model, whole on rank 0's CPU; {} on others."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def whole_on_rank_0(model, run, layout):
+    """A divided model's weights in a whole one on rank 0, which draws the samples; elsewhere the divided model."""
+    weights = whole_weights(model)
+    if run.rank:
+        return model
+    whole = run.script.Nano4M(run.config, layout).to(run.device)
+    whole.load_state_dict(weights)
+    return whole
 
 
 def sharded(Muon, orthogonalise):

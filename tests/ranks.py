@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import time
+import types
 import zlib
 
 import torch
@@ -86,14 +87,15 @@ def seed_weights(script):
 def divided_weights(path):
     """Divide a small model among the ranks: how many weights each holds, and what it has of them all, in files."""
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    run = types.SimpleNamespace(world=dist.get_world_size(), device=torch.device("cpu"), precision="fp32", script=train_4m)
     config = train_4m.Config(dim=64, head_dim=32, enc_depth=2, dec_depth=2)
     layout = train_4m.Layout(train_4m.read_frozen(config)[2])
     with torch.device("meta"):
         model = train_4m.Nano4M(config, layout)
     blocks = (*model.encoder, model.local, *model.decoder, model.mix)
     torch.manual_seed(0)
-    sharding.shard_blocks(model, blocks, world, torch.device("cpu"), torch.float32, train_4m.init_weights)
+    sharding.shard_blocks(model, blocks, run, train_4m.init_weights)
     own = sum(p.to_local().numel() for block in blocks for p in block.parameters())
     torch.save((own, sharding.whole_weights(model)), f"{path}.{rank}")
     dist.barrier()
