@@ -879,9 +879,7 @@ def main(argv):
     run.start()
     if config.num_steps:
         if config.reflow:
-            with run.autocast():
-                draw_pairs = import_ours("reflow").draw_pairs
-                tensors = draw_pairs(run.script, model, config.reflow, config.seed, run.device)
+            tensors = import_ours("reflow").draw_pairs(run, model)
         else:
             tensors = [torch.from_numpy(np.array(array)) for array in arrays]
         loader = Loader(tensors, config.batch, config.seed, run.device)

@@ -584,17 +584,13 @@ def schedule(step, config):
 
 
 def make_optimizers(model, config, run):
-    """Muon for the blocks' matrices and the projector, Adam for the rest. With a pretrained backbone no Muon and AdamW
-    for all, at one rate for the backbones and another for the projector, as nanoVLM does it."""
-    hidden, rest, projector, backbones = [], [], [], []
-    for name, p in model.named_parameters():
-        is_projector = name.startswith("project")
-        is_hidden = p.ndim == 2 and ("layers" in name or is_projector)
-        (hidden if is_hidden else rest).append(p)
-        (projector if is_projector else backbones).append(p)
+    """Muon for the blocks' matrices and the projector, Adam for the rest; of pretrained backbones AdamW for all."""
     if config.vit or config.lm:
-        return None, torch.optim.AdamW([{"params": backbones, "peak": config.backbone_lr},
-                                        {"params": projector, "peak": config.projector_lr}], fused=True)
+        return None, import_ours("backbones").make_adamw(model, config)
+    hidden, rest = [], []
+    for name, p in model.named_parameters():
+        is_hidden = p.ndim == 2 and ("layers" in name or name.startswith("project"))
+        (hidden if is_hidden else rest).append(p)
     muon = Muon(hidden, config.momentum, run.rank, run.world, PRECISIONS[run.precision])
     return muon, torch.optim.Adam([{"params": rest, "peak": config.adam_lr}], betas=(0.9, 0.95), fused=True)
 

@@ -23,6 +23,14 @@ LLAMA = {"hidden_size": "lm_dim", "num_hidden_layers": "lm_depth", "num_attentio
          "num_key_value_heads": "lm_kv_heads", "intermediate_size": "lm_mlp"}
 
 
+def make_adamw(model, config):
+    """AdamW at one rate for both backbones of a VLM and at another for the projector, as nanoVLM does it."""
+    projector = list(model.project.parameters())
+    backbones = [p for name, p in model.named_parameters() if not name.startswith("project")]
+    return torch.optim.AdamW([{"params": backbones, "peak": config.backbone_lr},
+                              {"params": projector, "peak": config.projector_lr}], fused=True)
+
+
 class Backbones:
     """What --vit and --lm name: config, the Config in their shapes; vocab and codec of the language model.
 

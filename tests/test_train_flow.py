@@ -1,4 +1,5 @@
 """train_flow.py: the velocity, evaluation, samplers, whole runs on tiny data."""
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -288,7 +289,9 @@ def test_guidance_is_shown_where_it_was_learned(tmp_path, monkeypatch):
 
 def test_pairs_of_reflow():
     model = small_model(std=0.1)
-    pictures, labels, noise = reflow.draw_pairs(train_flow, model, 300, 0, "cpu")
+    run = types.SimpleNamespace(script=train_flow, config=train_flow.Config(reflow=300), device=torch.device("cpu"),
+                                autocast=contextlib.nullcontext)
+    pictures, labels, noise = reflow.draw_pairs(run, model)
     assert pictures.dtype == torch.uint8 and len(pictures) == len(labels) == len(noise) == 300
     again = sample(model, labels[250:], noise=noise[250:])
     assert (train_flow.to_floats(pictures[250:]) - again).abs().max() <= 1 / 127
