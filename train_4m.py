@@ -110,12 +110,10 @@ for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
     CONFIGS[name] = dataclasses.replace(CONFIGS["gpu"], track=name, dim=dim, enc_depth=24, dec_depth=24, shard=True,
                                         micro_batch=2 ** 15 // dim, target=0.0)
 ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
-LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
-    "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96),
-    "mlp_ratio": (1, 16), "momentum": (0, 0.9999), "batch": (1, math.inf), "micro_batch": (1, math.inf),
-    "budget": (16, math.inf), "image_targets": (1, math.inf), "text_targets": (1, math.inf), "cooldown": (0.001, 1),
-    "eval_every": (1, math.inf), "quality_scenes": (0, 2000), "precision": ("auto", "fp32", "bf16"),
-    "log_to": ("none", "trackio", "wandb", "tensorboard"),
+LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
+    "dim": (1, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96), "batch": (1, math.inf),
+    "micro_batch": (1, math.inf), "budget": (16, math.inf), "image_targets": (1, math.inf),
+    "text_targets": (1, math.inf), "quality_scenes": (0, 2000),
 }
 
 

@@ -96,13 +96,10 @@ CONFIGS = {
                   second_token=0.0, table_lr=0.05, head_dim=64, target=3.28, eval_tokens=10485760, eval_every=250),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "window", "orders", "grams")  # what a checkpoint must agree on
-LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
-    "seed": (0, 2 ** 31), "dim": (2, 8192), "head_dim": (2, 256), "depth": (0, 96), "mlp_ratio": (1, 16),
-    "window": (1, 2 ** 31), "orders": (1, 64), "grams": (1, 2 ** 24), "momentum": (0, 0.9999), "batch": (1, 2 ** 16),
-    "micro_batch": (1, 2 ** 16), "context": (1, 2 ** 16), "cooldown": (0.001, 1), "eval_tokens": (1, 2 ** 40),
-    "eval_every": (1, math.inf), "precision": ("auto", "fp32", "bf16"),
-    "log_to": ("none", "trackio", "wandb", "tensorboard"), "sample_tokens": (1, math.inf),
-    "top_p": (1e-6, 1), "ahead": (1, 64),
+LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
+    "dim": (2, 8192), "head_dim": (2, 256), "depth": (0, 96), "window": (1, 2 ** 31), "orders": (1, 64),
+    "grams": (1, 2 ** 24), "batch": (1, 2 ** 16), "micro_batch": (1, 2 ** 16), "context": (1, 2 ** 16),
+    "eval_tokens": (1, 2 ** 40), "sample_tokens": (1, math.inf), "top_p": (1e-6, 1), "ahead": (1, 64),
 }
 
 

@@ -86,12 +86,8 @@ CONFIGS = {
                   num_steps=4000, adam_lr=0.005, target=0.0, eval_every=250),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio")  # what a checkpoint must agree on
-LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
-    "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "mlp_ratio": (1, 16),
-    "momentum": (0, 0.9999), "batch": (1, math.inf), "label_drop": (0, 1), "cooldown": (0.001, 1),
-    "eval_every": (1, math.inf), "quality_pictures": (0, 2000),
-    "precision": ("auto", "fp32", "bf16"),
-    "log_to": ("none", "trackio", "wandb", "tensorboard"),
+LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
+    "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "batch": (1, math.inf), "quality_pictures": (0, 2000),
 }
 
 

@@ -98,12 +98,9 @@ CONFIGS = {
 COURSE_DIM = 512  # width that the learning rate is meant for
 HEAD_SHAPES = 16  # numbers of rows that the head may have in a step: a CPU builds kernels for each
 ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
-LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
-    "seed": (0, 2 ** 31), "dim": (2, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96),
-    "mlp_ratio": (1, 16), "beta1": (0, 0.9999), "beta2": (0, 0.9999), "clip": (1e-9, math.inf), "warmup": (0, 1),
-    "batch": (1, math.inf), "budget": (16, math.inf), "eval_every": (1, math.inf), "quality_scenes": (0, 2000),
-    "precision": ("auto", "fp32", "bf16"),
-    "log_to": ("none", "trackio", "wandb", "tensorboard"),
+LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
+    "dim": (2, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96), "warmup": (0, 1),
+    "batch": (1, math.inf), "budget": (16, math.inf), "quality_scenes": (0, 2000),
 }
 
 

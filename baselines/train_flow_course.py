@@ -96,11 +96,9 @@ CONFIGS = {
                   dim=256, head_dim=32, depth=10, batch=256, num_steps=19500, eval_every=1950),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "patch")  # what a checkpoint must agree on
-LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
-    "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "patch": (1, 128),
-    "batch": (1, math.inf), "times": ("uniform", "logit-normal"), "label_drop": (0, 1), "eval_every": (1, math.inf),
-    "quality_pictures": (0, 10 ** 5), "precision": ("auto", "fp32", "bf16"),
-    "log_to": ("none", "trackio", "wandb", "tensorboard"),
+LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
+    "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "patch": (1, 128), "batch": (1, math.inf),
+    "times": ("uniform", "logit-normal"), "quality_pictures": (0, 10 ** 5),
 }
 
 

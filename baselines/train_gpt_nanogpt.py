@@ -113,13 +113,10 @@ CONFIGS = {
                   eval_every=1000),
 }
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "context")  # what a checkpoint must agree on
-LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
-    "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "mlp_ratio": (1, 16),
-    "context": (2, 2 ** 16), "dropout": (0, 0.99), "lr_end": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.9999),
-    "clip": (1e-9, math.inf), "batch": (1, 2 ** 16), "micro_batch": (1, 2 ** 16), "eval_tokens": (1, 2 ** 40),
-    "eval_every": (1, math.inf), "precision": ("auto", "fp32", "bf16"),
-    "log_to": ("none", "trackio", "wandb", "tensorboard"), "sample_tokens": (1, math.inf),
-    "top_p": (1e-6, 1),
+LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
+    "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "context": (2, 2 ** 16), "dropout": (0, 0.99),
+    "lr_end": (0, 1), "batch": (1, 2 ** 16), "micro_batch": (1, 2 ** 16), "eval_tokens": (1, 2 ** 40),
+    "sample_tokens": (1, math.inf), "top_p": (1e-6, 1),
 }
 
 

@@ -101,12 +101,9 @@ CONFIGS = {
 }
 COURSE_DIM = 512  # width that the learning rate is meant for
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio")  # what a checkpoint must agree on
-LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
-    "seed": (0, 2 ** 31), "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "mlp_ratio": (1, 16),
-    "beta1": (0, 0.9999), "beta2": (0, 0.9999), "clip": (1e-9, math.inf), "warmup": (0, 1), "batch": (1, math.inf),
-    "eval_every": (1, math.inf), "quality_pictures": (0, 2000),
-    "precision": ("auto", "fp32", "bf16"),
-    "log_to": ("none", "trackio", "wandb", "tensorboard"),
+LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
+    "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "warmup": (0, 1), "batch": (1, math.inf),
+    "quality_pictures": (0, 2000),
 }
 
 

@@ -120,14 +120,12 @@ CONFIGS = {
 }
 ARCHITECTURE = ("side", "patch", "shuffle", "vit_dim", "vit_depth", "vit_heads", "vit_mlp", "lm_dim", "lm_depth",
                 "lm_heads", "lm_kv_heads", "lm_mlp", "rope_theta")  # what a checkpoint must agree on
-LIMITS = {  # what a field may be: least and most, or choices; any other number is at least 0
-    "seed": (0, 2 ** 31), "side": (1, 2048), "patch": (1, 256), "vit_dim": (1, 8192), "vit_depth": (1, 96),
-    "vit_heads": (1, 256), "vit_mlp": (1, 65536), "shuffle": (1, 64), "lm_dim": (2, 8192), "lm_depth": (1, 96),
-    "lm_heads": (1, 256), "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf),
-    "clip": (1e-9, math.inf), "warmup": (0, 1), "lr_min": (0, 1), "batch": (1, math.inf), "eval_every": (1, math.inf),
-    "max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.001, 1), "quality_pictures": (0, 2000),
-    "precision": ("auto", "fp32", "bf16"),
-    "log_to": ("none", "trackio", "wandb", "tensorboard"),
+LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
+    "side": (1, 2048), "patch": (1, 256), "vit_dim": (1, 8192), "vit_depth": (1, 96), "vit_heads": (1, 256),
+    "vit_mlp": (1, 65536), "shuffle": (1, 64), "lm_dim": (2, 8192), "lm_depth": (1, 96), "lm_heads": (1, 256),
+    "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf), "warmup": (0, 1), "lr_min": (0, 1),
+    "batch": (1, math.inf), "max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.001, 1),
+    "quality_pictures": (0, 2000),
 }
 
 

@@ -1,5 +1,5 @@
-"""Any modalities of a scene from any others, with a trained nano4M: one output after another, images in few steps, texts
-token by token. script is the module of the training script that the model is of.
+"""Any modalities of a scene from any others, with a trained nano4M: one output after another, images in few steps,
+texts token by token. script is the module of the training script that the model is of.
 """
 import torch
 

@@ -1,4 +1,4 @@
-"""What a training script says of the machine that it runs on and of how well it uses it; whether torch.compile works."""
+"""What a training script says of its machine and of how well it uses it; whether torch.compile works there."""
 import os
 import platform
 import re

@@ -1,13 +1,19 @@
 """A training script's command line: --help, and one sentence for whatever it may not say.
 
-A script reads its options itself, in a dozen lines, once they have been checked here; one that stands alone does without.
-script is its module, with its Config, Options, CONFIGS and LIMITS.
+A script reads its options itself, in a dozen lines, once they have been checked here; one that stands alone does
+without. script is its module, with its Config, Options, CONFIGS and LIMITS.
 """
 import inspect
 import math
 import sys
 
 import torch
+
+LIMITS = {  # what fields of several scripts may be: least and most, or choices; any other number is at least 0
+    "seed": (0, 2 ** 31), "mlp_ratio": (1, 16), "momentum": (0, 0.9999), "beta1": (0, 0.9999), "beta2": (0, 0.9999),
+    "clip": (1e-9, math.inf), "label_drop": (0, 1), "cooldown": (0.001, 1), "eval_every": (1, math.inf),
+    "precision": ("auto", "fp32", "bf16"), "log_to": ("none", "trackio", "wandb", "tensorboard"),
+}
 
 
 def check(script, argv):
@@ -32,21 +38,23 @@ def check(script, argv):
 
 
 def show_help(script):
+    fields = vars(script.Config()) | vars(script.Options())
     print(script.__doc__, *map(inspect.getsource, (script.Config, script.Options, script.check_config)), sep="\n")
-    limits = (f"{key} in {limits}" for key, limits in script.LIMITS.items())
+    limits = [f"{key} in {values}" for key, values in (LIMITS | script.LIMITS).items() if key in fields]
     print("Numbers are at least 0, and", *limits, sep="\n    ")
 
 
 def parse(script, key, text, kind):
-    """A field's value from its text: of its type, and what script.LIMITS allow. Raises script.Fault."""
+    """A field's value from its text: of its type, and what its limits allow. Raises script.Fault."""
+    limits = LIMITS | script.LIMITS
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         raise script.Fault(f"--{key}={text} is not of type {kind.__name__}") from None
-    if kind is str and value not in script.LIMITS.get(key, [value]):
-        raise script.Fault(f"--{key}={text} is not one of {', '.join(script.LIMITS[key])}")
+    if kind is str and value not in limits.get(key, [value]):
+        raise script.Fault(f"--{key}={text} is not one of {', '.join(limits[key])}")
     if kind in (int, float):
-        least, most = script.LIMITS.get(key, (0, math.inf))
+        least, most = limits.get(key, (0, math.inf))
         if not least <= value <= most or not math.isfinite(value):
             raise script.Fault(f"--{key}={text} is not a number from {least} to {most}")
     return value

@@ -12,7 +12,8 @@ def check(run, valid_scenes):
     """Raises the script's Fault for a run that cannot be divided."""
     script, world = run.script, run.world
     if world == 1:
-        raise script.Fault("--shard=true divides the model among processes: start several with torchrun, or --shard=false")
+        raise script.Fault("--shard=true divides the model among processes: start several with torchrun, or "
+                           "--shard=false")
     if -(-valid_scenes // script.EVAL_BATCH) % world:
         raise script.Fault(f"--shard=true needs as many evaluation batches on every process: {world} processes cannot "
                            f"share {valid_scenes} scenes in batches of {script.EVAL_BATCH} evenly")

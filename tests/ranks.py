@@ -88,7 +88,8 @@ def divided_weights(path):
     """Divide a small model among the ranks: how many weights each holds, and what it has of them all, in files."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    run = types.SimpleNamespace(world=dist.get_world_size(), device=torch.device("cpu"), precision="fp32", script=train_4m)
+    world = dist.get_world_size()
+    run = types.SimpleNamespace(world=world, device=torch.device("cpu"), precision="fp32", script=train_4m)
     config = train_4m.Config(dim=64, head_dim=32, enc_depth=2, dec_depth=2)
     layout = train_4m.Layout(train_4m.read_frozen(config)[2])
     with torch.device("meta"):
