@@ -401,27 +401,13 @@ class Layout:
 # --- end: layout ---
 
 
-# --- copied: content ---
-def content_sha256(folder, texts, pictures):
-    """One hash of the arrays that are read. Of a rendered set its scenes stand for pictures, which machines round."""
-    rendered = (folder / "scene.npy").exists()
-    digest = hashlib.sha256()
-    for name in (*texts, "scene") if rendered else (*texts, *pictures):
-        array = np.load(folder / f"{name}.npy", mmap_mode="r")
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
-# --- end: content ---
-
-
 # --- copied: shards ---
 def read_shards(config, modalities):
     """The training tokens, a memory map (scenes, length) per modality, and their sha256."""
+    digest = "none"
     if not STANDALONE:
-        import_ours("checks").check_scenes(sys.modules[__name__], config, modalities)
-    texts, pictures = ([m for m in part if m in modalities] for part in (TEXTS, IMAGES))
-    arrays = [np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in pictures + texts]
-    return arrays, content_sha256(ROOT / config.data, texts, pictures)
+        digest = import_ours("checks").check_scenes(sys.modules[__name__], config, modalities)
+    return [np.load(ROOT / config.data / f"{m}.npy", mmap_mode="r") for m in MODALITIES if m in modalities], digest
 # --- end: shards ---
 
 

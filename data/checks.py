@@ -4,6 +4,7 @@ A script has its data checked here and then reads them without looking back; one
 is its module, and what it cannot use raises its Fault.
 """
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -32,6 +33,17 @@ def training_data(script, folder, make):
 
 def load(folder, name):
     return open_array(folder / f"{name}.npy")
+
+
+def content_sha256(folder, texts, pictures):
+    """One hash of the arrays that are read. Of a rendered set its scenes stand for pictures, which machines round."""
+    rendered = (folder / "scene.npy").exists()
+    digest = hashlib.sha256()
+    for name in (*texts, "scene") if rendered else (*texts, *pictures):
+        array = load(folder, name)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def check_batch(script, config, num, what):
@@ -64,29 +76,30 @@ def check_scenes(script, config, modalities):
     make = "python data/scenes.py" if side == 8 else f"python data/scenes.py --size={8 * side}"
     if "digits" in modalities["rgb"]:
         make = "python data/course.py ROOT"
-    names = [m for m in script.MODALITIES if m in modalities]
-    check_tokens(script, config, names, modalities, make, "scenes")
+    texts, pictures = ([m for m in part if m in modalities] for part in (script.TEXTS, script.IMAGES))
+    return check_tokens(script, config, texts, pictures, modalities, make, "scenes")
 
 
 def check_objects(script, config, modalities):
     side = math.isqrt(modalities["rgb"]["length"])
     make = "python data/scenes.py --objects" if side == 8 else f"python data/scenes.py --objects --size={8 * side}"
-    check_tokens(script, config, ("rgb", "label"), modalities, make, "examples")
+    return check_tokens(script, config, ("label",), ("rgb",), modalities, make, "examples")
 
 
-def check_tokens(script, config, names, modalities, make, what):
-    """Aligned token arrays are whole, and of the validation set's vocabularies and lengths."""
+def check_tokens(script, config, texts, pictures, modalities, make, what):
+    """Aligned token arrays are whole, and of the validation set's vocabularies and lengths; their sha256."""
     folder = script.ROOT / config.data
     with training_data(script, folder, make) as meta:
         if meta["modalities"] != modalities:
             raise ValueError("another vocabulary or length than the frozen validation set")
-        for name in names:
+        for name in (*pictures, *texts):
             array, about = load(folder, name), modalities[name]
             if array.dtype != np.uint16 or array.shape != (meta["num"], about["length"]):
                 raise ValueError(f"{name}.npy holds {array.dtype} {array.shape}")
             if int(array.max()) >= about["vocab"]:
                 raise ValueError(f"{name}.npy holds token {array.max()} of a vocabulary of {about['vocab']}")
     check_batch(script, config, meta["num"], what)
+    return content_sha256(folder, texts, pictures)
 
 
 def check_frozen_objects(script, config, modalities, tokens, labels, masked):
@@ -106,7 +119,7 @@ def check_frozen_objects(script, config, modalities, tokens, labels, masked):
 # Flow
 
 def check_images(script, config, classes, side):
-    """Training images and labels are whole, and of the validation set's size and classes."""
+    """Training images and labels are whole, and of the validation set's size and classes; their sha256."""
     folder = script.ROOT / config.data
     make = "python data/scenes.py --objects" if side == 32 else "python data/scenes.py --objects --size=128"
     with training_data(script, folder, make) as meta:
@@ -118,6 +131,7 @@ def check_images(script, config, classes, side):
     if own_classes != classes or images.shape[-1] != side:
         raise script.Fault(f"{folder} has other classes or another size than the frozen validation set")
     check_batch(script, config, len(images), "images")
+    return content_sha256(folder, ("label",), (config.pixels,))
 
 
 def check_labelled(images, labels, classes):
@@ -164,7 +178,7 @@ def check_frozen_images(script, config):
 # VLM
 
 def check_conversations(script, config, about):
-    """Pictures, tokens and answer marks are whole, and of the validation set's vocabulary (about)."""
+    """Pictures, tokens and answer marks are whole, and of the validation set's vocabulary (about); their sha256."""
     folder = script.ROOT / config.data
     with training_data(script, folder, "python data/scenes.py --qa") as meta:
         own, num = meta["modalities"]["qa"], meta["num"]
@@ -181,6 +195,7 @@ def check_conversations(script, config, about):
             raise ValueError(f"qa.npy holds token {qa.max()} of a vocabulary of {own['vocab']}")
         if not (answer > 0).any(1).all():
             raise ValueError(f"conversation {(answer > 0).any(1).argmin()} has no answer")
+    return content_sha256(folder, ("qa", "answer"), ("pixels",))
 
 
 # ------------------------------------------------------------------------------------------------------------
