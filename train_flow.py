@@ -171,21 +171,24 @@ class Run:
         if self.options.load:
             read_checkpoint = import_ours("checkpoints").read_checkpoint
             self.weights, self.config = read_checkpoint(self.script, self.options.load, self.config, self.given)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device("cpu")
+        backend = {"backend": "gloo"}
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+            backend = {"backend": "nccl", "device_id": self.device}  # NCCL would guess, and warn
         if self.world > 1:
-            on_gpu = self.device.type == "cuda"  # NCCL would guess, and warn
-            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
+            dist.init_process_group(**backend)
         self.step = self.tokens = self.flops = 0  # so far
         self.seconds = self.eval_seconds = 0  # of training alone, and of evaluations and saved states
         self.compile_seconds = self.graphs = 0  # of the warm-up
         self.data_sha256 = "none"
         self.file = None  # the log, of rank 0
         self.failed = False  # weights or samples
-        self.loss = self.watch = None  # of the last step that was looked at; what --log_to opened, on rank 0
+        self.loss = None  # of the last step that was looked at
+        self.watch = None  # what --log_to opened, on rank 0
 
     def slice(self, batch):
         """This rank's part of a global batch."""
@@ -222,7 +225,7 @@ class Run:
         self.about = {"torch": torch.__version__, "hardware": f"{platform.machine()}, {self.device.type}"}
         if not STANDALONE:
             self.about = import_ours("machine").describe(self.device, ROOT)
-        if self.rank:
+        if self.rank > 0:
             return
         if self.options.log_to != "none":
             self.watch = import_ours("watch").Watch(self)

@@ -51,6 +51,11 @@ def wait_for_a_signal(script):
     checkpoints.Saver.next_action = waits
 
 
+def stand_alone(script):
+    """Have a script do as it does without data/ beside it."""
+    script.STANDALONE = True
+
+
 def break_compiler(script):
     """As with CXX=/bin/false in the environment, which is read when torch is imported."""
     torch._inductor.config.cpp.cxx = (None, "/bin/false")
