@@ -330,11 +330,14 @@ class Run:
             self.saver.close()
         self.bar.close()
         self.check(self.val_loss)
-        speed = {} if STANDALONE else import_ours("machine").speed(self)
+        tokens = int(self.tokens)
+        speed = {"tokens_per_second": round(tokens / max(self.seconds, 1e-9)), "mfu": 0, "peak_memory_mib": 0}
+        if not STANDALONE:
+            speed = import_ours("machine").speed(self)
         footer = {"script": HERE.name, "task": self.task, "track": self.config.track, "seed": self.config.seed,
                   "world_size": self.world, "hardware": self.about["hardware"], "precision": self.precision,
                   "steps": self.step, "parameters": sum(p.numel() for p in model.parameters()),
-                  "buffers": sum(b.numel() for b in model.buffers()), "tokens": int(self.tokens),
+                  "buffers": sum(b.numel() for b in model.buffers()), "tokens": tokens,
                   "val_loss": round(self.val_loss, 5), **numbers, "target": self.config.target,
                   "reached": self.val_loss <= self.config.target, "start_time": round(self.start_time, 1),
                   "train_seconds": round(self.seconds, 3), "eval_seconds": round(self.eval_seconds, 3),
