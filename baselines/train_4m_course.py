@@ -38,7 +38,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils import benchmark
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
@@ -155,14 +154,6 @@ def read_options(argv):
     return config, options, given
 
 
-def matmul_flops(device, dtype, rows, dim, hidden):
-    """Measured FLOP/s of products (rows, dim) x (dim, hidden)."""
-    a = torch.randn(rows, dim, device=device, dtype=dtype)
-    b = torch.randn(hidden, dim, device=device, dtype=dtype)
-    timer = benchmark.Timer("F.linear(a, b)", globals={"F": F, "a": a, "b": b}, num_threads=torch.get_num_threads())
-    return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=0.1).median
-
-
 class Run:
     """Everything around the model: processes, device, precision, clock, log, progress bar, checkpoints, states."""
 
@@ -205,10 +196,9 @@ class Run:
 
         auto is what multiplies such matrices faster: on most CPUs without AMX bf16 takes up to seven times as long.
         """
-        if self.device.type == "cuda":
-            rows = dim = hidden = 8192  # smaller ones leave it idle
-        flops = {name: matmul_flops(self.device, dtype, rows, dim, hidden) for name, dtype in PRECISIONS.items()}
-        decision = [max(flops, key=flops.get), max(flops.values())]
+        decision = ["bf16" if self.device.type == "cuda" else "fp32", 0]
+        if not STANDALONE:
+            decision = import_ours("machine").time_products(self.device, PRECISIONS, rows, dim, hidden)
         if self.world > 1:  # one run, one precision
             dist.broadcast_object_list(decision)
         self.precision, self.peak = decision

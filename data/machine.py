@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.utils import benchmark
 
 
 def hardware(device):
@@ -29,6 +31,22 @@ def describe(device, root):
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=root, capture_output=True, text=True).stdout.strip()
     return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
             "threads": torch.get_num_threads(), "hardware": hardware(device), "git": git or None}
+
+
+def time_products(device, dtypes, rows, dim, hidden):
+    """Which of some dtypes, {name: dtype}, multiplies (rows, dim) x (dim, hidden) fastest, and its FLOP/s."""
+    if device.type == "cuda":
+        rows = dim = hidden = 8192  # smaller ones leave it idle
+    flops = {name: matmul_flops(device, dtype, rows, dim, hidden) for name, dtype in dtypes.items()}
+    return [max(flops, key=flops.get), max(flops.values())]
+
+
+def matmul_flops(device, dtype, rows, dim, hidden):
+    """Measured FLOP/s of products (rows, dim) x (dim, hidden) in dtype."""
+    a = torch.randn(rows, dim, device=device, dtype=dtype)
+    b = torch.randn(hidden, dim, device=device, dtype=dtype)
+    timer = benchmark.Timer("F.linear(a, b)", globals={"F": F, "a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * rows * dim * hidden / timer.blocked_autorange(min_run_time=0.1).median
 
 
 def speed(run):

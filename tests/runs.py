@@ -37,7 +37,7 @@ START = "# --- copied: start ---"
 
 def spare_time(script, set_attribute, samples=False):
     """Have a script's run leave out what takes longer than all the rest of a short run."""
-    set_attribute(script, "matmul_flops", lambda *_: 1e12)
+    set_attribute(importlib.import_module("machine"), "matmul_flops", lambda *_: 1e12)
     if hasattr(script, "Run") and not samples:
         set_attribute(script.Run, "prepare_show", lambda *_, **__: None)
     for name in {"write_samples", "draw_samples"} & set(vars(script)):
