@@ -11,7 +11,6 @@ Times against the baseline, record #1, are in records/README.md.
 """
 import contextlib
 import copy
-import functools
 import hashlib
 import importlib
 import json
@@ -797,41 +796,27 @@ def probabilities(logits, options):
 # --- end: probabilities ---
 
 
-# --- copied: kv cache ---
+# --- copied: no cache ---
 def no_cache(k, v):
     """For a block where nothing was read before: the new keys and values are all there are."""
     return k, v
+# --- end: no cache ---
 
 
-class KVCache:
-    """Keys and values of the tokens that a model has read, so that every token is computed once."""
-
-    def __init__(self):
-        self.length = 0  # tokens read
-        self.blocks = {}  # keys and values (B, H, length, D) of each block
-
-    def append(self, layer, k, v):
-        """Add keys and values (B, H, T, D) of new tokens to those of a block: all there are."""
-        if layer in self.blocks:
-            past_k, past_v = self.blocks[layer]
-            k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-        self.blocks[layer] = k, v
-        self.length = k.size(2)
-        return k, v
-# --- end: kv cache ---
-
-
-def read_tokens(model, tokens, cache):
+def read_tokens(model, tokens, cache=None):
     """Logits (B, new, V) after each of the tokens (B, T) that are not in the cache yet; then they are."""
-    start = cache.length
-    appends = [functools.partial(cache.append, layer) for layer in range(len(model.blocks))]
+    start = cache.length if cache else 0
+    appends = cache.appends(len(model.blocks)) if cache else None
     return model.logits(model(tokens, model.mask(tokens, start), start, appends))
 
 
 @torch.no_grad()
-def generate(model, tokens, options, seed=0):
-    """Continue tokens (B, T): yields the next token (B, 1) of every row, options.sample_tokens times."""
-    cache, rng = KVCache(), torch.Generator(tokens.device).manual_seed(seed)
+def generate(model, tokens, options, seed=0, cache=None):
+    """Continue tokens (B, T): yields the next token (B, 1) of every row, options.sample_tokens times.
+
+    cache: with a KVCache of data/kv_cache.py every token is read once, without one all of them for every new one.
+    """
+    rng = torch.Generator(tokens.device).manual_seed(seed)
     for _ in range(options.sample_tokens):
         logits = read_tokens(model, tokens, cache)[:, -1]
         new = torch.multinomial(probabilities(logits, options), 1, generator=rng)

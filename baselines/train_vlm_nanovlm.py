@@ -727,44 +727,29 @@ def sharpen(logits, temperature, top_k, top_p):
 # --- end: sharpen ---
 
 
-# --- copied: kv cache ---
+# --- copied: no cache ---
 def no_cache(k, v):
     """For a block where nothing was read before: the new keys and values are all there are."""
     return k, v
-
-
-class KVCache:
-    """Keys and values of the tokens that a model has read, so that every token is computed once."""
-
-    def __init__(self):
-        self.length = 0  # tokens read
-        self.blocks = {}  # keys and values (B, H, length, D) of each block
-
-    def append(self, layer, k, v):
-        """Add keys and values (B, H, T, D) of new tokens to those of a block: all there are."""
-        if layer in self.blocks:
-            past_k, past_v = self.blocks[layer]
-            k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-        self.blocks[layer] = k, v
-        self.length = k.size(2)
-        return k, v
-# --- end: kv cache ---
+# --- end: no cache ---
 
 
 def next_logits(model, x, cache=None):
     """Logits (B, V) of what follows embeddings x (B, T, C), a picture's first. What a cache holds is not computed."""
     start = cache.length if cache else 0
-    appends = [functools.partial(cache.append, layer) for layer in range(len(model.lm.layers))] if cache else None
+    appends = cache.appends(len(model.lm.layers)) if cache else None
     return model.lm.logits(model.lm(x[:, start:], start, appends)[:, -1])
 
 
 # --- copied: answer ---
 @torch.no_grad()
-def generate(model, pixels, tokens, stop, options, seed=0, cached=True):
-    """Answer tokens (a list, without the stop) to a picture (3, S, S) of bytes and the tokens (a list) of questions."""
+def generate(model, pixels, tokens, stop, options, seed=0, cache=None):
+    """Answer tokens (a list, without the stop) to a picture (3, S, S) of bytes and the tokens (a list) of questions.
+
+    cache: with a KVCache of data/kv_cache.py every token is read once, without one all of them for every new one.
+    """
     device = model.project.weight.device
     rng = torch.Generator(device).manual_seed(seed)
-    cache = KVCache() if cached else None
     row = torch.tensor([[IMAGE] * model.image_tokens + tokens], device=device)
     x = model.embed(row, pixels[None].to(device))  # (1, T, C)
     answer = []

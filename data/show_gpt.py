@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 import speculate
 import streams
+from kv_cache import KVCache
 
 PICTURE_TOKENS = {"scenes": 64, "patches2": 49}  # of a picture, by the encoding of a stream of pictures
 PER_LABEL, PER_ROW = 4, 8
@@ -82,7 +83,7 @@ class Show:
     def text(self, model, path):
         """Continue the prompt on the terminal and in a file: tokens per second, of the draft as well."""
         start = torch.tensor([self.prompt], device=self.device)
-        ids, _, speed = speculate.speak(self.script.generate(model, start, self.options), self.decode)
+        ids, _, speed = speculate.speak(self.generate(model, start, self.options), self.decode)
         path.write_bytes(self.decode(self.prompt + ids))
         numbers = {"sampled_per_second": round(speed, 1)}
         if self.draft:
@@ -94,10 +95,15 @@ class Show:
             numbers |= self.quality(model)
         return numbers
 
+    def generate(self, model, start, options):
+        """What the script's generate yields, which takes a cache if its blocks do."""
+        cache = {"cache": KVCache()} if hasattr(self.script, "no_cache") else {}
+        return self.script.generate(model, start, options, **cache)
+
     def glimpse(self, model):
         """Cells of a sheet: three texts that continue the prompt."""
         options = dataclasses.replace(self.options, temperature=TEMPERATURE, top_k=0, top_p=1.0, sample_tokens=320)
-        rows = torch.cat(list(self.script.generate(model, torch.tensor([self.prompt] * 3), options)), 1)
+        rows = torch.cat(list(self.generate(model, torch.tensor([self.prompt] * 3), options)), 1)
         return [self.decode(row).decode(errors="replace") for row in rows.tolist()]
 
     def quality(self, model):
@@ -116,7 +122,7 @@ class Show:
         """What continues a prompt in so many tokens, so many times."""
         options = dataclasses.replace(self.options, temperature=TEMPERATURE, top_k=0, top_p=1.0, sample_tokens=tokens)
         start = torch.tensor([self.encode(prompt)] * texts, device=self.device)
-        bar = tqdm(self.script.generate(model, start, options), total=tokens, desc="quality", unit="token",
+        bar = tqdm(self.generate(model, start, options), total=tokens, desc="quality", unit="token",
                    dynamic_ncols=True)
         return [self.decode(row).decode(errors="replace") for row in torch.cat(list(bar), 1).tolist()]
 
@@ -125,7 +131,7 @@ class Show:
         import draw
         length = PICTURE_TOKENS[self.meta["encoding"]]
         options = dataclasses.replace(self.options, sample_tokens=length)
-        tokens = self.script.generate(model, self.labels.repeat_interleave(PER_LABEL)[:, None], options)
+        tokens = self.generate(model, self.labels.repeat_interleave(PER_LABEL)[:, None], options)
         bar = tqdm(tokens, total=length, desc="samples", unit="token", dynamic_ncols=True)
         drawn = torch.cat(list(bar), 1).clamp(max=self.meta["document_start"] - 1)
         pictures = list(self.studio.pictures(drawn))

@@ -9,6 +9,7 @@ import draw
 import image_files
 import judge as judges
 import questions
+from kv_cache import KVCache
 from text_codec import TextCodec
 
 SPEED_TOKENS = 200  # that the speed of sampling is measured on
@@ -96,7 +97,7 @@ class Show:
         device = model.project.weight.device
         row = [self.script.IMAGE] * model.image_tokens + self.codec.question(DESCRIBE)
         x = model.embed(torch.tensor(row, device=device).expand(len(pixels), -1), pixels.to(device))  # (n, T, C)
-        cache, made = self.script.KVCache(), []
+        cache, made = KVCache(), []
         running = torch.ones(len(pixels), 1, dtype=torch.bool, device=device)
         while len(made) < DESCRIBE_TOKENS and bool(running.any()):
             new = self.script.next_logits(model, x, cache).argmax(-1, keepdim=True)  # (n, 1)
@@ -111,7 +112,8 @@ class Show:
 
     def ask(self, model, picture, tokens):
         """What the model answers to a picture and the tokens of questions."""
-        said = self.script.generate(model, picture, tokens, self.codec.stop, self.options)
+        cache = KVCache()
+        said = self.script.generate(model, picture, tokens, self.codec.stop, self.options, cache=cache)
         return self.codec.decode(said).strip()
 
     def sheet(self, model, path, bar):
@@ -139,7 +141,8 @@ class Show:
         options = dataclasses.replace(self.options, max_tokens=SPEED_TOKENS)
         question = self.codec.question("How many objects are there?")
         start = time.perf_counter()
-        made = self.script.generate(model, self.pixels[0], question, None, options, cached=cached)
+        cache = KVCache() if cached else None
+        made = self.script.generate(model, self.pixels[0], question, None, options, cache=cache)
         bar.update()
         return round(len(made) / (time.perf_counter() - start), 1)
 

@@ -9,6 +9,7 @@ import time
 import torch
 
 import checkpoints
+from kv_cache import KVCache
 
 
 def load_draft(script, path, config, meta, device):
@@ -19,12 +20,6 @@ def load_draft(script, path, config, meta, device):
     return draft
 
 
-def truncate(cache, length):
-    """Take a KVCache back to where only the first `length` tokens were read."""
-    cache.length = min(cache.length, length)
-    cache.blocks = {layer: (k[:, :, :length], v[:, :, :length]) for layer, (k, v) in cache.blocks.items()}
-
-
 @torch.no_grad()
 def speculate(script, model, draft, tokens, options, seed=0):
     """Continue tokens (1, T): yields chunks (1, n) of options.sample_tokens in all, distributed as generate's.
@@ -32,7 +27,7 @@ def speculate(script, model, draft, tokens, options, seed=0):
     The draft guesses options.ahead tokens. One drawn with probability q is kept with probability p / q, p the model's;
     where the first one falls, the model draws from what q left over of p.
     """
-    model_cache, draft_cache = script.KVCache(), script.KVCache()
+    model_cache, draft_cache = KVCache(), KVCache()
     rng = torch.Generator(tokens.device).manual_seed(seed)
     left = options.sample_tokens
     while left > 0:
@@ -50,8 +45,8 @@ def speculate(script, model, draft, tokens, options, seed=0):
         residual = (p[n] - q[n]).clamp(min=0) if n < options.ahead else p[n]
         new = torch.multinomial(residual[None], 1, generator=rng)
         tokens = torch.cat([tokens[:, :known + n], new], 1)
-        truncate(model_cache, known + n)
-        truncate(draft_cache, known + n)
+        model_cache.truncate(known + n)
+        draft_cache.truncate(known + n)
         yield tokens[:, known:][:, :left]
         left -= n + 1
 

@@ -19,6 +19,7 @@ import show_vlm
 import submit
 import tokenizer
 import train_vlm
+from kv_cache import KVCache
 
 ROOT = Path(__file__).resolve().parent.parent
 nanovlm = show.load_script(ROOT / "baselines" / "train_vlm_nanovlm.py")
@@ -368,7 +369,7 @@ def test_the_cache_changes_nothing(model, frozen):
     said = set()
     for picture, row, marks in zip(frozen[0][:8], frozen[1][:8].tolist(), frozen[2][:8].tolist()):
         question = row[:marks.index(1)]
-        made = [generate(model, picture, question, 3, options, cached=cached) for cached in (True, False)]
+        made = [generate(model, picture, question, 3, options, cache=cache) for cache in (KVCache(), None)]
         assert made[0] == made[1] and 3 not in made[0]
         said.add(tuple(made[0]))
     assert len(said) > 3, "answers differ from picture to picture"
@@ -378,7 +379,8 @@ def test_sampling(model, frozen):
     """Seeds differ, the cache does not matter, one token to draw from is the likeliest, and it ends where it should."""
     picture, question = frozen[0][0], frozen[1][0].tolist()[:frozen[2][0].tolist().index(1)]
     hot = Options(max_tokens=20, temperature=1.0, top_k=50, top_p=0.9)
-    drawn = [generate(model, picture, question, None, hot, seed, cached) for seed in (0, 1) for cached in (True, False)]
+    drawn = [generate(model, picture, question, None, hot, seed, cache)
+             for seed in (0, 1) for cache in (KVCache(), None)]
     assert drawn[0] == drawn[1] != drawn[2] == drawn[3] and len(drawn[0]) == len(drawn[2]) == 20
     greedy = generate(model, picture, question, None, Options(max_tokens=20))
     assert generate(model, picture, question, None, dataclasses.replace(hot, top_k=1)) == greedy

@@ -26,6 +26,7 @@ import show_gpt
 import speculate
 import streams
 import train_gpt
+from kv_cache import KVCache
 from train_gpt import Fault
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,7 +303,7 @@ def test_cache_gives_the_same_tokens(documents):
     model = small_model({**META, "document_start": 200 if documents else None})
     start = torch.randint(256, (3, 5), generator=torch.Generator().manual_seed(0))
     options = sampling(temperature=0.0, sample_tokens=40)  # beyond the window of 16
-    cached, tokens = torch.cat(list(train_gpt.generate(model, start, options)), 1), start
+    cached, tokens = torch.cat(list(train_gpt.generate(model, start, options, cache=KVCache())), 1), start
     for _ in range(40):
         tokens = torch.cat([tokens, next_logits(model, tokens).argmax(-1, keepdim=True)], 1)
     assert torch.equal(cached, tokens[:, 5:]) and cached.shape == (3, 40)
@@ -317,19 +318,19 @@ def test_cache_reads_every_token_once(model, monkeypatch):
         return plain(self, tokens, mask, start, appends)
 
     monkeypatch.setattr(train_gpt.GPT, "forward", forward)
-    list(train_gpt.generate(model, torch.zeros(1, 7, dtype=torch.long), sampling(sample_tokens=5)))
+    list(train_gpt.generate(model, torch.zeros(1, 7, dtype=torch.long), sampling(sample_tokens=5), cache=KVCache()))
     assert places == [7, 1, 1, 1, 1]
 
 
 def test_cache_without_its_last_tokens(model):
     tokens = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
-    cache = train_gpt.KVCache()
+    cache = KVCache()
     with torch.no_grad():
         whole = train_gpt.read_tokens(model, tokens, cache)
-        speculate.truncate(cache, 12)
+        cache.truncate(12)
         assert cache.length == 12
         assert torch.allclose(train_gpt.read_tokens(model, tokens, cache), whole[:, 12:], atol=1e-5)
-    speculate.truncate(cache, 99)
+    cache.truncate(99)
     assert cache.length == 20
 
 

@@ -25,6 +25,7 @@ import runs
 import show_vlm
 import tokenizer
 import train_vlm
+from kv_cache import KVCache
 from train_vlm import IMAGE, PAD, Fault, Options, generate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -297,12 +298,13 @@ def test_the_cache_changes_nothing(model, frozen):
     lengths = set()
     for picture, row, marks in zip(pixels, tokens.tolist(), answer.tolist()):
         question = row[:marks.index(1)]
-        made = [generate(model, picture, question, 3, options, cached=cached) for cached in (True, False)]
+        made = [generate(model, picture, question, 3, options, cache=cache) for cache in (KVCache(), None)]
         assert made[0] == made[1] and 3 not in made[0]
         lengths.add(tuple(made[0]))
     assert len(lengths) > 3, "answers differ from picture to picture"
     hot = dataclasses.replace(options, temperature=1.0, top_k=50, top_p=0.9)
-    drawn = [generate(model, picture, question, None, hot, seed, cached) for seed in (0, 1) for cached in (True, False)]
+    drawn = [generate(model, picture, question, None, hot, seed, cache)
+             for seed in (0, 1) for cache in (KVCache(), None)]
     assert drawn[0] == drawn[1] and drawn[2] == drawn[3] != drawn[0] and len(drawn[0]) == 20
 
 
