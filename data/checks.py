@@ -12,6 +12,7 @@ import os
 import numpy as np
 
 from shards import check_file, command_for, open_array, printable, read_json
+from streams import read_bin
 
 
 @contextlib.contextmanager
@@ -244,17 +245,20 @@ def stream_set(script, folder):
 
 
 def check_streams(script, config):
-    """Streams are whole and of the vocabulary that meta.json says; config is made to fit those that are short."""
+    """Streams are whole and of the vocabulary that meta.json says; config is made to fit those that are short. The sha256
+    of those to train on."""
     folder = script.ROOT / "data" / config.data
     with stream_set(script, folder) as meta:
         train, val = (sorted(folder.glob(f"{split}*.bin")) for split in ("train", "val"))
-        for path in (*train, *val):
-            check_file(path)
-        train, val = (list(map(script.read_bin, paths)) for paths in (train, val))
+        train, val = (list(map(read_bin, paths)) for paths in (train, val))
         for shard in (*train, *val):
             if int(shard.max()) >= meta["vocab"]:
                 raise ValueError(f"token {shard.max()} of a vocabulary of {meta['vocab']}")
         fit_short_text(script, config, sum(map(len, train)), sum(map(len, val)))
+    digest = hashlib.sha256()
+    for shard in train:
+        digest.update(shard)
+    return digest.hexdigest()
 
 
 def fit_short_text(script, config, train, val):
