@@ -69,7 +69,7 @@ class Config:
     # schedule
     num_steps: int = 5000  # training steps
     batch: int = 64  # images per step, over all processes
-    times: str = "uniform"  # as the evaluation's are; the course's other choice is logit-normal (arXiv:2403.03206)
+    times: str = "logit-normal"  # (arXiv:2403.03206), as the evaluation's roughly are; or uniform, the course has both
     label_drop: float = 0.1  # share of images without their label, for classifier-free guidance
     # eval
     target: float = 0.0  # validation loss to reach; 0: the track has not been opened

@@ -92,7 +92,7 @@ def make_run(rank=0, world=1):
 def test_the_courses_numbers():
     for config in (CPU, GPU):
         assert (config.lr, config.patch) == (5e-4, 2)
-        assert (config.label_drop, config.times) == (0.1, "uniform")
+        assert (config.label_drop, config.times) == (0.1, "logit-normal")
     assert (CPU.batch, GPU.batch) == (64, 256)
     assert (CPU.dim, CPU.depth, CPU.dim // CPU.head_dim) == (64, 6, 4), "MNIST"
     assert (GPU.dim, GPU.depth, GPU.dim // GPU.head_dim) == (256, 10, 8), "CIFAR-10"
