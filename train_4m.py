@@ -111,7 +111,7 @@ for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
 ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
     "dim": (1, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96), "batch": (1, math.inf),
-    "micro_batch": (1, math.inf), "budget": (16, math.inf), "image_targets": (1, math.inf),
+    "budget": (16, math.inf), "image_targets": (1, math.inf),
     "text_targets": (1, math.inf), "quality_scenes": (0, 2000),
 }
 

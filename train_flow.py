@@ -61,6 +61,7 @@ class Config:
     # schedule
     num_steps: int = 2700  # training steps
     batch: int = 64  # images per step, over all processes
+    micro_batch: int = 512  # of them that a process computes at a time
     times_std: float = 1.0  # of the times' logits, which are normal (arXiv:2403.03206)
     label_drop: float = 0.1  # share of images without their label, for classifier-free guidance
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
@@ -661,16 +662,20 @@ def train_step(step, batch, rng, errors_of, model, muon, adam, config, run):
     dropped = torch.rand(B, generator=rng, device=device) < config.label_drop
     labels = labels.masked_fill(dropped, model.classes)
     mine = run.slice(B)
-    with run.autocast():
-        loss = errors_of(model, to_floats(images[mine]), t[mine], noise[mine], labels[mine]).sum() / B
-    loss.backward()
+    total = 0.0
+    for start in range(mine.start, mine.stop, config.micro_batch):
+        rows = slice(start, min(start + config.micro_batch, mine.stop))
+        with run.autocast():
+            loss = errors_of(model, to_floats(images[rows]), t[rows], noise[rows], labels[rows]).sum() / B
+        loss.backward()
+        total += loss.detach()
     sum_gradients(adam, run.world)
     factor = schedule(step, config)
     muon.step(config.muon_lr * factor)
     adam.param_groups[0]["lr"] = config.adam_lr * factor
     adam.step()
     model.zero_grad(set_to_none=True)
-    return loss.detach()
+    return total
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -829,7 +834,8 @@ def main(argv):
     elif config.num_steps:
         *arrays, run.data_sha256 = read_images(config, classes, side)
     T = (side // config.patch) ** 2
-    run.choose_precision(config.batch // run.world * T, config.dim, config.mlp_ratio * config.dim)
+    rows = min(config.micro_batch, config.batch // run.world)
+    run.choose_precision(rows * T, config.dim, config.mlp_ratio * config.dim)
     torch.manual_seed(config.seed)
     model = Flow(config, classes, side).to(run.device)
     init_weights(model)

@@ -96,7 +96,7 @@ CONFIGS = {
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "window", "orders", "grams")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
     "dim": (2, 8192), "head_dim": (2, 256), "depth": (0, 96), "window": (1, 2 ** 31), "orders": (1, 64),
-    "grams": (1, 2 ** 24), "batch": (1, 2 ** 16), "micro_batch": (1, 2 ** 16), "context": (1, 2 ** 16),
+    "grams": (1, 2 ** 24), "batch": (1, 2 ** 16), "context": (1, 2 ** 16),
     "eval_tokens": (1, 2 ** 40), "sample_tokens": (1, math.inf), "top_p": (1e-6, 1), "ahead": (1, 64),
 }
 

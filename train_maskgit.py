@@ -58,6 +58,7 @@ class Config:
     # schedule
     num_steps: int = 900  # training steps
     batch: int = 64  # rows per step, over all processes
+    micro_batch: int = 512  # of them that a process computes at a time
     label_drop: float = 0.1  # share of rows without their label, for classifier-free guidance; 0 or 1: no guidance
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
@@ -657,18 +658,23 @@ def train_step(step, tokens, labels, rng, model, muon, adam, config, run):
     masked = draw_masks(*tokens.shape, rng)
     dropped = torch.rand(len(labels), generator=rng, device=labels.device) < config.label_drop
     labels = labels.masked_fill(dropped, model.num_labels)
-    shard = slice(run.rank, None, run.world)  # not a run of rows: draw_masks has heavily masked ones last
-    with run.autocast():
-        nll = masked_nats(model, tokens[shard], labels[shard], masked[shard])
-        loss = nll.sum() / masked.sum()
-    loss.backward()
+    parts = run.world * -(-config.batch // (run.world * config.micro_batch))
+    total = num_masked = 0
+    for part in range(run.rank, parts, run.world):
+        rows = slice(part, None, parts)  # not a run of rows: draw_masks has heavily masked ones last
+        with run.autocast():
+            nll = masked_nats(model, tokens[rows], labels[rows], masked[rows])
+            loss = nll.sum() / masked.sum()
+        loss.backward()
+        total += nll.detach().sum()
+        num_masked += len(nll)
     sum_gradients(adam, run.world)
     factor = schedule(step, config)
     muon.step(config.muon_lr * factor)
     adam.param_groups[0]["lr"] = config.adam_lr * factor
     adam.step()
     model.zero_grad(set_to_none=True)
-    return nll.detach().mean() / run.world  # ranks have almost, not quite as many masked tokens
+    return total / num_masked / run.world  # ranks have almost, not quite as many masked tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -856,8 +862,8 @@ def main(argv):
         tokens, labels, run.data_sha256 = import_ours("text_rows").read_train(run.script, config)
     elif config.num_steps:
         tokens, labels, run.data_sha256 = read_shards(config, modalities)
-    rows = config.batch // run.world * modalities["rgb"]["length"]
-    run.choose_precision(rows, config.dim, config.mlp_ratio * config.dim)
+    rows = min(config.micro_batch, config.batch // run.world)
+    run.choose_precision(rows * modalities["rgb"]["length"], config.dim, config.mlp_ratio * config.dim)
     torch.manual_seed(config.seed)
     model = MaskGIT(config, modalities).to(run.device)
     init_weights(model)

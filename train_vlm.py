@@ -71,6 +71,7 @@ class Config:
     # schedule
     num_steps: int = 300  # training steps
     batch: int = 24  # rows per step, over all processes
+    micro_batch: int = 512  # of them that a process computes at a time
     seq_len: int = 256  # tokens per row, of several conversations
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
@@ -395,14 +396,16 @@ class Loader:
     """Endless steps of shuffled conversations, packed into rows without padding between them, the same on every rank.
 
     A step is a dict: tokens (rows, T), IMAGE where a picture's tokens go and the pad at a row's end; answer (rows, T);
-    document (rows, T), which conversation of the step a token belongs to; places (m,) of answer tokens in all rows, one
-    after another; pixels (n, 3, S, S) in reading order; and of all ranks together how many answer tokens and pictures
-    it has. The CPU puts rows together, so that no step has to wait for a GPU to say how many of what there are.
+    document (rows, T), which conversation of the step a token belongs to; places (m,) of answer tokens in all rows of a
+    micro-batch, one after another; pixels (n, 3, S, S) in reading order; part_answers and part_pictures, how many of
+    the places and the pixels each micro-batch has; and of all ranks together how many answer tokens and pictures there
+    are. The CPU puts rows together, so that no step has to wait for a GPU to say how many of what there are.
     """
 
     def __init__(self, pixels, tokens, answer, pad, config, run):
         self.lengths = measure(tokens, pad, config)
         self.batch, self.seq_len, self.rows = config.batch, config.seq_len, run.slice(config.batch)
+        self.micro_batch = config.micro_batch
         self.pad, self.device = pad, run.device
         image_tokens = self.lengths[0] - int((tokens[0] != pad).sum())
         self.pixels = pixels.to(run.device)
@@ -451,10 +454,15 @@ class Loader:
             tokens[:] = self.tokens[chosen, :length]
             answer[:] = self.answer[chosen, :length]
             document[:] = i
+        part, places = np.divmod(np.flatnonzero(packed[1]), self.micro_batch * self.seq_len)
+        picture_part = [(row - self.rows.start) // self.micro_batch for _, row, _ in own]
+        parts = -(-packed.shape[1] // self.micro_batch)
         tokens, answer, document = self.send(packed)
         chosen = self.send(np.array([chosen for chosen, _, _ in own]))
         return {"tokens": tokens, "answer": answer, "document": document,
-                "places": self.send(np.flatnonzero(packed[1])), "pixels": self.pixels[chosen],
+                "places": self.send(places), "pixels": self.pixels[chosen],
+                "part_answers": np.bincount(part, minlength=parts).tolist(),
+                "part_pictures": np.bincount(picture_part, minlength=parts).tolist(),
                 "answers": sum(self.answers[chosen] for chosen, _, _ in plan), "pictures": len(plan)}
 
     def state_dict(self):
@@ -823,10 +831,15 @@ def answer_logits(model, tokens, places, document, pixels):
 
 def train_step(step, batch, model, muon, adam, config, run):
     """One step on this rank's rows: its part of the loss."""
-    with run.autocast():
-        logits, truth = answer_logits(model, batch["tokens"], batch["places"], batch["document"], batch["pixels"])
-        loss = F.cross_entropy(logits, truth, reduction="sum") / batch["answers"]
-    loss.backward()
+    total = 0.0
+    parts = zip(batch["tokens"].split(config.micro_batch), batch["places"].split(batch["part_answers"]),
+                batch["document"].split(config.micro_batch), batch["pixels"].split(batch["part_pictures"]))
+    for part in parts:
+        with run.autocast():
+            logits, truth = answer_logits(model, *part)
+            loss = F.cross_entropy(logits, truth, reduction="sum") / batch["answers"]
+        loss.backward()
+        total += loss.detach()
     sum_gradients(adam, run.world)
     factor = schedule(step, config)
     if muon:
@@ -835,7 +848,7 @@ def train_step(step, batch, model, muon, adam, config, run):
         group["lr"] = group["peak"] * factor
     adam.step()
     model.zero_grad(set_to_none=True)
-    return loss.detach()
+    return total
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1045,7 +1058,8 @@ def main(argv):
             tokens, answer = backbones.convert(tokens, answer)
     if config.num_steps:
         measure(tokens, pad, config)
-    run.choose_precision(config.batch // run.world * config.seq_len, config.lm_dim, config.lm_mlp)
+    rows = min(config.micro_batch, config.batch // run.world)
+    run.choose_precision(rows * config.seq_len, config.lm_dim, config.lm_mlp)
     torch.manual_seed(config.seed)
     model = VLM(config, vocab).to(run.device)
     init_weights(model)

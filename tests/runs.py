@@ -205,6 +205,18 @@ def fake_run(rank=0, world=1, precision="fp32"):
     return types.SimpleNamespace(rank=rank, world=world, precision=precision, device=torch.device("cpu"))
 
 
+def step_gradients(monkeypatch, script, model, take_step):
+    """Loss and gradients, one after another, of the step that take_step(muon, adam) takes; nothing is moved."""
+    found = []
+
+    def sum_gradients(*_):
+        found.extend(p.grad.flatten() for p in model.parameters() if p.grad is not None)
+    monkeypatch.setattr(script, "sum_gradients", sum_gradients)
+    still = types.SimpleNamespace(step=lambda *_: None, param_groups=[{"peak": 1}])
+    loss = take_step(still, still)
+    return loss.item(), torch.cat(found)
+
+
 def losses(root):
     """Every validation loss, in order, that the one log in a folder has, to the four digits that are shown."""
     log, = (root / "logs").iterdir()

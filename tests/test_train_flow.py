@@ -46,6 +46,38 @@ def small_model(std=0.0):
     return model
 
 
+@pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
+def test_micro_batches_share_the_work(monkeypatch, rank, world):
+    """Loss and gradients are the whole batch's, to the last bit where one part is all, and so are times and noise."""
+    model = small_model(0.1)
+    images = torch.randint(256, (12, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels, given = torch.arange(12), []
+    run = runs.fake_run(rank, world)
+    run.slice, run.autocast = functools.partial(train_flow.Run.slice, run), contextlib.nullcontext
+
+    def errors_of(model, *parts):
+        given.append(parts)
+        return train_flow.velocity_errors(model, *parts)
+
+    def parts_of(micro_batch):
+        config = dataclasses.replace(train_flow.CONFIGS["cpu"], **DIMS, batch=12, micro_batch=micro_batch)
+        rng = torch.Generator().manual_seed(5)
+        given.clear()
+        return runs.step_gradients(monkeypatch, train_flow, model, lambda muon, adam: train_flow.train_step(
+            0, (images, labels), rng, errors_of, model, muon, adam, config, run))
+    loss, gradients = parts_of(512)
+    (whole,) = given
+    errors = train_flow.velocity_errors(model, *whole)
+    wanted = torch.autograd.grad(errors.sum() / 12, list(model.parameters()))
+    assert torch.equal(gradients, torch.cat([g.flatten() for g in wanted])) and gradients.abs().max() > 1e-3
+    assert loss == (errors.sum() / 12).item() and len(whole[0]) == 12 // world
+    for micro_batch in (4, 5):
+        again, summed = parts_of(micro_batch)
+        assert again == pytest.approx(loss, rel=1e-5) and torch.allclose(summed, gradients, atol=1e-5)
+        assert len(given) == -(-12 // world // micro_batch) and len(given[0][0]) == micro_batch
+        assert all(torch.equal(torch.cat(parts), all_of) for parts, all_of in zip(zip(*given), whole))
+
+
 @pytest.fixture(scope="module")
 def frozen():
     return train_flow.read_frozen(train_flow.CONFIGS["cpu"])

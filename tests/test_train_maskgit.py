@@ -147,6 +147,40 @@ def test_ranks_share_the_work(model, frozen, monkeypatch):
     assert losses[1:] == pytest.approx([losses[0]] * 4, rel=0.3), "not by how many are masked"
 
 
+@pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
+def test_micro_batches_share_the_work(model, frozen, monkeypatch, rank, world):
+    """Loss and gradients are the whole batch's, to the last bit where one part is all; no part has far more to do."""
+    tokens, labels = (part[:16] for part in frozen[:2])
+    run, seen, plain = runs.fake_run(rank, world), [], train_maskgit.masked_nats
+    run.autocast = contextlib.nullcontext
+
+    def spy(model, tokens, labels, masked):
+        seen.append(masked)
+        return plain(model, tokens, labels, masked)
+    monkeypatch.setattr(train_maskgit, "masked_nats", spy)
+
+    def parts_of(micro_batch):
+        config = dataclasses.replace(train_maskgit.CONFIGS["cpu"], batch=16, micro_batch=micro_batch, label_drop=0.0)
+        rng = torch.Generator().manual_seed(5)
+        seen.clear()
+        return runs.step_gradients(monkeypatch, train_maskgit, model, lambda muon, adam: train_maskgit.train_step(
+            0, tokens, labels, rng, model, muon, adam, config, run))
+    loss, gradients = parts_of(512)
+    masked = train_maskgit.draw_masks(16, 64, torch.Generator().manual_seed(5))
+    rows = slice(rank, None, world)
+    nats = plain(model, tokens[rows], labels[rows], masked[rows])
+    wanted = torch.autograd.grad(nats.sum() / masked.sum(), list(model.parameters()))
+    assert torch.equal(gradients, torch.cat([g.flatten() for g in wanted])) and gradients.abs().max() > 1e-3
+    assert loss == pytest.approx(nats.mean().item() / world, rel=1e-6)
+    for micro_batch, count in ((4, 4 // world), (3, 6 // world)):
+        again, summed = parts_of(micro_batch)
+        assert again == pytest.approx(loss, rel=1e-5)
+        assert (summed - gradients).abs().max() < 1e-5 * gradients.abs().max()
+        assert len(seen) == count and max(map(len, seen)) <= micro_batch
+        assert sum(map(len, seen)) == 16 // world and torch.cat(seen).sum() == masked[rows].sum()
+    assert len(seen) == 1 or max(part.sum() for part in seen) < 2 * min(part.sum() for part in seen)
+
+
 def test_every_parameter_has_one_optimizer(model):
     muon, adam = train_maskgit.make_optimizers(model, train_maskgit.CONFIGS["cpu"], runs.fake_run())
     taken = [p for params, _ in muon.stacks for p in params] + adam.param_groups[0]["params"]

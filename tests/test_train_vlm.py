@@ -1,4 +1,5 @@
 """train_vlm.py: packing, masks, model, backbones of the hub, evaluation, generation, whole runs on tiny data."""
+import contextlib
 import dataclasses
 import functools
 import json
@@ -148,6 +149,41 @@ def test_ranks_share_the_rows_of_one_step(frozen):
         assert {part["pictures"] for part in parts} == {batch["pictures"]}
         for part in parts:
             conversations(part, pad)
+
+
+@pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
+def test_micro_batches_share_the_work(model, frozen, monkeypatch, rank, world):
+    """Loss and gradients are the whole batch's, to the last bit where one part is all."""
+    run, seen, plain = FakeRun(rank, world), [], train_vlm.answer_logits
+    run.autocast = contextlib.nullcontext
+
+    def spy(model, *part):
+        seen.append(part)
+        return plain(model, *part)
+    monkeypatch.setattr(train_vlm, "answer_logits", spy)
+
+    def parts_of(micro_batch):
+        batch = make_loader(frozen, rank, world, batch=8, micro_batch=micro_batch)()
+        config = small_config(batch=8, micro_batch=micro_batch)
+        seen.clear()
+        return batch, *runs.step_gradients(monkeypatch, train_vlm, model, lambda muon, adam: train_vlm.train_step(
+            0, batch, model, muon, adam, config, run))
+    batch, loss, gradients = parts_of(512)
+    names = ("tokens", "places", "document", "pixels")
+    assert all(torch.equal(part, batch[name]) for part, name in zip(seen[0], names)) and len(seen) == 1
+    assert torch.equal(batch["places"], batch["answer"].flatten().nonzero()[:, 0])
+    logits, truth = plain(model, *seen[0])
+    wanted = F.cross_entropy(logits, truth, reduction="sum") / batch["answers"]
+    assert loss == wanted.item()
+    whole = torch.autograd.grad(wanted, list(model.parameters()))
+    assert torch.equal(gradients, torch.cat([g.flatten() for g in whole]))
+    for micro_batch in (2, 3):
+        batch, again, summed = parts_of(micro_batch)
+        assert again == pytest.approx(loss, rel=1e-5) and torch.allclose(summed, gradients, atol=1e-5)
+        assert len(seen) == -(-8 // world // micro_batch) and len(seen[0][0]) == micro_batch
+        pictures = torch.cat([part[3] for part in seen])
+        assert torch.equal(pictures, batch["pixels"])
+        assert all((part[0] == IMAGE).sum() == 16 * len(part[3]) for part in seen)
 
 
 def test_a_row_too_short(frozen):
