@@ -43,7 +43,7 @@ class Config:
     # data
     track: str = "cpu"  # task and hardware that losses and times are compared on
     seed: int = 0  # of weights and order
-    data: str = "data/qa64/train"  # made by `python data/scenes.py --qa`
+    data: str = "data/qa64/train"  # made by data/scenes.py --qa
     frozen: str = "data/frozen/qa64.npz"  # validation pictures, questions and answers
     # vision encoder
     vit: str = ""  # pretrained SigLIP on the hub, or a folder; empty: from scratch, in this size
@@ -99,9 +99,9 @@ class Options:
 
 CONFIGS = {
     "cpu": Config(),
-    "gpu": Config(track="gpu", vit_dim=384, vit_depth=8, vit_heads=6, vit_mlp=1536, patch=4, lm_dim=512, lm_depth=8,
-                  lm_heads=8, lm_kv_heads=4, lm_mlp=1408, batch=64, seq_len=1024, num_steps=3000, target=0.0,
-                  eval_every=250),
+    "gpu": Config(track="gpu", data="data/qa64-large/train", vit_dim=384, vit_depth=8, vit_heads=6, vit_mlp=1536,
+                  patch=4, lm_dim=512, lm_depth=8, lm_heads=8, lm_kv_heads=4, lm_mlp=1408, batch=64, seq_len=1024,
+                  num_steps=3000, target=0.0, eval_every=250),
 }
 ARCHITECTURE = ("side", "patch", "shuffle", "vit_dim", "vit_depth", "vit_heads", "vit_mlp", "lm_dim", "lm_depth",
                 "lm_heads", "lm_kv_heads", "lm_mlp", "rope_theta")  # what a checkpoint must agree on

@@ -53,7 +53,7 @@ class Config:
     # data
     track: str = "cpu"  # task and hardware that losses and times are compared on
     seed: int = 0  # of weights and order
-    data: str = "data/qa64/train"  # made by `python data/scenes.py --qa`
+    data: str = "data/qa64/train"  # made by data/scenes.py --qa
     frozen: str = "data/frozen/qa64.npz"  # validation pictures, questions and answers
     # vision encoder
     side: int = 64  # pixels across, pictures are resized to it
@@ -114,8 +114,9 @@ class Options:
 CONFIGS = {
     "cpu": Config(),
     # nanoVLM's proportions at a size that one GPU trains from scratch: heads of 64, a batch of 256
-    "gpu": Config(track="gpu", patch=4, vit_dim=384, vit_depth=8, vit_heads=6, vit_mlp=1536, lm_dim=512, lm_depth=8,
-                  lm_heads=8, lm_kv_heads=4, lm_mlp=1408, batch=256, num_steps=6000, eval_every=600),
+    "gpu": Config(track="gpu", data="data/qa64-large/train", patch=4, vit_dim=384, vit_depth=8, vit_heads=6,
+                  vit_mlp=1536, lm_dim=512, lm_depth=8, lm_heads=8, lm_kv_heads=4, lm_mlp=1408, batch=256,
+                  num_steps=6000, eval_every=600),
 }
 ARCHITECTURE = ("side", "patch", "shuffle", "vit_dim", "vit_depth", "vit_heads", "vit_mlp", "lm_dim", "lm_depth",
                 "lm_heads", "lm_kv_heads", "lm_mlp", "rope_theta")  # what a checkpoint must agree on

@@ -8,6 +8,7 @@ data/tokenizer.py (with questions: as pixels), texts as tokens of its encodings.
     python data/scenes.py --size=128                 # the gpu tracks' 200,000 -> data/scenes128/train
     python data/scenes.py --objects [--size=128]     # as many with one object and its label -> data/objects64, data/scenes
     python data/scenes.py --qa                       # the first set's scenes, pixels and questions -> data/qa64
+    python data/scenes.py --qa --num=200000          # as many as the gpu track trains on -> data/qa64-large
     python data/scenes.py [--objects|--qa] --check   # whether a set is what this machine would make
     python data/scenes.py [--objects|--qa] --preview # a contact sheet      -> samples/{scenes,objects,qa}.png
     python data/scenes.py [--objects|--qa] --frozen  # remake data/frozen/{scenes,objects,qa}<size>.npz (maintainers)
@@ -38,6 +39,7 @@ from world import CLASSES, FIELDS, build, look, sample_close_ups, sample_scenes
 
 VERSION = 2  # of everything that decides the content of a scene; raise it and every frozen number is void
 IMAGES = ("rgb", "depth", "normal", "seg", "edge")
+LARGE = 200000  # training scenes of the gpu tracks
 CHUNK = 1000  # scenes made between two points of resumption, from a seed of their own
 PART = 250  # scenes whose pictures are in memory at once
 NO_INDEX = torch.zeros(1, 1, 1, dtype=torch.long)  # an object index for who has no use for boxes
@@ -165,9 +167,15 @@ def make(kind, n, size, seed, device, report=ignore, avoid=(), describe_first=qu
 # ------------------------------------------------------------------------------------------------------------
 # Sets
 
+def set_name(size, num, kind):
+    """A set's folder below data/. Both tracks ask about pictures of 64 px: the gpu track's has a folder of its own."""
+    large = kind == "qa" and size < 128 and num >= LARGE
+    return f"{kind}{size}-large" if large else f"{kind}{size}"
+
+
 def identity_of(size, num, seed, kind):
     """What decides the content of a training set."""
-    identity = {"name": f"{kind}{size}", "version": VERSION, "size": size, "num": num, "seed": seed}
+    identity = {"name": set_name(size, num, kind), "version": VERSION, "size": size, "num": num, "seed": seed}
     if kind == "qa":
         return {**identity, "questions": questions.VERSION, "text": sha256(tokenizer.QA)}
     return {**identity, "tokenizer": sha256(tokenizer.WEIGHTS), "text": sha256(tokenizer.TEXT)}
@@ -372,7 +380,7 @@ def main():
     kind, size = arguments.kind, arguments.size
     num = arguments.num
     if num is None:
-        num = 20000 if size < 128 else 200000
+        num = 20000 if size < 128 else LARGE
     fits = size in (64, 128) if kind == "objects" else size >= 16 and size % 8 == 0
     if not fits or num < 1 or not 0 <= arguments.seed < 1 << 20:
         stop("--size must be a multiple of 8 from 16 up (--objects: 64, 128), --num at least 1, --seed 0 to 2^20 - 1")
@@ -388,7 +396,7 @@ def main():
             workers = pool.cores() if device == "cpu" else min(pool.cores(), GPU_WORKERS)
             make_shards(size, num, arguments.seed, device, kind, workers)
             if kind == "qa":
-                report_questions(ROOT / f"qa{size}" / "train")
+                report_questions(ROOT / set_name(size, num, kind) / "train")
             if kind == "objects" and size == 64:
                 write_stream()  # train_gpt.py --data=scenes reads it
     except KeyboardInterrupt:

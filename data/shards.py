@@ -22,7 +22,7 @@ EXACT = ("answer", "bbox", "caption", "desc", "family", "label", "qa", "scene") 
 OURS = {  # folders below data/ that our scripts make without the user's files: how
     r"scenes64": "scenes.py", r"scenes(\d+)": r"scenes.py --size=\1",
     r"objects64": "scenes.py --objects", r"objects(\d+)": r"scenes.py --objects --size=\1",
-    r"qa64": "scenes.py --qa", r"qa(\d+)": r"scenes.py --qa --size=\1",
+    r"qa64": "scenes.py --qa", r"qa64-large": "scenes.py --qa --num=200000", r"qa(\d+)": r"scenes.py --qa --size=\1",
     r"cifar10": "cifar10.py", r"mnist": "cifar10.py --mnist",  # or mnist.py, a sixth of them
     r"mnist14": "mnist.py", r"easy_vqa": "easy_vqa.py",
 }

@@ -19,10 +19,12 @@ import questions
 import raycaster
 import reports
 import scenes as maker
+import show
 import texts
 import tokenizer
+import train_vlm
 import world
-from shards import Fault
+from shards import Fault, command_for
 
 TABLE = {"size": "small large", "color": "gray red blue green brown purple cyan yellow", "material": "rubber metal",
          "shape": "cube sphere cylinder"}
@@ -452,6 +454,25 @@ def test_sections_of_the_readme(tmp_path, monkeypatch):
     reports.write_sections("# Top\n\nnew\n\n## One\n\n3\n")
     reports.write_sections("## Three\n\n4\n")
     assert readme.read_text() == "# Top\n\nnew\n\n## One\n\n3\n\n## Two\n\nnew\n\n## Three\n\n4\n"
+
+
+@pytest.mark.parametrize("track, name", [("cpu", "qa64"), ("gpu", "qa64-large")])
+def test_every_track_has_its_own_set(track, name, monkeypatch):
+    """What run.sh makes for it, and the hint where that is missing, is the folder that the scripts train on."""
+    prepare = 'eval "$(sed -n "/^prepare()/,/^}/p" run.sh)"; PY=echo; prepare vlm ' + track
+    root = tokenizer.FROZEN.parents[1]
+    said = subprocess.run(["bash", "-c", prepare], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    assert said[:2] == ["-u", "data/scenes.py"]
+    made = []
+    monkeypatch.setattr(maker, "make_shards", lambda *arguments: made.append(maker.identity_of(*arguments[:3], "qa")))
+    monkeypatch.setattr(maker, "report_questions", made.append)
+    monkeypatch.setattr(sys, "argv", said[1:])
+    maker.main()
+    identity, folder = made
+    assert identity["name"] == name and folder == root / "data" / name / "train"
+    for script in (train_vlm, show.load_script(root / "baselines" / "train_vlm_nanovlm.py")):
+        assert root / script.CONFIGS[track].data == folder
+    assert command_for(folder) == " ".join(["python", *said[1:]])
 
 
 def test_command_line_refuses_two_kinds(monkeypatch, capsys):

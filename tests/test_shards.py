@@ -79,6 +79,7 @@ def test_what_is_missing(folder, monkeypatch):
     assert fault(folder) == f"{folder} has no meta.json"
     monkeypatch.setattr(shards, "ROOT", folder.parents[1])
     for name, command in (("scenes64", "scenes.py"), ("scenes128", "scenes.py --size=128"), ("qa64", "scenes.py --qa"),
+                          ("qa64-large", "scenes.py --qa --num=200000"),
                           ("objects64", "scenes.py --objects"), ("objects128", "scenes.py --objects --size=128"),
                           ("mnist", "cifar10.py --mnist")):
         missing = folder.parents[1] / name / "train"
