@@ -53,6 +53,7 @@ class Config:
     enc_depth: int = 2  # encoder blocks
     dec_depth: int = 2  # decoder blocks
     mlp_ratio: int = 4  # hidden channels of an MLP per channel
+    dec_self: bool = False  # in the decoder the targets of a modality attend to each other too, as in 4M
     shard: bool = False  # divide the blocks among the processes by FSDP2: for what one GPU cannot hold
     # optim
     muon_lr: float = 0.02  # of hidden matrices
@@ -108,11 +109,11 @@ WORD_LINKS = 3
 for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
     CONFIGS[name] = dataclasses.replace(CONFIGS["gpu"], track=name, dim=dim, enc_depth=24, dec_depth=24, shard=True,
                                         micro_batch=2 ** 15 // dim, target=0.0)
-ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio")  # what a checkpoint must agree on
+ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio", "dec_self")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
     "dim": (1, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96), "batch": (1, math.inf),
-    "budget": (16, math.inf), "image_targets": (1, math.inf),
-    "text_targets": (1, math.inf), "quality_scenes": (0, 2000),
+    "budget": (16, math.inf), "image_targets": (1, math.inf), "text_targets": (1, math.inf),
+    "quality_scenes": (0, 2000),
 }
 
 
@@ -624,11 +625,14 @@ def make_optimizers(model, config, run):
 
 # --- copied: attend ---
 def attend(q, k, v, visible=None):
-    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D); visible (B, N): keys that may be seen, None: all.
+    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D); visible (B, N): keys that may be seen, None: all;
+    visible (B, M, N): by each query.
 
     A query that may see nothing gets zeros.
     """
-    mask = None if visible is None else visible[:, None, None]
+    mask = visible
+    if visible is not None:
+        mask = visible[:, None] if visible.ndim == 3 else visible[:, None, None]
     if q.is_cuda or v.dtype == torch.float32:
         return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, attn_mask=mask)
     # written out: in bfloat16 on a CPU torch 2.13's fused kernel takes 3 to 6 times as long, in float32 0.8 times
@@ -672,15 +676,20 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: attention to a context, the tokens themselves if there is none, then a ReLU^2 MLP."""
+    """Pre-norm block: attention to a context, the tokens themselves if there is none, then a ReLU^2 MLP. Before that,
+    if it has it, attention of the tokens to their peers."""
 
-    def __init__(self, config):
+    def __init__(self, config, self_attention=False):
         super().__init__()
+        self.self_attention = Attention(config.dim, config.head_dim) if self_attention else None
         self.attention = Attention(config.dim, config.head_dim)
         self.up = Linear(config.dim, config.mlp_ratio * config.dim)
         self.down = Linear(config.mlp_ratio * config.dim, config.dim)
 
-    def forward(self, x, visible, context=None):
+    def forward(self, x, visible, context=None, peers=None):
+        if self.self_attention is not None:
+            h = norm(x)
+            x = x + self.self_attention(h, h, peers)
         h = norm(x)
         x = x + self.attention(h, h if context is None else context, visible)
         return x + self.down(F.relu(self.up(norm(x))).square())
@@ -704,7 +713,7 @@ def split_positions(layout):
 
 
 class Nano4M(nn.Module):
-    """Encoder-decoder over places. Targets see the inputs alone: the decoder has no self-attention.
+    """Encoder-decoder over places. Targets see the inputs alone: the decoder has no self-attention by default.
 
     All pictures of a scene share a grid, and so do words that name a cell of it. What the encoder makes of a cell is
     added to the target there, so that attention is left with what is elsewhere.
@@ -746,17 +755,26 @@ class Nano4M(nn.Module):
         self.embed_enc_kind, self.embed_dec_kind = nn.Embedding(len(MODALITIES), C), nn.Embedding(len(MODALITIES), C)
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.enc_depth))
         self.local = Linear(C, C)
-        self.decoder = nn.ModuleList(Block(config) for _ in range(config.dec_depth))
+        self.decoder = nn.ModuleList(Block(config, config.dec_self) for _ in range(config.dec_depth))
+        self.dec_self = config.dec_self
         self.head_a, self.head_b, self.head_word = Linear(C, self.base), Linear(C, num_b), Linear(C, words)
         self.embed_first, self.mix = nn.Embedding(self.base, C), Linear(C, C)  # p(b | a) is a small MLP of both
 
     def position(self, places):
         return self.embed_major(self.major[places]) + self.embed_minor(self.minor[places])
 
-    def hidden(self, tokens, enc_pos, visible, dec_pos):
+    def peers(self, dec_pos, counted):
+        """Which targets (B, M, M) each target may see: those of its modality that are not padding."""
+        if not self.dec_self:
+            return None
+        kind = self.kind[dec_pos]
+        same = kind[:, :, None] == kind[:, None]
+        return same if counted is None else same & (counted > 0)[:, None]
+
+    def hidden(self, tokens, enc_pos, visible, dec_pos, counted=None):
         """Final states (B, M, C) at the places dec_pos (B, M), from the tokens (B, size) at the places enc_pos (B, N).
 
-        visible (B, N) is False on padding; None where there is none.
+        visible (B, N) is False on padding, and counted (B, M) False or 0; None where there is none.
         """
         pairs = (self.embed_b.weight[:, None] + self.embed_a.weight).flatten(0, 1)  # id = a + base * b
         table = torch.cat([pairs + self.embed_pair.weight, self.embed_word.weight])
@@ -771,8 +789,9 @@ class Nano4M(nn.Module):
         x = norm(x)
         y = norm(self.embed_dec_kind(self.kind[dec_pos]) + self.position(dec_pos))  # (B, M, C)
         y = y + self.local(self.at_cells(x, ids, enc_pos, visible, dec_pos))
+        peers = self.peers(dec_pos, counted)
         for block in self.decoder:
-            y = block(y, visible, x)
+            y = block(y, visible, x, peers)
         return norm(y)
 
     def at_cells(self, x, ids, enc_pos, visible, dec_pos):
@@ -804,8 +823,8 @@ class Nano4M(nn.Module):
         return F.cross_entropy(logits, ids + self.token_offset[places] - self.vocab, reduction="none")
 
     def forward(self, tokens, enc_pos, visible, dec_pos, counted=None):
-        """Log-probabilities (B, M, vocab) of all tokens at the places dec_pos (B, M); targets do not see each other."""
-        y = self.hidden(tokens, enc_pos, visible, dec_pos)
+        """Log-probabilities (B, M, vocab) of all tokens at the places dec_pos (B, M); no target's token is seen."""
+        y = self.hidden(tokens, enc_pos, visible, dec_pos, counted)
         is_image = dec_pos < self.num_image_positions
         is_box = self.token_offset[dec_pos] > self.vocab
         is_text = ~is_image & ~is_box
@@ -843,7 +862,7 @@ def masked_loss(model, tokens, enc_pos, visible, dec_pos, weight, images):
 
     The first `images` targets of a scene are image tokens.
     """
-    y = model.hidden(tokens, enc_pos, visible, dec_pos)
+    y = model.hidden(tokens, enc_pos, visible, dec_pos, weight)
     ids = tokens.gather(1, dec_pos)
     image_nll = model.image_nll(y[:, :images].flatten(0, 1), ids[:, :images].flatten())
     word_places = dec_pos[:, images:].flatten()
@@ -1105,6 +1124,8 @@ def flops_per_scene(model, config, inputs, images, texts):
     C, mlp, targets = config.dim, 2 * config.mlp_ratio * config.dim ** 2, images + texts
     encoder = config.enc_depth * inputs * (4 * C * C + mlp + 2 * inputs * C)
     decoder = config.dec_depth * (targets * (2 * C * C + mlp + 2 * inputs * C) + inputs * 2 * C * C)
+    if config.dec_self:
+        decoder += config.dec_depth * targets * (4 * C * C + 2 * targets * C)
     digits = model.head_a.out_features + model.head_b.out_features
     heads = targets * C * C + images * (digits + C) * C + texts * model.head_word.out_features * C
     return 6 * (encoder + decoder + heads)

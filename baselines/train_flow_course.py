@@ -433,11 +433,14 @@ def make_optimizer(model, config):
 
 # --- copied: attend ---
 def attend(q, k, v, visible=None):
-    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D); visible (B, N): keys that may be seen, None: all.
+    """Softmax attention of q (B, H, M, D) over k, v (B, H, N, D); visible (B, N): keys that may be seen, None: all;
+    visible (B, M, N): by each query.
 
     A query that may see nothing gets zeros.
     """
-    mask = None if visible is None else visible[:, None, None]
+    mask = visible
+    if visible is not None:
+        mask = visible[:, None] if visible.ndim == 3 else visible[:, None, None]
     if q.is_cuda or v.dtype == torch.float32:
         return F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, attn_mask=mask)
     # written out: in bfloat16 on a CPU torch 2.13's fused kernel takes 3 to 6 times as long, in float32 0.8 times

@@ -102,6 +102,16 @@ def test_sizes_of_the_gpu_configs(track, millions, layout):
     assert config.micro_batch * config.dim * (config.enc_depth + config.dec_depth) == 256 * 512 * 12
 
 
+@pytest.mark.parametrize("dim,depth,millions", [(768, 12, 198), (1024, 24, 705), (2048, 24, 2819)])
+def test_with_4ms_decoder_blocks_have_the_papers_sizes(dim, depth, millions, layout):
+    fields = {"dim": dim, "enc_depth": depth, "dec_depth": depth, "dec_self": True}
+    config = train_4m.dataclasses.replace(train_4m.CONFIGS["gpu"], **fields)
+    with torch.device("meta"):
+        model = train_4m.Nano4M(config, layout)
+    blocks = sum(p.numel() for block in (*model.encoder, *model.decoder) for p in block.parameters())
+    assert blocks / 1e6 == pytest.approx(millions, abs=0.5)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Whole graphs: what torch.compile is given on CUDA has no breaks, and is compiled once a shape
 

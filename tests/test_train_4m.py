@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
@@ -275,11 +276,12 @@ def test_the_warm_up_meets_every_shape(tiny, tmp_path, monkeypatch, word_steps, 
     assert num_steps < 200 or (len(warm_up) == 35 and len(set(warm_up)) == 31), "all there are; two links are alike"
 
 
-def test_a_step_is_what_its_shape_says(layout, frozen, monkeypatch):
+@pytest.mark.parametrize("dec_self", [False, True])
+def test_a_step_is_what_its_shape_says(layout, frozen, monkeypatch, dec_self):
     """Its inputs, targets and tokens; and its FLOPs are three times those that torch counts in the forward pass."""
-    config = dataclasses.replace(train_4m.CONFIGS["cpu"], **DIMS, batch=4, word_steps=3)
+    config = dataclasses.replace(train_4m.CONFIGS["cpu"], **DIMS, batch=4, word_steps=3, dec_self=dec_self)
     tokens, valid = frozen[0][:4], layout.valid(frozen[0][:4])
-    model, run, asked, links = small_model(layout), runs.fake_run(), [], set()
+    model, run, asked, links = small_model(layout, dec_self=dec_self), runs.fake_run(), [], set()
     run.slice = lambda batch: slice(0, batch)
     run.autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # attention is written out: torch counts its products
     optimizers = train_4m.make_optimizers(model, config, run)
@@ -442,6 +444,42 @@ def test_loss_of_a_link(model, layout, frozen, given, asked, share):
     assert loss.item() == pytest.approx(mean, abs=2e-4)
     assert not torch.equal(noisy, tokens) and same.item() == pytest.approx(loss.item(), abs=1e-5)
     assert among == {"inputs": given != ("rgb",) or asked[0] == "desc", "targets": asked[0] == "desc"}
+
+
+def test_targets_may_see_their_modality(layout, frozen):
+    """With 4M's decoder a target depends on which others of its modality are asked for and are no padding; by default
+    on none; and never on what the others are."""
+    tokens, enc_pos = frozen[0][:2], torch.tensor([[1, 2, 70]] * 2)
+    depth, desc = layout.span["depth"].start, layout.span["desc"].start
+    dec_pos = torch.tensor([[depth, depth + 1, depth + 2, desc, desc + 1]] * 2)
+    another, noisy = dec_pos.clone(), tokens.clone()
+    another[:, 2] = depth + 9
+    noisy[:, dec_pos[0]] = 5
+    ones = torch.ones(2, 5)
+    padding = torch.tensor([[1, 1, 0, 1, 1]] * 2)
+    for dec_self in (False, True):
+        model = small_model(layout, dec_self=dec_self)
+        y = model.hidden(tokens, enc_pos, None, dec_pos, ones)
+        assert torch.equal(y, model.hidden(noisy, enc_pos, None, dec_pos, ones))
+        moved = (y - model.hidden(tokens, enc_pos, None, another, ones)).abs().amax((0, 2)) > 1e-4
+        assert moved.tolist() == [dec_self, dec_self, True, False, False]
+        y, other = (model.hidden(tokens, enc_pos, None, places, padding) for places in (dec_pos, another))
+        assert torch.allclose(y[:, [0, 1, 3, 4]], other[:, [0, 1, 3, 4]], atol=1e-5)
+
+
+def test_a_run_with_4ms_decoder(tiny, layout, tmp_path, monkeypatch):
+    """Trains, is evaluated, is loaded as what it is; a checkpoint from before the option had a decoder without it."""
+    root, words = make_root(tmp_path / "root"), [*SMALL, *tiny[1]]
+    run_here(monkeypatch, root, [*words, "--dec_self=true", "--num_steps=4", "--save=true"])
+    weights, = (root / "checkpoints").iterdir()
+    run_here(monkeypatch, root, [*words, f"--load={weights}", "--num_steps=0"])
+    trained, loaded = runs.footers(root)
+    assert trained["val_loss"] == pytest.approx(loaded["val_loss"], abs=1e-3)
+    with pytest.raises(Fault, match="was trained with --dec_self=True"):
+        run_here(monkeypatch, root, [*words, f"--load={weights}", "--num_steps=0", "--dec_self=false"])
+    config = {key: value for key, value in {**vars(train_4m.CONFIGS["cpu"]), **DIMS}.items() if key != "dec_self"}
+    save_file(small_model(layout).state_dict(), weights, {"config": json.dumps(config)})
+    run_here(monkeypatch, root, [*words, f"--load={weights}", "--num_steps=0"])
 
 
 def test_place_words_share_the_embedding_of_the_grid(model, layout):
