@@ -12,7 +12,8 @@ import torch
 LIMITS = {  # what fields of several scripts may be: least and most, or choices; any other number is at least 0
     "seed": (0, 2 ** 31), "mlp_ratio": (1, 16), "momentum": (0, 0.9999), "beta1": (0, 0.9999), "beta2": (0, 0.9999),
     "clip": (1e-9, math.inf), "micro_batch": (1, math.inf), "label_drop": (0, 1), "cooldown": (0.001, 1),
-    "eval_every": (1, math.inf), "precision": ("auto", "fp32", "bf16"), "log_to": ("none", "trackio", "wandb", "tensorboard"),
+    "eval_every": (1, math.inf), "precision": ("auto", "fp32", "bf16"),
+    "log_to": ("none", "trackio", "wandb", "tensorboard"),
 }
 
 
