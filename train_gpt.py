@@ -87,7 +87,7 @@ class Options:
 
 CONFIGS = {
     "cpu": Config(),
-    "cpu-code": Config(track="cpu-code", data="pycode", target=0.0),
+    "cpu-code": Config(track="cpu-code", data="pycode", target=0.0, eval_every=550),
     # GPT-2 small's size on FineWeb, to modded-nanogpt's target
     "gpu": Config(track="gpu", data="fineweb", dim=768, depth=12, window=1024, orders=2, grams=65536, batch=512,
                   micro_batch=32, context=1024, num_steps=3000, muon_lr=0.02, adam_lr=0.005, cooldown=0.7,

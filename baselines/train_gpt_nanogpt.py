@@ -105,7 +105,7 @@ class Options:
 
 CONFIGS = {
     "cpu": Config(),
-    "cpu-code": Config(track="cpu-code", data="pycode", target=0.0),
+    "cpu-code": Config(track="cpu-code", data="pycode", target=0.0, eval_every=2000),
     # GPT-2 (124M): 480 rows of 1,024 tokens, nanoGPT's 0.5M per step, can be divided among 1, 2, 4 and 8 GPUs
     "gpu": Config(track="gpu", data="fineweb", dim=768, head_dim=64, depth=12, context=1024, lr=6e-4, beta2=0.95,
                   num_steps=20000, warmup=2000, batch=480, micro_batch=30, target=3.28, eval_tokens=10485760,
