@@ -171,6 +171,7 @@ What makes losses comparable everywhere; never edited, hash-checked by every run
 | `judge.safetensors` | reads the objects back from a picture of 64 px, or of 32 (`python data/judge.py train`) |
 | `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/fit_tokenizer.py train --resume --minutes=11`, from that of an earlier world) |
 | `text.tiktoken`, `qa.tiktoken` | encodings of the scenes' texts and of questions in tiktoken's format (`python data/fit_tokenizer.py text`) |
+| `4m.safetensors` | a nano4M of dim 128 trained for an hour, that the sheet at the top of README is of (`python train_4m.py --dim=128 --num_steps=12000 --word_steps=600 --save=true`, in half precision) |
 | `gpt.safetensors`, `gpt_draft.safetensors` | GPTs trained longer than a record: four blocks of dim 192, and the record's shape (`python train_gpt.py --load=data/frozen/gpt.safetensors --draft=data/frozen/gpt_draft.safetensors --num_steps=0`) |
 
 A scene is a row of whole numbers, its codes (`data/world.py`): pictures, texts and questions follow from these, so two

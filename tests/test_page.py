@@ -333,6 +333,12 @@ def test_readme_says_what_the_log_says():
     assert f"from a description (F1 {drawn:.2f} by the judge) or a caption ({told:.2f})" in text
     assert f"normals within {footer['quality_normal_degrees']:.1f} degrees" in text
     assert '"quality_scenes": 1000' in log["config"] and f"train {footer['steps']:,} steps" in text
+    ready = rules.parse_log(ROOT / "docs" / "4m_showcase.log")
+    settings, footer = json.loads(ready["config"])["config"], ready["footer"]
+    assert f"{footer['steps']:,} steps at dim {settings['dim']}, {footer['train_seconds'] / 60:.0f} minutes on one core" in text
+    whole, drawn = footer["quality_desc_object_f1"], footer["quality_rgb_from_desc_f1"]
+    assert f"whole objects F1 {whole:.2f}, drawn from a description {drawn:.2f}, normals within " in text
+    assert f"normals within {footer['quality_normal_degrees']:.1f} degrees. Once" in text
     maskgit = rules.parse_log(ROOT / "docs" / "maskgit.log")["footer"]
     assert f"after {maskgit['train_seconds']:.0f} seconds of training ([log](docs/maskgit.log))" in text
     assert f"{100 * maskgit['quality_class_accuracy']:.0f} % of them right by the judge" in text
