@@ -1,7 +1,8 @@
 """
 What more processes do to a training step of train_4m.py: measured on this machine, computed for larger ones.
 
-    python records/scaling.py    # writes docs/SCALING.md and docs/scaling.png; about ten minutes on 2 cores
+    python records/scaling.py             # writes docs/SCALING.md and docs/scaling.png; about ten minutes on 2 cores
+    python records/scaling.py --counted   # all but what is timed here, which stays as it is; a minute on any machine
 
 The global batch stays the same, so w processes have 1/w of it each. A step then takes
 
@@ -14,9 +15,12 @@ the shapes of the parameters and is compared with what was sent. The machine sho
 
 import argparse
 import collections
+import dataclasses
+import importlib
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -25,6 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import width
 from leaderboard import COLOURS, GREY, save_plot, table
 from rules import ROOT, parse_log, read_settings
 
@@ -35,9 +40,18 @@ FLOAT = 4  # bytes; all messages are float32 but Muon's updates
 UPDATE = {"fp32": FLOAT, "bf16": 2}  # of these, by precision
 REPLICATED = {"loader": "the loader's global batch", "masking": "its inputs and targets",
               "adam": "Adam of embeddings and heads"}
-# One H200 and its neighbours as the maker's data sheets have them, per direction; `reached` is a guess.
-GPU = dict(flops=989e12, reached=0.4, memory=4.8e12, nvlink=450e9, card=50e9, per_machine=8)
-GPUS = (1, 8, 16, 64)
+# One H100 and its neighbours as the maker's data sheets have them, per direction.
+GPU = dict(flops=989e12, memory=3.35e12, nvlink=450e9, card=50e9, per_machine=8)
+GPUS = (1, 8, 64)
+GPU_LOG = ROOT / "docs" / "gpu" / "4m.txt"  # what one H100 has shown: ways to compile the gpu track, 512 scenes a step
+COMPILED = "blocks any length, 128 scenes at a time,"  # the way that came closest to main's
+GPU_STEP = re.compile(rf"(?m)^{COMPILED} (.*), (\S+)\) compile \S+ step (\S+)ms (\S+) TF/s$")
+WHOLE_MEMORY = re.compile(r"(?m)^blocks static muon .* mem (\d+)$")  # MiB at most, all 512 scenes at a time
+# 4M's (arXiv:2312.06647) and ours: channels, blocks of encoder and of decoder, whether they are divided among the GPUs
+SIZES = {"gpu": (512, 6, False), "4M-B": (768, 12, False), "4M-L, gpu-l": (1024, 24, True),
+         "4M-XL, gpu-xl": (2048, 24, True)}
+TASKS = ("gpt", "maskgit", "4m", "flow", "vlm")
+TIMED = "<!-- timed -->"  # in docs/SCALING.md before what only a whole run of this script may change
 ADAM_PASSES = 7  # over a parameter: reads it, its gradient and two moments, writes all but the gradient
 # over the global batch, 8 bytes a place: random numbers, sorts and comparisons of a course step, counted roughly
 MASKING_PASSES = 100
@@ -85,18 +99,25 @@ def polar_flops(stacks, world):
         total += share(count, world) * POLAR_STEPS * (4 * short ** 2 * long + 2 * short ** 3)
     return total
 
-def project(world, stacks, rest, sharded, flops, places):
-    """A step on `world` GPUs by the data sheet, nothing measured: {part: seconds}, and MB sent.
+def project(world, stacks, rest, sharded, flops, places, reached):
+    """A step on `world` GPUs by the data sheet: {part: seconds}, and bytes sent.
 
-    flops: of the global batch without Muon; places: of the global batch, all modalities.
+    flops: of the global batch without Muon; places: of the global batch, all modalities; reached: of a GPU's peak.
     """
     machines = -(-world // GPU["per_machine"])
     sent = sum(volume(world, stacks, rest, sharded, "bf16").values())
     # a ring leaves a machine on one card, but there are as many rings as cards, each with its part of the message
     bandwidth = GPU["nvlink"] if machines == 1 else min(GPU["nvlink"], GPU["card"] * GPU["per_machine"])
-    return {"sent": sent, "compute": (flops / world + polar_flops(stacks, world)) / (GPU["flops"] * GPU["reached"]),
+    return {"sent": sent, "compute": (flops / world + polar_flops(stacks, world)) / (GPU["flops"] * reached),
             "replicated": (ADAM_PASSES * FLOAT * rest + MASKING_PASSES * 8 * places) / GPU["memory"],
             "messages": sent / bandwidth}
+
+def state_bytes(world, stacks, rest, divided):
+    """Bytes of weights, gradients, momentum and Adam's two moments on one of `world` GPUs. divided: FSDP2 leaves it its
+    part of the matrices and of their gradients; their momentum always is divided, in whole matrices."""
+    matrices = sum(count * math.prod(shape) for shape, count in stacks.items())
+    momentum = sum(share(count, world) * math.prod(shape) for shape, count in stacks.items())
+    return FLOAT * (2 * matrices / (world if divided else 1) + momentum + 4 * rest)
 
 # -----------------------------------------------------------------------------
 # Measuring
@@ -237,10 +258,10 @@ def measured_table(runs, found):
     return table(">processes|>threads each|>step|>formula|>step over formula|>loader|>masking|>Adam|>messages|"
                  ">sent|>sent by formula", rows)
 
-def projected_table(stacks, rest, sharded, flops, places, batch):
+def projected_table(stacks, rest, sharded, flops, places, batch, reached):
     rows, first = [], None
     for world in GPUS:
-        times = project(world, stacks, rest, sharded, flops, places)
+        times = project(world, stacks, rest, sharded, flops, places, reached)
         sent, total = times.pop("sent"), sum(times.values())
         first = first or total
         rows.append([world, -(-world // GPU["per_machine"]), batch // world, f"{sent / 1e6:.0f}",
@@ -249,15 +270,119 @@ def projected_table(stacks, rest, sharded, flops, places, batch):
     return table(">GPUs|>machines|>scenes each|>MB sent|>compute (ms)|>replicated (ms)|>messages (ms)|>step (ms)|"
                  ">speed-up|>efficiency", rows)
 
-REPORT = """# Scaling
+def bytes_table(stacks, rest, sharded):
+    """MB that a GPU sends in a step, by what they are."""
+    rows = []
+    for world in GPUS[1:]:
+        parts = volume(world, stacks, rest, sharded, "bf16")
+        rows.append([world, *(f"{value / 1e6:.1f}" for value in (*parts.values(), sum(parts.values())))])
+    return table(">GPUs|>" + "|>".join(volume(1, stacks, rest, sharded)) + "|>all", rows)
 
-Written by `python records/scaling.py`: do not edit; every number is measured or computed there.
+def sizes_table(script, layout, activations):
+    """Parameters and memory of train_4m.py's gpu track in 4M's sizes. activations: bytes per dim x block x scene."""
+    rows, gpu = [], script.CONFIGS["gpu"]
+    for name, (dim, depth, divided) in SIZES.items():
+        config = dataclasses.replace(gpu, dim=dim, enc_depth=depth, dec_depth=depth)
+        blocks, memory = [], {}
+        for dec_self in (False, True):
+            model = make_model(script, dataclasses.replace(config, dec_self=dec_self), layout)
+            blocks.append(sum(p.numel() for block in (*model.encoder, *model.decoder) for p in block.parameters()))
+            memory[dec_self] = [state_bytes(world, *parameters(model), divided and world > 1) for world in GPUS]
+            if not dec_self:
+                total = sum(p.numel() for p in model.parameters())
+        at_a_time = gpu.micro_batch * gpu.dim * gpu.enc_depth // (dim * depth)
+        kept = activations * dim * 2 * depth * at_a_time
+        states = [f"{plain / 1e9:.1f} / {more / 1e9:.1f}" for plain, more in zip(*memory.values())]
+        rows.append([name, dim, f"{depth} + {depth}", f"{total / 1e6:,.0f}",
+                     *(f"{count / 1e6:,.0f}" for count in blocks), *states, at_a_time, f"{kept / 1e9:.0f}"])
+    worlds = "|>".join(f"GB of states, {world} GPU{'s' * (world > 1)}" for world in GPUS)
+    return table(f"size|>dim|>blocks|>M parameters|>M in blocks|>M in blocks, dec_self|>{worlds}|>scenes at a time|"
+                 ">GB of activations", rows)
 
-## Measured
+def rates_table():
+    """The rates of the cpu and gpu tracks beside their widths."""
+    rows = []
+    for task in TASKS:
+        configs = importlib.import_module(f"train_{task}").CONFIGS
+        cells = []
+        for names in ("dim lm_dim", "muon_lr", "adam_lr", "batch"):
+            pair = [next(getattr(configs[track], name) for name in names.split() if hasattr(configs[track], name))
+                    for track in ("cpu", "gpu")]
+            cells.append(f"{pair[0]:g} -> {pair[1]:g}" if pair[0] != pair[1] else f"{pair[0]:g}")
+        rows.append([f"train_{task}.py", *cells])
+    return table("script|dim|muon_lr|adam_lr|batch", rows)
 
-{hardware}, {cores} cores; gloo over loopback; torch {torch}. `train_4m.py --track=cpu` with a global batch of {batch}
-whatever the number of processes, {steps} steps; medians of {repeats} runs that took turns, lowest and highest in
-parentheses. Times are milliseconds and bytes MB of a step, on process 0; waiting for the others counts as messages.
+def gpu_steps():
+    """[(link, share known, milliseconds, TFLOP/s)] of the steps that were timed on one H100."""
+    steps = []
+    for link, share, milliseconds, rate in GPU_STEP.findall(GPU_LOG.read_text()):
+        sides = [", ".join(re.findall(r"\w+", side)) for side in re.findall(r"\(('[^)]*)\)", link)]
+        steps.append((" -> ".join(sides) or "any tokens -> any others", share, float(milliseconds), float(rate)))
+    return steps
+
+COUNTED = """# Scaling
+
+Written by `python records/scaling.py`: do not edit; every number is counted, computed or measured there, or stands in a
+log of [gpu](gpu). What is timed on CPUs is the last part; `--counted` writes all before it again.
+
+## Counted: bytes per step
+
+A step of the `gpu` track of train_4m.py ({gpu_parameters:,} parameters, global batch {gpu_batch}), MB that each GPU
+passes on in rings of w GPUs, of P_m parameters in Muon's matrices and P_a others:
+{reduced}, all_gather of their updates (w-1)/w 2 P_m, in bfloat16,
+all_reduce of the other gradients 2 (w-1)/w 4 P_a. Matrices of one shape are divided among the GPUs; where that leaves a
+remainder, zeros fill it up. tests/test_scaling.py holds the formula against what two processes send.
+
+{sent}
+
+Operators and waits per step of all five scripts are counted, and may not grow, in tests/test_gpu_day.py.
+
+## Counted: parameters and memory per GPU
+
+Parameters in millions, those of the blocks also with `--dec_self=true`, 4M's decoder, whose targets attend to each
+other within their modality: 198 M, 705 M and 2.8 B are the paper's. States are weights, gradients, momentum and Adam's
+two moments, all float32, counted from the shapes, without and with it; gpu-l and gpu-xl divide them among several
+GPUs. Activations are computed: {memory_mib:,} MiB at most were measured on one H100 for 512 scenes at a time at dim
+512, 6 + 6 blocks; what is beyond the states is taken to grow with dim x blocks x scenes at a time. A divided block
+that is gathered, and buffers of messages, come on top.
+
+{sizes}
+
+## Measured on one H100
+
+The `gpu` track, {gpu_batch} scenes a step, blocks compiled for any length, 128 scenes at a time (the track takes 256
+now): milliseconds of a step by what it teaches, and TFLOP/s of its matrix products ([log](gpu/4m.txt)).
+
+{steps}
+
+## Computed for H100, not measured
+
+The same track on more GPUs by the formula below: **nobody has run this table**. It assumes {flops:.0f} TFLOP/s in
+bfloat16, of which {reached:.1f} % are reached, the median of the steps above, and {memory:.2f} TB/s of memory;
+{per_machine} GPUs a machine with {nvlink:.0f} GB/s of NVLink each and direction; between machines an InfiniBand
+card of {card:.0f} GB/s for each GPU, over all of which the rings are spread. Replicated is the memory traffic of Adam
+({adam} passes over its parameters) and of masking (some {masking} over the batch). Left out are the start of kernels
+and of messages, and that a GPU with few scenes reaches less of its peak: with many GPUs the truth is slower than the
+table.
+
+{projected}
+
+## Learning rates and width
+
+No rule moves the rates of a cpu track to its gpu track: they stand in the Configs, and no gpu track has been run.
+
+{rates}
+
+{width}
+"""
+
+REPORT = """
+## Timed on CPUs
+
+At commit {commit}. {hardware}, {cores} cores; gloo over loopback; torch {torch}.
+`train_4m.py --track=cpu` with a global batch of {batch} whatever the number of processes, {steps} steps; medians of
+{repeats} runs that took turns, lowest and highest in parentheses. Times are milliseconds and bytes MB of a step, on
+process 0; waiting for the others counts as messages.
 {crowd}
 
 {measured}
@@ -273,31 +398,38 @@ loader gives {loader_rate:,.0f} rows a second, and training takes {train_rate:.0
 
 - compute, {compute:.1f} ms: forward, backward and Muon's matrices, which the processes divide.
 - replicated, {replicated:.1f} ms: what each process does in full: {parts}.
-- sent(w), the bytes a process passes on, for P_m = {matrices:,} float32 parameters in Muon's matrices and
-  P_a = {rest:,} others: {reduced}, all_gather of their updates
-  (w-1)/w 4 P_m, half of that in bfloat16, all_reduce of the other gradients 2 (w-1)/w 4 P_a. Matrices of one shape are
-  divided among the processes; where that leaves a remainder, zeros fill it up.
+- sent(w), the bytes a process passes on, as counted above, for P_m = {matrices:,} and P_a = {rest:,}; in float32
+  updates are 4 P_m instead of 2 P_m.
 - bandwidth, {bandwidth:.2f} GB/s: sent(2) over the time that two processes spent on messages, waiting included.
 
 Compute and replicated come from one process with one thread, the bandwidth from two; the other rows test the formula.
 It leaves out that smaller matrices are slower for their size, that gradients are copied into messages and back, and
 what processes lose that take turns on a core.
-
-## Computed for H200, not measured
-
-The `gpu` track ({gpu_parameters:,} parameters, global batch {gpu_batch}) by the same formula: **nobody has run
-this table**. It assumes {flops:.0f} TFLOP/s in bfloat16, of which {reached:.0f} % are reached, and {memory:.1f} TB/s of
-memory; {per_machine} GPUs a machine with {nvlink:.0f} GB/s of NVLink each and direction; between machines an InfiniBand
-card of {card:.0f} GB/s for each GPU, over all of which the rings are spread. Replicated is the memory traffic of Adam
-({adam} passes over its parameters) and of masking (some {masking} over the batch). Left out are the start of kernels
-and of messages, and that a GPU with few scenes reaches less of its peak: with many GPUs the truth is slower than the
-table.
-
-{projected}
 """
 
-def report(runs, cores, scenes, scene_seconds, model, large):
-    """The text of docs/SCALING.md, and the plot's arguments. model, large: what read_model gives of cpu and gpu."""
+def counted_report(large):
+    """The part of docs/SCALING.md that is the same on any machine. large: what read_model gives of gpu."""
+    script, layout = open_script("gpu")
+    stacks, rest, sharded, *_, batch = large
+    steps = gpu_steps()
+    reached = statistics.median(rate for *_, rate in steps) * 1e12 / GPU["flops"]
+    gpu = script.CONFIGS["gpu"]
+    memory_mib = int(WHOLE_MEMORY.search(GPU_LOG.read_text())[1])
+    beyond = (memory_mib << 20) - state_bytes(1, stacks, rest, False)
+    activations = beyond / (batch * gpu.dim * (gpu.enc_depth + gpu.dec_depth))
+    found = width.load()
+    return COUNTED.format(
+        gpu_parameters=sum(count * math.prod(shape) for shape, count in stacks.items()) + rest, gpu_batch=batch,
+        sent=bytes_table(stacks, rest, sharded), memory_mib=memory_mib, sizes=sizes_table(script, layout, activations),
+        steps=table("given -> asked|>known of the first|>milliseconds|>TFLOP/s", steps), flops=GPU["flops"] / 1e12,
+        reached=100 * reached, memory=GPU["memory"] / 1e12, per_machine=GPU["per_machine"], nvlink=GPU["nvlink"] / 1e9,
+        card=GPU["card"] / 1e9, adam=ADAM_PASSES, masking=MASKING_PASSES, rates=rates_table(),
+        projected=projected_table(*large, reached), width=width.report(found),
+        reduced=("reduce_scatter of the matrices' gradients (w-1)/w 4 P_m" if sharded else
+                 "all_reduce of the matrices' gradients 2 (w-1)/w 4 P_m"))
+
+def report(runs, cores, scenes, scene_seconds, model):
+    """The timed part of docs/SCALING.md, and the plot's arguments. model: what read_model gives of cpu."""
     stacks, rest, sharded, _, _, _ = model
     found, some = fit(runs, stacks, rest, sharded, cores), runs[1, 1][0]
     batch = int(dict(word.split("=") for word in ARGV)["--batch"])
@@ -306,20 +438,16 @@ def report(runs, cores, scenes, scene_seconds, model, large):
     if shared:
         crowd = (f"With {cores} cores, {' and '.join(shared)} processes share them: those rows show what crowding "
                  "costs, not scaling; in the formula a core's time then counts for each process on it.")
+    commit = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout
     text = REPORT.format(
+        commit=commit.strip(),
         hardware=some["hardware"], cores=cores, torch=some["torch"], batch=batch, steps=some["steps"],
         repeats=len(runs[1, 1]), crowd=crowd, measured=measured_table(runs, found), scenes=scenes,
         scene_seconds=scene_seconds, scene_rate=scenes / scene_seconds,
         loader_rate=batch / found["replicated"]["loader"], train_rate=batch / found["line"][1],
         compute=1000 * found["compute"], replicated=1000 * sum(found["replicated"].values()),
         parts=", ".join(f"{what} ({1000 * found['replicated'][name]:.1f})" for name, what in REPLICATED.items()),
-        matrices=count(stacks), rest=rest, bandwidth=found["bandwidth"] / 1e9,
-        reduced=("reduce_scatter of the matrices' gradients (w-1)/w 4 P_m" if sharded else
-                 "all_reduce of the matrices' gradients 2 (w-1)/w 4 P_m"),
-        gpu_parameters=count(large[0]) + large[1], gpu_batch=large[-1], flops=GPU["flops"] / 1e12,
-        reached=100 * GPU["reached"], memory=GPU["memory"] / 1e12, per_machine=GPU["per_machine"],
-        nvlink=GPU["nvlink"] / 1e9, card=GPU["card"] / 1e9, adam=ADAM_PASSES, masking=MASKING_PASSES,
-        projected=projected_table(*large))
+        matrices=count(stacks), rest=rest, bandwidth=found["bandwidth"] / 1e9)
     points = [(world, round(1000 * run["step"], 3)) for world in WORLDS for run in runs[world, 1]]
     line = [(world, round(1000 * seconds, 3)) for world, seconds in found["line"].items()]
     return text, (draw_scaling, points, line, cores)
@@ -334,16 +462,24 @@ def step_sizes(script, step, tokens, layout, config):
     inputs, targets = enc_pos.size(1), dec_pos.size(1)
     return (inputs, targets, 0) if link[1][0] in script.IMAGES else (inputs, 0, targets)
 
+def open_script(track):
+    """train_4m.py as a module, and the layout of a track's scenes."""
+    sys.path.insert(0, str(ROOT))
+    import train_4m
+    return train_4m, train_4m.Layout(train_4m.read_frozen(train_4m.CONFIGS[track])[2])
+
+def make_model(script, config, layout):
+    """A model without weights: shapes alone."""
+    import torch
+    with torch.device("meta"):
+        return script.Nano4M(config, layout)
+
 def read_model(track):
     """(stacks, rest, sharded, FLOPs of a global batch, its places, batch) of a track of train_4m.py."""
-    sys.path.insert(0, str(ROOT))
-    import torch
-    import train_4m
+    train_4m, layout = open_script(track)
     config = train_4m.CONFIGS[track]
-    tokens, _, modalities, _ = train_4m.read_frozen(config)
-    layout = train_4m.Layout(modalities)
-    with torch.device("meta"):  # shapes alone
-        model = train_4m.Nano4M(config, layout)
+    tokens = train_4m.read_frozen(config)[0]
+    model = make_model(train_4m, config, layout)
     sizes = [step_sizes(train_4m, step, tokens[:1], layout, config) for step in range(config.num_steps)]
     flops = statistics.mean(train_4m.flops_per_scene(model, config, *size) for size in sizes)
     sharded = "reduce_scatter" in (ROOT / "train_4m.py").read_text()
@@ -356,7 +492,13 @@ def main(argv):
     parser.add_argument("--steps", type=int, default=50, help="of a run; ten kinds take turns")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each number of processes")
     parser.add_argument("--scenes", type=int, default=2000, help="training scenes to make")
+    parser.add_argument("--counted", action="store_true", help="keep the timed part as it is")
     options = parser.parse_args(argv)
+    path = ROOT / "docs" / "SCALING.md"
+    if options.counted:
+        _, marker, timed = path.read_text(encoding="utf-8").partition(TIMED)
+        path.write_text(counted_report(read_model("gpu")) + "\n" + marker + timed, encoding="utf-8")
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # one thread a process, so that a process is a core; and, to compare, one process with a thread on every core
     settings = [(world, 1) for world in WORLDS] + [(1, cores)] * (cores > 1)
@@ -369,8 +511,8 @@ def main(argv):
                 run = measure(folder, world, threads, words)
                 runs[world, threads].append(run)
                 print(f"processes: {world}, threads each: {threads}, {1000 * run['step']:.1f} ms a step", flush=True)
-    text, plot = report(runs, cores, options.scenes, seconds, read_model("cpu"), read_model("gpu"))
-    (ROOT / "docs" / "SCALING.md").write_text(text, encoding="utf-8")
+    text, plot = report(runs, cores, options.scenes, seconds, read_model("cpu"))
+    path.write_text(counted_report(read_model("gpu")) + f"\n{TIMED}\n" + text, encoding="utf-8")
     save_plot(ROOT / "docs" / "scaling.png", *plot)
 
 if __name__ == "__main__":

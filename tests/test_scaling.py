@@ -5,6 +5,7 @@ import pytest
 
 import leaderboard
 import scaling
+import width
 import train_4m
 from test_train_4m import DIMS, SMALL, make_root, tiny  # noqa: F401: tiny is a fixture
 
@@ -32,11 +33,68 @@ def test_projection():
     large = scaling.read_model("gpu")
     stacks, rest, _, flops, places, batch = large
     assert batch == 512 and places == 512 * (5 * 256 + 72) and stacks[512, 512] == 6 * 4 + 6 * 4 + 2
-    one, eight, sixteen = (scaling.project(world, stacks, rest, True, flops, places) for world in (1, 8, 16))
+    one, eight, sixteen = (scaling.project(world, stacks, rest, True, flops, places, 0.4) for world in (1, 8, 16))
     assert one["sent"] == one["messages"] == 0 and one["replicated"] == sixteen["replicated"]
     assert eight["messages"] == pytest.approx(eight["sent"] / 450e9)
     assert sixteen["messages"] == pytest.approx(sixteen["sent"] / 400e9), "InfiniBand between two machines"
     assert one["compute"] / 16 < sixteen["compute"] < one["compute"] / 12, "Muon's matrices leave a remainder"
+
+
+def test_states_by_hand():
+    stacks = {(2, 3): 3, (4, 4): 1}
+    assert scaling.state_bytes(1, stacks, 10, False) == 4 * (3 * 34 + 4 * 10)
+    assert scaling.state_bytes(2, stacks, 10, False) == 4 * (2 * 34 + 2 * 6 + 16 + 4 * 10)
+    assert scaling.state_bytes(2, stacks, 10, True) == 4 * (34 + 2 * 6 + 16 + 4 * 10)
+
+
+def test_what_is_counted_is_up_to_date():
+    """And is what the paper's sizes and the logs of a GPU say."""
+    text = scaling.counted_report(scaling.read_model("gpu"))
+    document = (scaling.ROOT / "docs/SCALING.md").read_text(encoding="utf-8")
+    assert document.split(scaling.TIMED)[0] == text + "\n", "run python records/scaling.py --counted"
+    sizes = re.findall(r"(?m)^\| (\S.*?) \| \d+ \| (\d+) \+ \d+ \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|", text)
+    assert [row[-1] for row in sizes] == ["44", "198", "705", "2,819"]
+    assert [row[1] for row in sizes] == ["6", "12", "24", "24"]
+    assert len(scaling.gpu_steps()) == 5 and "rgb" in scaling.gpu_steps()[0][0]
+    rows = re.findall(r"(?m)^\| (\d+) \| (\d+) \| (\d+) \| ", text)
+    assert rows == [("1", "1", "512"), ("8", "1", "64"), ("64", "8", "8")]
+
+
+def test_the_timed_part_stays(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    path = tmp_path / "docs/SCALING.md"
+    path.write_text(f"old {scaling.TIMED}\nmeasured\n")
+    monkeypatch.setattr(scaling, "ROOT", tmp_path)
+    monkeypatch.setattr(scaling, "read_model", lambda track: track)
+    monkeypatch.setattr(scaling, "counted_report", lambda large: f"new {large}\n")
+    scaling.main(["--counted"])
+    assert path.read_text() == f"new gpu\n\n{scaling.TIMED}\nmeasured\n"
+
+
+def test_width(tmp_path, monkeypatch):
+    """A sweep goes on where it was, for as long as its runs are the same; the best rate of a width is in bold."""
+    monkeypatch.setattr(width, "RESULTS", tmp_path / "width.json")
+    asked = []
+
+    def train(dim, rate, factor):
+        asked.append((dim, rate, factor))
+        if len(asked) == 20:
+            raise KeyboardInterrupt
+        return None if factor == 4 else 2 + abs(factor - 2 + (rate == "muon_lr")) + 1 / dim
+    monkeypatch.setattr(width, "train", train)
+    assert "has not been run" in width.report(width.load())
+    with pytest.raises(KeyboardInterrupt):
+        width.main()
+    assert len(width.load()) == 19
+    width.main()
+    count = len(width.WIDTHS) * (1 + len(width.RATES) * (len(width.FACTORS) - 1))
+    assert len(asked) == count + 1 and len(width.load()) == count
+    width.main()
+    assert len(asked) == count + 1
+    text = width.report(width.load())
+    assert text.count("diverged") == 6 and text.count("**") == 12 and "| adam_lr | 256 |" in text
+    monkeypatch.setattr(width, "FIELDS", ["--other"])
+    assert not width.load()
 
 
 def test_step_sizes():
@@ -86,13 +144,12 @@ def test_report(tmp_path):
     found = scaling.fit(runs, *model[:3], 2)
     assert found["compute"] == pytest.approx(0.201) and sum(found["replicated"].values()) == pytest.approx(0.02)
     assert found["line"][1] == pytest.approx(0.221) and found["line"][2] == pytest.approx(0.201 / 2 + 0.02 + 0.05)
-    text, plot = scaling.report(runs, 2, 2000, 4.0, model, scaling.read_model("gpu"))
+    text, plot = scaling.report(runs, 2, 2000, 4.0, model)
     assert "Some CPU, 2 cores" in text and "With 2 cores, 3 and 4 processes share them" in text
-    assert "## Computed for H200, not measured" in text and "500 a second" in text
+    assert re.search(r"At commit [0-9a-f]{7,}\. ", text) and "500 a second" in text
     rows = re.findall(r"(?m)^\| (\d+) \| (\d+) \| (.*) \|$", text)
-    assert [row[:2] for row in rows] == [("1", "1"), ("1", "2"), ("2", "1"), ("3", "1"), ("4", "1"),
-                                         ("1", "1"), ("8", "1"), ("16", "2"), ("64", "8")]
+    assert [row[:2] for row in rows] == [("1", "1"), ("1", "2"), ("2", "1"), ("3", "1"), ("4", "1")]
     assert rows[0][2].startswith("221.0 (220.0 to 222.0) | 221.0 | +0 % | 1.0 | 9.0 | 10.0 | 0.0 | 0.00 | 0.00")
-    assert "share them" not in scaling.report(runs, 8, 2000, 4.0, model, scaling.read_model("gpu"))[0]
+    assert "share them" not in scaling.report(runs, 8, 2000, 4.0, model)[0]
     leaderboard.save_plot(tmp_path / "scaling.png", *plot)
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
