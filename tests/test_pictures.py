@@ -138,7 +138,7 @@ def test_both_scripts_take_it(root, holiday, monkeypatch):
     images, labels, _ = train_flow.read_images(run.config, classes, 32)
     assert validation.shape == (2000, 3, 32, 32) and images.shape == (19, 3, 32, 32) and set(labels) == {0, 1}
     shown = show_flow.Show(train_flow, run, classes)
-    assert shown.names == ["cats", "dogs"] and shown.guidances == (1.0, 2.0)
+    assert shown.names == ["cats", "dogs"] and shown.guidances == (1.0, 1.5)
 
     run.config, run.options = dataclasses.replace(train_maskgit.CONFIGS["cpu"], **files), train_maskgit.Options()
     *frozen, modalities, _ = train_maskgit.read_frozen(run.config)
