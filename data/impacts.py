@@ -12,7 +12,7 @@ import itertools
 
 import numpy as np
 
-from mel import HOP, LENGTHS, RATE, TOKEN, log_mel
+from mel import BANDS, FLOOR, HOP, LENGTHS, RATE, TOKEN, log_mel
 
 MODES = {"cube": (1, 1.58, 2.24), "sphere": (1, 1.28, 1.66), "cylinder": (1, 2.76, 5.4)}
 STRENGTHS = (1.0, 0.7, 0.5)  # of the modes
@@ -24,7 +24,7 @@ SLOT, SLOTS = 6400, 3  # samples from one impact to the next: 0.4 s
 LENGTH = LENGTHS["sound"] * TOKEN  # samples of a scene: 1.28 s
 ONSET = 320  # samples of silence before each impact
 LOUDNESS, SPREAD = 0.3, 0.1  # of the lowest mode, and how far the strengths of blows and modes vary, as shares
-QUIET = 2.0  # nats above silence that the loudest band of a slot must reach: else nothing was struck
+QUIET = 2.0  # nats above what rings from before that the loudest band must reach: else nothing was struck
 
 
 def strike(shape, material, size, rng=None):
@@ -77,10 +77,10 @@ def read(wave):
     heard = []
     for slot in range(len(spectrum) // frames):
         part = spectrum[slot * frames:(slot + 1) * frames]
-        # what still rings of the impact before lies below this one, frame by frame, unless nothing was struck
-        if part[:6].max() < part[0].max() + QUIET:
+        # what still rings of the impact before, and lies below this one unless nothing was struck
+        floor = spectrum[slot * frames - 1] if slot else np.full(BANDS, np.log(FLOOR))
+        if part[:6].max() < floor.max() + QUIET:
             break
-        floor = part[0]
         scores = [distance(np.maximum(template, floor), part) for template in known]
         heard.append(CLASSES[int(np.argmin(scores))])
     return heard
