@@ -22,7 +22,7 @@ def load(path):
         raise Fault(f"there is no file {path}")
     if path.stat().st_size > MOST_BYTES:
         size = path.stat().st_size / 1e6
-        raise Fault(f"{path} is of {size:.0f} MB, more than {LONGEST} s of sound can have, which is what is read: cut it")
+        raise Fault(f"{path} is of {size:.0f} MB, more than the {LONGEST} s that are read can have: cut it")
     with open(path, "rb") as file:
         head = file.read(12)
     if head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:] != b"WAVE":
