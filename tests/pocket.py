@@ -1,8 +1,12 @@
-"""pocketsphinx, a recogniser of English that knows of ours how captions are built and nothing else."""
+"""pocketsphinx, a recogniser of English that knows of ours how captions are built and nothing else.
+
+    python tests/pocket.py [60]       # the share of words that it hears wrong, of so many validation captions
+"""
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
-import pytest
 
 GRAMMAR = """#JSGF V1.0; grammar caption;
 <noun> = a (small | large) (gray | red | blue | green | brown | purple | cyan | yellow) (rubber | metal)
@@ -17,8 +21,8 @@ public <caption> = [<start>] <placed> | <turned>;
 
 
 def recogniser():
-    """A pocketsphinx.Decoder of captions; the test is skipped where it is not installed."""
-    pocketsphinx = pytest.importorskip("pocketsphinx")
+    """A pocketsphinx.Decoder of captions. Raises ImportError where there is none."""
+    import pocketsphinx
     model = pocketsphinx.get_model_path() + "/en-us/"
     decoder = pocketsphinx.Decoder(hmm=model + "en-us", dict=model + "cmudict-en-us.dict", lm=None, loglevel="FATAL",
                                    beam=1e-80, wbeam=1e-60, pbeam=1e-80)
@@ -36,3 +40,24 @@ def hear(decoder, wave):
     decoder.end_utt()
     hypothesis = decoder.hyp()
     return re.findall("[a-z]+", hypothesis.hypstr) if hypothesis else []
+
+
+def main(count=60):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+    import codec
+    import speech
+    with np.load(codec.FROZEN / "scenes64.npz") as arrays:
+        captions = bytes(arrays["caption_text"]).decode().split("\n")[:count]
+    decoder, model = recogniser(), codec.load()
+    told = [speech.words_of(text) for text in captions]
+    forms = {"normal speed": lambda i, text: speech.say(text, i % 3, [i]),
+             "as fast as fits 96 tokens": lambda i, text: codec.speak(text, i % 3, [i]),
+             "the same from its tokens": lambda i, text: model.sound(model.tokens(codec.speak(text, i % 3, [i])))}
+    for name, say in forms.items():
+        wrong = [speech.edits(hear(decoder, say(i, text)), told[i]) for i, text in enumerate(captions)]
+        words = sum(map(len, told))
+        print(f"| {name} | {sum(wrong)} of {words:,} | {100 * sum(wrong) / words:.2f} % |", flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -80,6 +80,7 @@ def test_a_seed_and_a_speed_decide_a_wave():
 
 @pytest.mark.parametrize("speed", [1.0, 2.0])
 def test_another_recogniser_understands(captions, speed):
+    pytest.importorskip("pocketsphinx")
     decoder, wrong, count = pocket.recogniser(), 0, 0
     for i, text in enumerate(captions[:9]):
         told = speech.words_of(text)
