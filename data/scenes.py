@@ -2,16 +2,18 @@
 
 data/raycaster.py renders rgb, depth, normal, seg and edge; desc, caption and bbox are written by data/texts.py from the
 scene itself, questions and answers by data/questions.py. Image-like modalities are stored as tokens of
-data/tokenizer.py (with questions: as pixels), texts as tokens of its encodings.
+data/tokenizer.py (with questions: as pixels), texts as tokens of its encodings, speech and sound as tokens of
+data/codec.py.
 
     python data/scenes.py                            # 20,000 training scenes at 64 px -> data/scenes64/train
     python data/scenes.py --size=128                 # the gpu tracks' 200,000 -> data/scenes128/train
     python data/scenes.py --objects [--size=128]     # as many with one object and its label -> data/objects64, data/scenes
     python data/scenes.py --qa                       # the first set's scenes, pixels and questions -> data/qa64
     python data/scenes.py --qa --num=200000          # as many as the gpu track trains on -> data/qa64-large
-    python data/scenes.py [--objects|--qa] --check   # whether a set is what this machine would make
-    python data/scenes.py [--objects|--qa] --preview # a contact sheet      -> samples/{scenes,objects,qa}.png
-    python data/scenes.py [--objects|--qa] --frozen  # remake data/frozen/{scenes,objects,qa}<size>.npz (maintainers)
+    python data/scenes.py --audio                    # the first set's captions read aloud, and impacts -> data/audio64
+    python data/scenes.py [--objects|--qa|--audio] --check    # whether a set is what this machine would make
+    python data/scenes.py [--objects|--qa|--audio] --preview  # a contact sheet -> samples/<kind>.png, or WAV files
+    python data/scenes.py [--objects|--qa|--audio] --frozen   # remake data/frozen/<kind><size>.npz (maintainers)
 """
 import argparse
 import contextlib
@@ -32,6 +34,7 @@ import questions
 import shards
 import streams
 import tokenizer
+from mel import LENGTHS as HEARD
 from raycaster import COLORS, MAX_OBJECTS, render
 from shards import ROOT, Fault, sha256
 from texts import BBOX_PAD, BBOX_VOCAB, LENGTHS, box_tokens, caption, describe, facts
@@ -57,13 +60,15 @@ def stop(message):
 # From scenes to arrays
 
 def modalities(size, kind="scenes"):
-    """Length, vocabulary and pad id (-1: none) of each modality of the scenes, objects or qa shards at this size."""
+    """Length, vocabulary and pad id (-1: none) of each modality of a kind of shards at this size."""
     image = {"length": (size // 8) ** 2, "vocab": tokenizer.VOCAB, "pad": -1}
     text = {"vocab": tokenizer.TEXT_VOCAB, "pad": tokenizer.TEXT_VOCAB - 1}
     if kind == "objects":
         return {"label": {"length": 1, "vocab": len(CLASSES), "pad": -1}, "rgb": image}
     if kind == "qa":
         return {"qa": {"length": LENGTHS["qa"], **text}}
+    if kind == "audio":  # the silence after it is told by tokens too
+        return {m: {"length": length, "vocab": tokenizer.VOCAB, "pad": -1} for m, length in HEARD.items()}
     places = tokenizer.place_tokens(tokenizer.load_text())
     return {**{m: image for m in IMAGES}, "desc": {"length": LENGTHS["desc"], **text, "places": places},
             "caption": {"length": LENGTHS["caption"], **text},
@@ -79,6 +84,8 @@ def array_forms(size, kind):
     if kind == "qa":
         forms |= {"pixels": ((3, size, size), np.uint8), "answer": ((LENGTHS["qa"],), np.uint8),
                   "family": ((questions.MOST + 1,), np.uint8)}
+    if kind == "audio":
+        forms["voice"] = (1,), np.uint16
     return forms
 
 
@@ -130,6 +137,8 @@ def write(kind, codes, seed, encoding, describe_first):
         label = fields["shape"] * len(COLORS) + fields["color"]
         return {**arrays, "label": label[:, None].numpy().astype(np.uint16)}, {}
     objects = facts(build(codes), NO_INDEX.expand(len(codes), 1, 1))
+    if kind == "audio":
+        return arrays, {"caption": [caption(o, rng) for o in objects]}
     if kind == "scenes":
         texts = {"desc": [describe(o) for o in objects], "caption": [caption(o, rng) for o in objects]}
         for m, lines in texts.items():
@@ -142,9 +151,19 @@ def write(kind, codes, seed, encoding, describe_first):
     return {**arrays, "family": np.array(families, np.uint8)}, {}
 
 
+def hear(codes, captions, seed, coder, rows=None, report=ignore):
+    """The arrays of scenes that are heard, see codec.heard_arrays. rows: of which scenes alone; default: all."""
+    import codec  # here, as no other kind of set takes it
+    objects = facts(build(codes), NO_INDEX.expand(len(codes), 1, 1))
+    return codec.heard_arrays(coder, objects, captions, seed, rows, report)
+
+
 @functools.cache  # a worker process loads them once
 def load_coders(kind, device):
-    """The tokenizer of pictures and the encoding of a kind of set."""
+    """The tokenizer of pictures, or of sounds, and the encoding of a kind of set."""
+    if kind == "audio":
+        import codec
+        return codec.load(), None
     return tokenizer.load_tokenizer(device), tokenizer.load_text(tokenizer.QA if kind == "qa" else tokenizer.TEXT)
 
 
@@ -154,13 +173,16 @@ def sample(kind, n, seed, avoid=()):
 
 
 def make(kind, n, size, seed, device, report=ignore, avoid=(), describe_first=questions.DESCRIBE_FIRST):
-    """n scenes of a kind of set: ({array: (n, ...)}, {desc, caption: list of str}). The qa set's are the scenes set's.
+    """n scenes of a kind of set: ({array: (n, ...)}, {desc, caption: list of str}). The scenes of the qa and audio sets
+    are the scenes set's.
 
     Arrays are made from the scenes alone, each with randomness of its own: a new one changes none that exists.
     """
     coder, encoding = load_coders(kind, device)
     codes = sample(kind, n, seed, avoid)
     arrays, texts = write(kind, codes, seed, encoding, describe_first)
+    if kind == "audio":
+        return {**arrays, **hear(codes, texts["caption"], seed, coder, report=report)}, texts
     return {**arrays, **draw(kind, codes, size, device, coder, report)}, texts
 
 
@@ -178,6 +200,9 @@ def identity_of(size, num, seed, kind):
     identity = {"name": set_name(size, num, kind), "version": VERSION, "size": size, "num": num, "seed": seed}
     if kind == "qa":
         return {**identity, "questions": questions.VERSION, "text": sha256(tokenizer.QA)}
+    if kind == "audio":
+        import codec
+        return {**identity, "sounds": codec.VERSION, "codec": sha256(codec.WEIGHTS)}
     return {**identity, "tokenizer": sha256(tokenizer.WEIGHTS), "text": sha256(tokenizer.TEXT)}
 
 
@@ -289,18 +314,22 @@ def check_shards(size, num, seed, device, kind):
         n, chunk_seed = jobs[i]
         codes = sample(kind, n, chunk_seed, validation_looks(kind))
         rows = np.sort(rng.choice(n, min(n, CHECKED // len(chosen)), replace=False))
-        written, _ = write(kind, codes, chunk_seed, encoding, questions.DESCRIBE_FIRST)
-        drawn = draw(kind, codes[rows], size, device, coder)
+        written, texts = write(kind, codes, chunk_seed, encoding, questions.DESCRIBE_FIRST)
+        if kind == "audio":
+            drawn = hear(codes, texts["caption"], chunk_seed, coder, rows)
+        else:
+            drawn = draw(kind, codes[rows], size, device, coder)
         for name, array in arrays.items():
             chunk = array[i * CHUNK:i * CHUNK + n]
             share = alike(name, chunk[rows], drawn[name]) if name in drawn else alike(name, chunk, written[name])
             shares[name] += share / len(chosen)
     for name, share in shares.items():
-        least = SAME_PIXELS if name.startswith("pixels") else SAME_TOKENS if name in IMAGES else 1
+        least = SAME_PIXELS if name.startswith("pixels") else SAME_TOKENS if name in (*IMAGES, *HEARD) else 1
         if share < least - 1e-9:
             raise Fault(f"{folder}: of {name} made again {100 * share:.2f} % are the same, and {100 * least:g} % should be")
+    what = "sounds" if kind == "audio" else "pictures"
     told = ", ".join(f"{name} {100 * share:.2f} %" for name, share in shares.items() if name not in shards.EXACT)
-    return f"{folder}: content {content[:16]}, all of it the same again; of pictures {told}"
+    return f"{folder}: content {content[:16]}, all of it the same again; of {what} {told}"
 
 
 def alike(name, stored, again):
@@ -355,14 +384,27 @@ def make_frozen(size, device, num=VALIDATION, kind="scenes"):
 
 
 def preview(kind, path, device):
-    """Draw a contact sheet of some scenes of a kind of set."""
+    """Draw a contact sheet of some scenes of a kind of set; what is heard becomes a folder of WAV files."""
     if kind == "scenes":
         previews.draw_scenes(build(sample_scenes(24, seed=7)), IMAGES, path)
     elif kind == "objects":
         previews.draw_objects(make("objects", 600, 64, 7, device)[0], load_coders("objects", device)[0], path)
+    elif kind == "audio":
+        write_sounds(path.with_suffix(""), device)
     else:
         previews.draw_questions(make("qa", 24, 64, 7, device)[0], path)
     print(path)
+
+
+def write_sounds(folder, device, num=6):
+    """What some scenes' tokens sound like as WAV files, and the captions, captions.txt."""
+    import wav
+    arrays, texts = make("audio", num, 64, 7, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in HEARD:
+        for i, ids in enumerate(arrays[name]):
+            wav.write(folder / f"{name}_{i}.wav", load_coders("audio", device)[0].sound(ids))
+    (folder / "captions.txt").write_text("".join(f"{i}: {text}\n" for i, text in enumerate(texts["caption"])))
 
 
 def main():
@@ -371,7 +413,8 @@ def main():
     parser.add_argument("--num", type=int, help="training scenes; 20,000, and 200,000 from 128 px up")
     parser.add_argument("--seed", type=int, default=1, help="of the training scenes; validation has its own")
     kinds = parser.add_mutually_exclusive_group()
-    for option, about in (("objects", "scenes with one object and its class, 64 px"), ("qa", "scenes with questions")):
+    for option, about in (("objects", "scenes with one object and its class, 64 px"), ("qa", "scenes with questions"),
+                          ("audio", "captions read aloud and the sounds of objects that are struck")):
         kinds.add_argument(f"--{option}", dest="kind", action="store_const", const=option, default="scenes", help=about)
     parser.add_argument("--preview", action="store_true", help="draw a contact sheet instead")
     parser.add_argument("--frozen", action="store_true", help="remake the frozen validation set instead")
