@@ -56,7 +56,7 @@ class Config:
     patch: int = 4  # pixels across a token
     # optim
     muon_lr: float = 0.04  # of hidden matrices
-    momentum: float = 0.9  # of Muon; 0.95: 0.061 instead of 0.059 after 150 steps
+    momentum: float = 0.9  # of Muon
     adam_lr: float = 0.01  # of embeddings, modulation and head
     # schedule
     num_steps: int = 2700  # training steps

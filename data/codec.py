@@ -31,7 +31,7 @@ import wav
 from hub import sentences
 from mel import LENGTHS, TOKEN
 from shards import FROZEN, Fault
-from tokenizer import DIGITS, LEVELS, VOCAB
+from tokenizer import DIGITS, LEVELS, digits_of, ids_of
 
 WEIGHTS = FROZEN / "audio.safetensors"
 VERSION = 1  # of what scenes sound like, beside the weights
@@ -85,18 +85,14 @@ class Codec(nn.Module):
     @torch.no_grad()
     def encode(self, spectra):
         """Token ids (B, T), int64 in 0..4095, of log-mel spectra (B, 2 T, 32)."""
-        power = LEVELS ** torch.arange(DIGITS)
-        return (self.quantise(spectra).round().long() * power).sum(2)
+        return ids_of(self.quantise(spectra), 2)
 
     @torch.no_grad()
     def decode(self, ids):
         """Log magnitudes (B, 4 T, 257) of token ids (B, T)."""
         if ids.ndim != 2:
             raise ValueError(f"decode takes (B, T), not {tuple(ids.shape)}")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < VOCAB:
-            raise ValueError(f"sound tokens lie in 0..{VOCAB - 1}, found {int(ids.min())}..{int(ids.max())}")
-        power = LEVELS ** torch.arange(DIGITS)
-        return self.reconstruct((ids.long()[:, :, None] // power % LEVELS).float())
+        return self.reconstruct(digits_of(ids, 2))
 
     def tokens(self, wave):
         """Token ids (.., n / 640) uint16 of waves (.., n), with silence at the end of one that is no whole number."""

@@ -6,7 +6,6 @@
 """
 import argparse
 import base64
-import math
 import random
 import time
 

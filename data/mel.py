@@ -43,8 +43,3 @@ def log_mel(wave, window=WINDOW, hop=HOP):
     spectrum = np.fft.rfft(frames(np.asarray(wave, np.float32), window, hop) * hann(window))
     power = np.square(spectrum.real) + np.square(spectrum.imag)
     return np.log(power.astype(np.float32) @ filters(window) + FLOOR)
-
-
-def whole(wave, multiple):
-    """A wave (n,) with silence after it up to a multiple of so many samples."""
-    return np.pad(wave, (0, -len(wave) % multiple))

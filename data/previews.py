@@ -1,4 +1,4 @@
-"""Contact sheets of the scenes sets."""
+"""Contact sheets of the scenes sets, and WAV files of what is heard."""
 import random
 
 import numpy as np
@@ -6,6 +6,7 @@ import torch
 
 import draw
 import questions
+from mel import LENGTHS
 from raycaster import render
 from texts import caption, describe, facts
 from world import CLASSES, build
@@ -49,3 +50,13 @@ def draw_questions(arrays, path):
         lines = [f"{question}  {answer}" for _, question, answer in turns]
         cells += [torch.from_numpy(picture) / 255, "\n".join(lines)]
     draw.sheet(["Questions and answers", *in_rows(cells, 6)], path, SIDE)
+
+
+def write_sounds(arrays, texts, coder, folder):
+    """What the tokens of some scenes sound like as WAV files, and their captions, captions.txt."""
+    import wav  # here, as no sheet takes it
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in LENGTHS:
+        for i, ids in enumerate(arrays[name]):
+            wav.write(folder / f"{name}_{i}.wav", coder.sound(ids))
+    (folder / "captions.txt").write_text("".join(f"{i}: {text}\n" for i, text in enumerate(texts["caption"])))

@@ -390,21 +390,11 @@ def preview(kind, path, device):
     elif kind == "objects":
         previews.draw_objects(make("objects", 600, 64, 7, device)[0], load_coders("objects", device)[0], path)
     elif kind == "audio":
-        write_sounds(path.with_suffix(""), device)
+        path = path.with_suffix("")
+        previews.write_sounds(*make("audio", 6, 64, 7, device), load_coders("audio", device)[0], path)
     else:
         previews.draw_questions(make("qa", 24, 64, 7, device)[0], path)
     print(path)
-
-
-def write_sounds(folder, device, num=6):
-    """What some scenes' tokens sound like as WAV files, and the captions, captions.txt."""
-    import wav
-    arrays, texts = make("audio", num, 64, 7, device)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in HEARD:
-        for i, ids in enumerate(arrays[name]):
-            wav.write(folder / f"{name}_{i}.wav", load_coders("audio", device)[0].sound(ids))
-    (folder / "captions.txt").write_text("".join(f"{i}: {text}\n" for i, text in enumerate(texts["caption"])))
 
 
 def main():

@@ -100,21 +100,6 @@ def words_of(text):
     return words
 
 
-def edits(heard, told):
-    """The least number of words inserted, left out or replaced between two lists (Levenshtein)."""
-    row = list(range(len(told) + 1))
-    for i, word in enumerate(heard, 1):
-        above, row = row, [i]
-        for j, other in enumerate(told, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (word != other)))
-    return row[-1]
-
-
-def word_error_rate(heard, told):
-    """Edits as a share of the words told, of two lists of lists of words."""
-    return sum(map(edits, heard, told)) / sum(map(len, told))
-
-
 def segments_of(text):
     """The segments (n, 9) of a text, rows of TABLE; a pause stands for a comma or colon."""
     words_of(text)

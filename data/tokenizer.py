@@ -53,6 +53,20 @@ class Block(nn.Module):
         return x + self.conv2(F.silu(self.conv1(F.silu(x))))
 
 
+def ids_of(digits, dim):
+    """Token ids, int64, of digits 0..7, floats, that lie along a dimension of four."""
+    power = LEVELS ** torch.arange(DIGITS, device=digits.device)
+    return (digits.round().long().movedim(dim, -1) * power).sum(-1)
+
+
+def digits_of(ids, dim):
+    """The digits, floats, of token ids, along a new dimension. ValueError for ids that are none."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < VOCAB:
+        raise ValueError(f"tokens lie in 0..{VOCAB - 1}, found {int(ids.min())}..{int(ids.max())}")
+    power = LEVELS ** torch.arange(DIGITS, device=ids.device)
+    return (ids.long()[..., None] // power % LEVELS).float().movedim(-1, dim).contiguous()
+
+
 class Tokenizer(nn.Module):
     """FSQ autoencoder of pictures (B, 3, H, W) in [0, 1], H and W multiples of 8."""
 
@@ -81,8 +95,7 @@ class Tokenizer(nn.Module):
         """Token ids (B, H/8, W/8), int64 in 0..4095, of pictures (B, 3, H, W) in [0, 1]."""
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % 8 or images.shape[3] % 8:
             raise ValueError(f"encode takes (B, 3, H, W) with H and W multiples of 8, not {tuple(images.shape)}")
-        power = LEVELS ** torch.arange(DIGITS, device=images.device).view(1, -1, 1, 1)
-        return (self.quantise(images).round().long() * power).sum(1)
+        return ids_of(self.quantise(images), 1)
 
     def encode_flat(self, images, batch=100):
         """Token ids as a uint16 array (n, H/8 * W/8) of pictures (n, 3, H, W).
@@ -105,10 +118,7 @@ class Tokenizer(nn.Module):
         """Pictures (B, 3, 8h, 8w) in [0, 1] of token ids (B, h, w)."""
         if ids.ndim != 3:
             raise ValueError(f"decode takes (B, h, w), not {tuple(ids.shape)}")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < VOCAB:
-            raise ValueError(f"image tokens lie in 0..{VOCAB - 1}, found {int(ids.min())}..{int(ids.max())}")
-        power = LEVELS ** torch.arange(DIGITS, device=ids.device).view(1, -1, 1, 1)
-        return self.reconstruct((ids.long()[:, None] // power % LEVELS).float()).float().clamp(0, 1)
+        return self.reconstruct(digits_of(ids, 1)).float().clamp(0, 1)
 
 
 def load_tokenizer(device="cpu", path=WEIGHTS):

@@ -16,7 +16,6 @@ the shapes of the parameters and is compared with what was sent. The machine sho
 import argparse
 import collections
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -50,7 +49,6 @@ WHOLE_MEMORY = re.compile(r"(?m)^blocks static muon .* mem (\d+)$")  # MiB at mo
 # 4M's (arXiv:2312.06647) and ours: channels, blocks of encoder and of decoder, whether they are divided among the GPUs
 SIZES = {"gpu": (512, 6, False), "4M-B": (768, 12, False), "4M-L, gpu-l": (1024, 24, True),
          "4M-XL, gpu-xl": (2048, 24, True)}
-TASKS = ("gpt", "maskgit", "4m", "flow", "vlm")
 TIMED = "<!-- timed -->"  # in docs/SCALING.md before what only a whole run of this script may change
 ADAM_PASSES = 7  # over a parameter: reads it, its gradient and two moments, writes all but the gradient
 # over the global batch, 8 bytes a place: random numbers, sorts and comparisons of a course step, counted roughly
@@ -299,19 +297,6 @@ def sizes_table(script, layout, activations):
     return table(f"size|>dim|>blocks|>M parameters|>M in blocks|>M in blocks, dec_self|>{worlds}|>scenes at a time|"
                  ">GB of activations", rows)
 
-def rates_table():
-    """The rates of the cpu and gpu tracks beside their widths."""
-    rows = []
-    for task in TASKS:
-        configs = importlib.import_module(f"train_{task}").CONFIGS
-        cells = []
-        for names in ("dim lm_dim", "muon_lr", "adam_lr", "batch"):
-            pair = [next(getattr(configs[track], name) for name in names.split() if hasattr(configs[track], name))
-                    for track in ("cpu", "gpu")]
-            cells.append(f"{pair[0]:g} -> {pair[1]:g}" if pair[0] != pair[1] else f"{pair[0]:g}")
-        rows.append([f"train_{task}.py", *cells])
-    return table("script|dim|muon_lr|adam_lr|batch", rows)
-
 def gpu_steps():
     """[(link, share known, milliseconds, TFLOP/s)] of the steps that were timed on one H100."""
     steps = []
@@ -370,9 +355,6 @@ table.
 ## Learning rates and width
 
 No rule moves the rates of a cpu track to its gpu track: they stand in the Configs, and no gpu track has been run.
-
-{rates}
-
 {width}
 """
 
@@ -417,14 +399,13 @@ def counted_report(large):
     memory_mib = int(WHOLE_MEMORY.search(GPU_LOG.read_text())[1])
     beyond = (memory_mib << 20) - state_bytes(1, stacks, rest, False)
     activations = beyond / (batch * gpu.dim * (gpu.enc_depth + gpu.dec_depth))
-    found = width.load()
     return COUNTED.format(
         gpu_parameters=sum(count * math.prod(shape) for shape, count in stacks.items()) + rest, gpu_batch=batch,
         sent=bytes_table(stacks, rest, sharded), memory_mib=memory_mib, sizes=sizes_table(script, layout, activations),
         steps=table("given -> asked|>known of the first|>milliseconds|>TFLOP/s", steps), flops=GPU["flops"] / 1e12,
         reached=100 * reached, memory=GPU["memory"] / 1e12, per_machine=GPU["per_machine"], nvlink=GPU["nvlink"] / 1e9,
-        card=GPU["card"] / 1e9, adam=ADAM_PASSES, masking=MASKING_PASSES, rates=rates_table(),
-        projected=projected_table(*large, reached), width=width.report(found),
+        card=GPU["card"] / 1e9, adam=ADAM_PASSES, masking=MASKING_PASSES,
+        projected=projected_table(*large, reached), width=width.report(width.load()),
         reduced=("reduce_scatter of the matrices' gradients (w-1)/w 4 P_m" if sharded else
                  "all_reduce of the matrices' gradients 2 (w-1)/w 4 P_m"))
 

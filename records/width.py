@@ -5,7 +5,7 @@ Which learning rates are best at which width: what is known about moving a rate 
     python records/scaling.py --counted          # writes the table into docs/SCALING.md
 
 Trains train_gpt.py for a few steps at every width, one of its rates a power of two times what the cpu track has, all
-else as it is, on one core in float32. A run counts alone, so the machine may do other things meanwhile.
+else as it is, on one core in float32. Losses count, not times: the machine may do other things meanwhile.
 """
 import json
 import math
@@ -19,10 +19,9 @@ from pathlib import Path
 from leaderboard import table
 from rules import ROOT, parse_log
 
-sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "docs" / "width.json"  # {"fields": FIELDS, "losses": {key: validation loss, or null: not finite}}
+RESULTS = ROOT / "docs" / "width.json"  # {"fields": FIELDS, "rates": RATES, "losses": {key: loss, null: not finite}}
 WIDTHS = (64, 128, 256)
-RATES = ("muon_lr", "adam_lr")
+RATES = {"muon_lr": 0.04, "adam_lr": 0.05}  # the cpu track's
 FACTORS = (0.25, 0.5, 1, 2, 4)
 # two blocks, and no more than bigrams in tables: so that the matrices, whose rates are asked about, matter
 FIELDS = ["--track=cpu", "--seed=0", "--precision=fp32", "--depth=2", "--orders=2", "--num_steps=200",
@@ -37,13 +36,7 @@ def key_of(width, rate, factor):
 def load():
     """{key: validation loss} of the runs that are done; None where there was no finite one."""
     about = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return about["losses"] if about.get("fields") == FIELDS else {}
-
-
-def default(rate):
-    """What the cpu track has."""
-    import train_gpt
-    return getattr(train_gpt.CONFIGS["cpu"], rate)
+    return about["losses"] if (about.get("fields"), about.get("rates")) == (FIELDS, RATES) else {}
 
 
 def train(width, rate, factor, fields=FIELDS):
@@ -51,7 +44,8 @@ def train(width, rate, factor, fields=FIELDS):
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(ROOT / "train_gpt.py", folder)
         Path(folder, "data").symlink_to(ROOT / "data")
-        argv = [*fields, f"--dim={width}", f"--{rate}={factor * default(rate):g}"]
+        numbers = {"dim": width, **RATES, rate: factor * RATES[rate]}
+        argv = [*fields, *(f"--{name}={value:g}" for name, value in numbers.items())]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "train_gpt.py", *argv]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -85,7 +79,7 @@ def report(losses):
                 cells.append(f"**{cell}**" if factor == least else cell)
             rows.append([rate, width, *cells])
     heads = "|>".join(f"x {factor:g}" for factor in FACTORS)
-    base = " and ".join(f"{rate} {default(rate):g}" for rate in RATES)
+    base = " and ".join(f"{rate} {value:g}" for rate, value in RATES.items())
     return (f"What can be said from CPUs: validation losses of train_gpt.py ({' '.join(FIELDS[2:6])}) by width, one\n"
             f"rate a factor times {base}, all else as it is (`python records/width.py`, one\nseed each, the best of a "
             f"row in bold):\n\n{table(f'rate|>dim|>{heads}', rows)}")
@@ -99,7 +93,7 @@ def main():
     for i, (key, point) in enumerate(points.items(), 1):
         if key not in losses:
             losses[key] = train(*point)
-            RESULTS.write_text(json.dumps({"fields": FIELDS, "losses": losses}, indent=1) + "\n")
+            RESULTS.write_text(json.dumps({"fields": FIELDS, "rates": RATES, "losses": losses}, indent=1) + "\n")
         print(f"{i}/{len(points)}: {key}: {losses[key]}", flush=True)
 
 

@@ -1,12 +1,14 @@
 """pocketsphinx, a recogniser of English that knows of ours how captions are built and nothing else.
 
-    python tests/pocket.py [60]       # the share of words that it hears wrong, of so many validation captions
+    python tests/pocket.py [60]       # the share of words that it hears wrong, of so many validation captions; and how
+                                      # many impacts impacts.read does
 """
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 GRAMMAR = """#JSGF V1.0; grammar caption;
 <noun> = a (small | large) (gray | red | blue | green | brown | purple | cyan | yellow) (rubber | metal)
@@ -42,21 +44,38 @@ def hear(decoder, wave):
     return re.findall("[a-z]+", hypothesis.hypstr) if hypothesis else []
 
 
+def edits(heard, told):
+    """The least number of words inserted, left out or replaced between two lists (Levenshtein)."""
+    row = list(range(len(told) + 1))
+    for i, word in enumerate(heard, 1):
+        above, row = row, [i]
+        for j, other in enumerate(told, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (word != other)))
+    return row[-1]
+
+
 def main(count=60):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
     import codec
+    import impacts
+    import scenes
     import speech
-    with np.load(codec.FROZEN / "scenes64.npz") as arrays:
+    with np.load(codec.FROZEN / "audio64.npz") as arrays:
         captions = bytes(arrays["caption_text"]).decode().split("\n")[:count]
+        codes, sounds = torch.from_numpy(arrays["scene"][:count]).long(), arrays["sound"][:count]
     decoder, model = recogniser(), codec.load()
     told = [speech.words_of(text) for text in captions]
     forms = {"normal speed": lambda i, text: speech.say(text, i % 3, [i]),
              "as fast as fits 96 tokens": lambda i, text: codec.speak(text, i % 3, [i]),
              "the same from its tokens": lambda i, text: model.sound(model.tokens(codec.speak(text, i % 3, [i])))}
     for name, say in forms.items():
-        wrong = [speech.edits(hear(decoder, say(i, text)), told[i]) for i, text in enumerate(captions)]
+        wrong = [edits(hear(decoder, say(i, text)), told[i]) for i, text in enumerate(captions)]
         words = sum(map(len, told))
         print(f"| {name} | {sum(wrong)} of {words:,} | {100 * sum(wrong) / words:.2f} % |", flush=True)
+    told = [[(o["shape"], o["material"], o["size"]) for o in sorted(objects, key=lambda o: o["x"])]
+            for objects in scenes.facts(scenes.build(codes), scenes.NO_INDEX.expand(count, 1, 1))]
+    wrong = sum(edits(impacts.read(model.sound(ids)), row) for ids, row in zip(sounds, told))
+    print(f"impacts.read hears {wrong} of {sum(map(len, told))} impacts of these scenes wrong from their tokens")
 
 
 if __name__ == "__main__":

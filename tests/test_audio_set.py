@@ -8,6 +8,7 @@ import torch
 
 import codec
 import impacts
+import previews
 import scenes as maker
 import texts
 import world
@@ -79,6 +80,7 @@ def test_frozen_set():
 
 
 def test_samples_are_written(tmp_path):
-    maker.write_sounds(tmp_path / "audio", "cpu", num=1)
+    arrays, texts = maker.make("audio", 1, 64, 7, "cpu")
+    previews.write_sounds(arrays, texts, codec.load(), tmp_path / "audio")
     names = {path.name for path in (tmp_path / "audio").iterdir()}
     assert names == {"speech_0.wav", "sound_0.wav", "captions.txt"}

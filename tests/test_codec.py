@@ -87,7 +87,7 @@ def test_another_recogniser_understands_the_tokens(model, spoken):
     decoder, wrong = pocket.recogniser(), 0
     told = [speech.words_of(text) for text in CAPTIONS]
     for wave, words in zip(spoken, told):
-        wrong += speech.edits(pocket.hear(decoder, model.sound(model.tokens(wave))), words)
+        wrong += pocket.edits(pocket.hear(decoder, model.sound(model.tokens(wave))), words)
     assert wrong <= 0.05 * sum(map(len, told)), f"{wrong} words"
 
 
