@@ -844,7 +844,7 @@ def main(argv):
 
     errors_of = velocity_errors
     if config.num_steps:
-        # 64 ms per step instead of 83, in float32 on 2 cores
+        # 75 ms per step instead of 98, in float32 on 2 cores with AVX512
         if STANDALONE or import_ours("machine").compiler_works(run):
             errors_of = torch.compile(velocity_errors, fullgraph=True, dynamic=False)
         with run.warm_up(model):
