@@ -1,5 +1,8 @@
 """GPT: a decoder-only Transformer learns to predict the next token of a stream: bytes, words, code or image tokens.
 
+Record: gpt-cpu, val_loss <= 1.5, quality_known_words >= 0.9, quality_repeated_8grams <= 0.05 in 39.8 s on 1 x 2 cores
+    of Intel(R) Xeon(R) Processor (AMX), torch 2.13.0+cpu (n=5).
+
 After nanoGPT and modded-nanogpt: Muon, rotary positions, QK-norm, ReLU^2, zero-initialised projections, hashed
 embeddings of the last few tokens, which row-wise Adagrad moves, and a second head for the token after the next one.
 Times against the baseline, record #1, are in records/README.md.
