@@ -56,6 +56,7 @@ class Config:
     shuffle: int = 2  # patches across that one token of the language model holds
     # language model
     lm: str = ""  # pretrained Llama on the hub, or a folder; empty: from scratch, in this size
+    lora: int = 0  # rank of what is trained of both beside their frozen matrices (arXiv:2106.09685); 0: they are trained
     lm_dim: int = 128  # channels
     lm_depth: int = 3  # blocks
     lm_heads: int = 2  # attention heads
@@ -108,7 +109,7 @@ ARCHITECTURE = ("side", "patch", "shuffle", "vit_dim", "vit_depth", "vit_heads",
 LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
     "side": (1, 2048), "patch": (1, 256), "vit_dim": (1, 8192), "vit_depth": (1, 96), "vit_heads": (1, 256),
     "vit_mlp": (1, 65536), "shuffle": (1, 64), "lm_dim": (2, 8192), "lm_depth": (1, 96), "lm_heads": (1, 256),
-    "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf), "batch": (1, 4096),
+    "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf), "lora": (0, 1024), "batch": (1, 4096),
     "seq_len": (1, 65536), "max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.001, 1),
     "quality_pictures": (0, 2000),
 }
@@ -126,6 +127,8 @@ def check_config(config, run):
         raise Fault(f"--lm_dim={config.lm_dim} is not a multiple of twice --lm_heads={config.lm_heads}")
     if config.lm_heads % config.lm_kv_heads:
         raise Fault(f"--lm_heads={config.lm_heads} is not a multiple of --lm_kv_heads={config.lm_kv_heads}")
+    if config.lora and not (config.vit and config.lm):
+        raise Fault(f"--lora={config.lora} leaves both backbones as they are: it needs --vit= and --lm=")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1066,6 +1069,8 @@ def main(argv):
     if backbones:
         backbones.load(model)
     run.prepare(model, frozen=frozen, backbones=backbones)
+    if config.lora:
+        import_ours("backbones").add_lora(model, config.lora)
     # 419 ms per step instead of 469, in float32 on 2 cores
     if STANDALONE or import_ours("machine").compiler_works(run):
         for block in (*model.vit.layers, *model.lm.layers):
@@ -1106,6 +1111,8 @@ def main(argv):
         if run.saver:
             run.saver.after_step(model, muon, adam, loader)
 
+    if config.lora:
+        import_ours("backbones").merge_lora(model)
     run.result(model, digest, {"pictures": loader.pictures if loader else 0, **numbers})
     run.show(model)
 

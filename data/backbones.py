@@ -1,7 +1,8 @@
 """Pretrained backbones of the VLM: a SigLIP and a Llama of the Hugging Face hub, or of a folder in the hub's format.
 
 train_vlm.py imports this for --vit= and --lm= alone: their sizes become its Config's, their weights its Vit's and
-Llama's, and with --lm= texts are tokens of that model.
+Llama's, and with --lm= texts are tokens of that model. With --lora= their matrices of attention stay as they are, each
+with a narrow pair of matrices beside it that learns, and so stays all else but the projector.
 """
 import dataclasses
 import json
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, parametrize
 from torch.nn.utils.rnn import pad_sequence
 
 import tokenizer
@@ -21,14 +24,61 @@ SIGLIP = {"image_size": ("side", 224), "patch_size": ("patch", 16), "hidden_size
           "intermediate_size": ("vit_mlp", 3072)}  # from its config.json to ours, and what it means to leave it out
 LLAMA = {"hidden_size": "lm_dim", "num_hidden_layers": "lm_depth", "num_attention_heads": "lm_heads",
          "num_key_value_heads": "lm_kv_heads", "intermediate_size": "lm_mlp"}
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")  # that --lora= stands beside
+CLIP, WARMUP = 1.0, 0.03  # norm of the gradient at most; share of the steps over which rates rise
+
+
+class Lora(nn.Module):
+    """A frozen matrix (out, in) plus the product of two narrow ones that learn (arXiv:2106.09685); at first the same."""
+
+    def __init__(self, weight, rank):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, weight.size(1), device=weight.device) * weight.size(1) ** -0.5)
+        self.up = nn.Parameter(torch.zeros(weight.size(0), rank, device=weight.device))
+
+    def forward(self, weight):
+        return weight + self.up @ self.down
+
+
+def add_lora(model, rank):
+    """Freeze a VLM but its projector, and put a Lora of a rank beside the attention's matrices."""
+    for name, module in list(model.named_modules()):
+        if name.endswith(ADAPTED):
+            parametrize.register_parametrization(module, "weight", Lora(module.weight, rank))
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("project") or name.endswith((".up", ".down")))
+
+
+def merge_lora(model):
+    """Make every Lora a part of its matrix: a checkpoint knows nothing of it."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW that clips the gradients' norm and lets the rates rise over the first steps, as nanoVLM does it."""
+
+    def __init__(self, groups, warmup):
+        super().__init__(groups, fused=True)
+        self.warmup = max(1, warmup)
+
+    @torch.no_grad()
+    def step(self):
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        clip_grad_norm_(params, CLIP)
+        taken = max((int(state["step"]) for state in self.state.values()), default=0)
+        for group in self.param_groups:
+            group["lr"] *= min(1.0, (taken + 1) / self.warmup)
+        super().step()
 
 
 def make_adamw(model, config):
     """AdamW at one rate for both backbones of a VLM and at another for the projector, as nanoVLM does it."""
     projector = list(model.project.parameters())
-    backbones = [p for name, p in model.named_parameters() if not name.startswith("project")]
-    return torch.optim.AdamW([{"params": backbones, "peak": config.backbone_lr},
-                              {"params": projector, "peak": config.projector_lr}], fused=True)
+    backbones = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("project")]
+    return AdamW([{"params": backbones, "peak": config.backbone_lr}, {"params": projector, "peak": config.projector_lr}],
+                 round(WARMUP * config.num_steps))
 
 
 class Backbones:

@@ -537,6 +537,55 @@ def test_run_with_backbones(backbones, tiny, tmp_path, monkeypatch):
     assert rules.parse_log(log)["footer"]["steps"] == 4
 
 
+def test_a_strange_picture_is_told(model, frozen, tmp_path, monkeypatch, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 64)).astype(np.uint8)
+    pictures = {"scene": frozen[0][0].numpy(), "noise": noise, "gray": np.full((3, 64, 64), 110, np.uint8)}
+    run = types.SimpleNamespace(config=small_config(), options=Options(chat="picture.png", samples=0, quality_pictures=0))
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    for name, picture in pictures.items():
+        Image.fromarray(picture.transpose(1, 2, 0)).save(tmp_path / "picture.png")
+        script = types.SimpleNamespace(ROOT=tmp_path, Fault=Fault)
+        show_vlm.Show(script, run, frozen[:4], None).chat(model)
+        assert ("not of the world" in capsys.readouterr().out) == (name != "scene")
+
+
+def test_lora(backbones, tiny, tmp_path, monkeypatch):
+    model, found = load(backbones)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    hub.add_lora(model, 4)
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    blocks = len(model.vit.layers) + len(model.lm.layers)
+    assert len(learns) == 1 + 2 * 4 * blocks and "project.weight" in learns
+    adam = hub.make_adamw(model, small_config(num_steps=100))
+    tokens, pixels = torch.full((2, 90), IMAGE), torch.randint(0, 256, (2, 3, 64, 64))
+    tokens[:, model.image_tokens:] = 5
+    document = torch.tensor([[0], [1]]).expand_as(tokens)
+    rates = []
+    for _ in range(4):
+        for group in adam.param_groups:
+            group["lr"] = group["peak"]
+        (1e6 * model(tokens, document, pixels).square().mean()).backward()
+        adam.step()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+        assert norm <= 1 + 1e-4  # clipped
+        rates.append(adam.param_groups[0]["lr"] / adam.param_groups[0]["peak"])
+        adam.zero_grad()
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1])  # 3 of 100 steps to warm up
+    moved = model(tokens, document, pixels)
+    hub.merge_lora(model)
+    assert torch.allclose(model(tokens, document, pixels), moved, atol=1e-4)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 1 + 4 * blocks and all(name.endswith("proj.weight") or "project" in name for name in changed)
+    root = make_root(tmp_path / "root")
+    run_here(monkeypatch, root, [
+        "--track=cpu", f"--vit={backbones[0]}/vit", f"--lm={backbones[0]}/lm", *tiny[1], "--seq_len=900", "--batch=2",
+        "--num_steps=2", "--lora=2", "--save=true"])
+    weights, = (root / "checkpoints").iterdir()
+    assert load_file(weights).keys() == model.state_dict().keys()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Whole runs
 
@@ -571,6 +620,7 @@ BAD_ARGUMENTS = [
     (["--lm_heads=5"], "is not a multiple of twice --lm_heads=5"),
     (["--lm_kv_heads=3"], "is not a multiple of --lm_kv_heads=3"),
     (["--vit_heads=3"], "is not a multiple of --vit_heads=3"),
+    (["--lora=2"], "--lora=2 leaves both backbones as they are: it needs --vit= and --lm="),
     (["--load=none.safetensors"], "is not a checkpoint of this script"),
     (["--resume=none.pt"], "is not the state of a run"),
     (["--resume=none.pt", "--num_steps=0"], "continues a run: pass its --num_steps"),
