@@ -94,7 +94,7 @@ def test_the_courses_numbers():
         assert (config.lr, config.patch) == (5e-4, 2)
         assert (config.label_drop, config.times) == (0.1, "logit-normal")
     assert (CPU.batch, GPU.batch) == (64, 256)
-    assert (CPU.dim, CPU.depth, CPU.dim // CPU.head_dim) == (64, 6, 4), "MNIST"
+    assert (CPU.dim, CPU.depth, CPU.dim // CPU.head_dim) == (128, 6, 4), "MNIST, twice as wide"
     assert (GPU.dim, GPU.depth, GPU.dim // GPU.head_dim) == (256, 10, 8), "CIFAR-10"
     assert GPU.num_steps * GPU.batch == pytest.approx(100 * 50_000, rel=0.01)
 
