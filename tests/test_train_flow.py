@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -234,9 +235,13 @@ def test_trajectory():
 
 
 def test_guidance():
+    """Between its times a step heads beyond the class, away from no class, and before and after them for the class."""
     model, labels = Point(), torch.tensor([0, 1])
-    guided = sample(model, labels, 5, "euler", guidance=1.5)
-    assert torch.allclose(guided, 1.5 * model.pictures[labels], atol=1e-5), "beyond the class, away from no class"
+    _, path = sample(model, labels, 10, "euler", guidance=1.5, return_trajectory=True)
+    for (t, z), (next_t, next_z) in itertools.pairwise(path):
+        heads_for = z - t * (z - next_z) / (t - next_t)
+        reach = 1.5 if 0.3 < t < 0.8 else 1
+        assert torch.allclose(heads_for, reach * model.pictures[labels], atol=1e-4), t
 
 
 def test_sample_refuses():
