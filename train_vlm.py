@@ -9,6 +9,7 @@ projections, compiled blocks. Times against the baseline, record #1, are in reco
     python train_vlm.py --vit=google/siglip-base-patch16-224 --lm=HuggingFaceTB/SmolLM2-135M   # pretrained backbones
     python train_vlm.py --help                                  # every field and what it may be
 """
+import base64
 import contextlib
 import copy
 import ctypes
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 import zipfile
@@ -51,16 +53,16 @@ class Config:
     patch: int = 8  # pixels across a patch
     vit_dim: int = 128  # channels
     vit_depth: int = 2  # blocks
-    vit_heads: int = 2  # attention heads
+    vit_heads: int = 4  # attention heads
     vit_mlp: int = 512  # hidden channels of an MLP
     shuffle: int = 2  # patches across that one token of the language model holds
     # language model
     lm: str = ""  # pretrained Llama on the hub, or a folder; empty: from scratch, in this size
-    lora: int = 0  # rank of what is trained of both beside their frozen matrices (arXiv:2106.09685); 0: they are trained
+    lora: int = 0  # rank of what is trained of both, beside frozen matrices (arXiv:2106.09685); 0: they are trained
     lm_dim: int = 128  # channels
-    lm_depth: int = 3  # blocks
-    lm_heads: int = 2  # attention heads
-    lm_kv_heads: int = 1  # heads of keys and values, which several attention heads share
+    lm_depth: int = 4  # blocks
+    lm_heads: int = 4  # attention heads
+    lm_kv_heads: int = 2  # heads of keys and values, which several attention heads share
     lm_mlp: int = 384  # hidden channels of an MLP
     rope_theta: float = 10000.0  # longest wavelength of the rotary positions, divided by 2 pi
     # optim
@@ -69,8 +71,12 @@ class Config:
     adam_lr: float = 0.005  # of embeddings, gains and biases
     backbone_lr: float = 1e-5  # AdamW's of both backbones, if any is pretrained
     projector_lr: float = 1e-3  # AdamW's of the projector, then
+    # loss
+    grounding: float = 1.0  # weight of what words and image tokens refer to, asked of their states in training alone
+    grounded_at: int = 2  # blocks of the language model before these states
+    question_weight: float = 5.0  # of an answer's tokens, where those of a description weigh 1
     # schedule
-    num_steps: int = 300  # training steps
+    num_steps: int = 500  # training steps
     batch: int = 24  # rows per step, over all processes
     micro_batch: int = 512  # of them that a process computes at a time
     seq_len: int = 256  # tokens per row, of several conversations
@@ -102,7 +108,7 @@ CONFIGS = {
     "cpu": Config(),
     "gpu": Config(track="gpu", data="data/qa64-large/train", vit_dim=384, vit_depth=8, vit_heads=6, vit_mlp=1536,
                   patch=4, lm_dim=512, lm_depth=8, lm_heads=8, lm_kv_heads=4, lm_mlp=1408, batch=64, seq_len=1024,
-                  num_steps=3000, target=0.0, eval_every=250),
+                  grounded_at=4, num_steps=3000, target=0.0, eval_every=250),
 }
 ARCHITECTURE = ("side", "patch", "shuffle", "vit_dim", "vit_depth", "vit_heads", "vit_mlp", "lm_dim", "lm_depth",
                 "lm_heads", "lm_kv_heads", "lm_mlp", "rope_theta")  # what a checkpoint must agree on
@@ -110,8 +116,8 @@ LIMITS = {  # what a field may be: least and most, or choices; data/options.py h
     "side": (1, 2048), "patch": (1, 256), "vit_dim": (1, 8192), "vit_depth": (1, 96), "vit_heads": (1, 256),
     "vit_mlp": (1, 65536), "shuffle": (1, 64), "lm_dim": (2, 8192), "lm_depth": (1, 96), "lm_heads": (1, 256),
     "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf), "lora": (0, 1024), "batch": (1, 4096),
-    "seq_len": (1, 65536), "max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.001, 1),
-    "quality_pictures": (0, 2000),
+    "grounding": (0, 1000), "grounded_at": (1, 96), "question_weight": (0.001, 1000), "seq_len": (1, 65536),
+    "max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.001, 1), "quality_pictures": (0, 2000),
 }
 
 
@@ -127,6 +133,8 @@ def check_config(config, run):
         raise Fault(f"--lm_dim={config.lm_dim} is not a multiple of twice --lm_heads={config.lm_heads}")
     if config.lm_heads % config.lm_kv_heads:
         raise Fault(f"--lm_heads={config.lm_heads} is not a multiple of --lm_kv_heads={config.lm_kv_heads}")
+    if config.grounded_at > config.lm_depth:
+        raise Fault(f"--grounded_at={config.grounded_at} is beyond the last of --lm_depth={config.lm_depth} blocks")
     if config.lora and not (config.vit and config.lm):
         raise Fault(f"--lora={config.lora} leaves both backbones as they are: it needs --vit= and --lm=")
 
@@ -395,14 +403,61 @@ def measure(tokens, pad, config):
     return lengths
 
 
+VALUES = "small large gray red blue green brown purple cyan yellow rubber metal cube sphere cylinder".split()
+SHAPES, THINGS = set(VALUES[-3:]), {"thing", "object"}  # the nouns: one of them ends a phrase
+PLACE = re.compile(r"x=(\d+) y=(\d+)")  # in percent
+CELLS, OBJECTS = 8, 3  # columns and rows of places there are, objects of a scene at most
+GROUNDS = len(VALUES) + 2 * CELLS + OBJECTS + 1  # what is asked: values, columns, rows, how many objects
+REFERS = 1 << OBJECTS  # bit that a place refers to something, if only to no object
+
+
+def find_referents(tokens, answer, image_tokens):
+    """What is referred to in conversations of tokens (N, L) with answer marks (N, L), as their own descriptions tell:
+    objects (N, 3, 6), the values, column and row of each; refers (N, image_tokens + L), 0 at places that refer to
+    nothing, else REFERS and a bit for each object; described (N, image_tokens + L), the answer tokens of descriptions.
+
+    An image token refers to the object that stands there, and a word of a phrase such as "the large red cube" to all
+    objects that fit the phrase so far. Conversations without a description refer to nothing.
+    """
+    pairs = [line.split() for line in (ROOT / "data" / "frozen" / "qa.tiktoken").read_text().splitlines()]
+    words = {int(rank): base64.b64decode(token).decode(errors="replace").strip() for token, rank in pairs}
+    across = math.isqrt(image_tokens)
+    objects = np.zeros((len(tokens), OBJECTS, 6), np.int64)
+    refers = np.zeros((len(tokens), image_tokens + tokens.size(1)), np.int64)
+    described = np.zeros_like(refers)
+    for row, (ids, marks) in enumerate(zip(tokens.tolist(), answer.tolist())):
+        said = [words.get(i, "") for i in ids]
+        places = [i for i in range(5, len(said)) if marks[i] and PLACE.fullmatch(said[i])]  # after values and "at"
+        known = [set(said[i - 5:i - 1]) for i in places]
+        for k, i in enumerate(places):
+            x, y = (int(number) / 100 for number in PLACE.fullmatch(said[i]).groups())
+            objects[row, k] = [*map(VALUES.index, said[i - 5:i - 1]), len(VALUES) + int(x * CELLS),
+                               len(VALUES) + CELLS + int(y * CELLS)]
+            refers[row, int(y * across) * across + int(x * across)] |= REFERS | 1 << k
+            described[row, image_tokens:] = np.array(marks) == marks[i]
+        phrase = set()
+        for place, (word, mark) in enumerate(zip(said, marks) if known else (), image_tokens):
+            word = word.removesuffix("s")
+            if mark or word not in VALUES and word not in THINGS:
+                phrase = set()
+                continue
+            phrase |= {word} - THINGS
+            refers[row, place] = REFERS + sum(1 << k for k, values in enumerate(known) if phrase <= values)
+            if word in SHAPES | THINGS:
+                phrase = set()
+    return objects, refers, described
+
+
 class Loader:
     """Endless steps of shuffled conversations, packed into rows without padding between them, the same on every rank.
 
     A step is a dict: tokens (rows, T), IMAGE where a picture's tokens go and the pad at a row's end; answer (rows, T);
     document (rows, T), which conversation of the step a token belongs to; places (m,) of answer tokens in all rows of a
-    micro-batch, one after another; pixels (n, 3, S, S) in reading order; part_answers and part_pictures, how many of
-    the places and the pixels each micro-batch has; and of all ranks together how many answer tokens and pictures there
-    are. The CPU puts rows together, so that no step has to wait for a GPU to say how many of what there are.
+    micro-batch, one after another, and their weights (m,); grounded (g,), places that refer to something, to what,
+    refers (g,), of which objects (g, 3, 6), as find_referents gives them; pixels (n, 3, S, S) in reading order;
+    part_answers, part_grounded and part_pictures, how many of the places, grounded ones and pixels a micro-batch has;
+    and of all ranks together the sum of the weights and how many grounded places and pictures there are.
+    The CPU puts rows together, so that no step has to wait for a GPU to say how many of what there are.
     """
 
     def __init__(self, pixels, tokens, answer, pad, config, run):
@@ -414,7 +469,11 @@ class Loader:
         self.pixels = pixels.to(run.device)
         self.tokens = F.pad(tokens, (image_tokens, 0), value=IMAGE).numpy()
         self.answer = F.pad(answer, (image_tokens, 0)).numpy()
-        self.answers = (self.answer > 0).sum(1).tolist()
+        self.objects, self.refers, described = find_referents(tokens, answer, image_tokens)
+        self.weights = np.where(described, 1, config.question_weight).astype(np.float32) * (self.answer > 0)
+        if config.lm:  # other tokens than ours
+            self.refers[:] = 0
+        self.sums = self.weights.sum(1).tolist(), (self.refers > 0).sum(1).tolist()
         self.rng = torch.Generator().manual_seed(config.seed)
         self.pending = []  # conversations to come, the next one last
         self.pictures = 0  # so far
@@ -449,24 +508,33 @@ class Loader:
         plan = self.plan()
         self.pictures += len(plan)
         own = [step for step in plan if self.rows.start <= step[1] < self.rows.stop]
-        packed = np.empty((3, self.rows.stop - self.rows.start, self.seq_len), np.int64)
-        packed[:] = np.array([self.pad, 0, -1])[:, None, None]
+        packed = np.empty((4, self.rows.stop - self.rows.start, self.seq_len), np.int64)
+        packed[:] = np.array([self.pad, 0, -1, 0])[:, None, None]
+        weights = np.zeros(packed.shape[1:], np.float32)
         for i, (chosen, row, start) in enumerate(own):
             length = self.lengths[chosen]
-            tokens, answer, document = packed[:, row - self.rows.start, start:start + length]
-            tokens[:] = self.tokens[chosen, :length]
-            answer[:] = self.answer[chosen, :length]
-            document[:] = i
-        part, places = np.divmod(np.flatnonzero(packed[1]), self.micro_batch * self.seq_len)
+            inside = row - self.rows.start, slice(start, start + length)
+            packed[0][inside] = self.tokens[chosen, :length]
+            packed[1][inside] = self.answer[chosen, :length]
+            packed[2][inside] = i
+            packed[3][inside] = self.refers[chosen, :length]
+            weights[inside] = self.weights[chosen, :length]
+        tokens, answer, document, refers = packed
+        (part, places), (grounded_part, grounded) = (
+            np.divmod(np.flatnonzero(marked), self.micro_batch * self.seq_len) for marked in (answer, refers))
         picture_part = [(row - self.rows.start) // self.micro_batch for _, row, _ in own]
-        parts = -(-packed.shape[1] // self.micro_batch)
-        tokens, answer, document = self.send(packed)
-        chosen = self.send(np.array([chosen for chosen, _, _ in own]))
-        return {"tokens": tokens, "answer": answer, "document": document,
-                "places": self.send(places), "pixels": self.pixels[chosen],
+        parts = -(-len(tokens) // self.micro_batch)
+        chosen = np.array([chosen for chosen, _, _ in own])
+        arrays = {"tokens": tokens, "answer": answer, "document": document, "places": places,
+                  "weights": weights[answer > 0], "grounded": grounded, "refers": refers[refers > 0],
+                  "objects": self.objects[chosen[document[refers > 0]]]}
+        return {**{name: self.send(array) for name, array in arrays.items()},
+                "pixels": self.pixels[self.send(chosen)],
                 "part_answers": np.bincount(part, minlength=parts).tolist(),
+                "part_grounded": np.bincount(grounded_part, minlength=parts).tolist(),
                 "part_pictures": np.bincount(picture_part, minlength=parts).tolist(),
-                "answers": sum(self.answers[chosen] for chosen, _, _ in plan), "pictures": len(plan)}
+                "weight": sum(self.sums[0][chosen] for chosen, _, _ in plan),
+                "groundings": sum(self.sums[1][chosen] for chosen, _, _ in plan), "pictures": len(plan)}
 
     def state_dict(self):
         return {"rng": self.rng.get_state(), "pending": list(self.pending), "pictures": self.pictures}
@@ -750,13 +818,16 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.lm_dim, eps=1e-5)
 
     def forward(self, x, mask, start=0, appends=None):
-        """Final states (B, T, C) of embeddings x (B, T, C) of the places from start on. appends: one per block."""
+        """States (B, T, C) after each block, the last ones normed, of embeddings x (B, T, C) of the places from start
+        on. appends: one per block."""
         rate = self.theta ** -torch.linspace(0, 1, self.head_dim // 2 + 1, device=x.device)[:-1]
         angle = torch.arange(start, start + x.size(1), device=x.device)[:, None] * rate  # (T, D / 2)
         cos, sin = angle.cos(), angle.sin()
+        states = []
         for layer, append in zip(self.layers, appends or [no_cache] * len(self.layers)):
             x = layer(x, cos, sin, mask, append)
-        return self.norm(x)
+            states.append(x)
+        return [*states[:-1], self.norm(x)]
 
     def logits(self, y):
         """float32 logits (..., vocab) from final states (..., C)."""
@@ -772,6 +843,7 @@ class VLM(nn.Module):
         self.image_tokens = (self.grid // config.shuffle) ** 2
         self.vit, self.lm = Vit(config), Llama(config, vocab)
         self.project = nn.Linear(config.vit_dim * config.shuffle ** 2, config.lm_dim, bias=False)
+        self.ground = nn.Linear(config.lm_dim, GROUNDS, bias=False)  # in training alone
 
     def encode_images(self, pixels):
         """Tokens (n, image_tokens, C) of pictures (n, 3, S, S) of bytes, whatever their size."""
@@ -794,7 +866,7 @@ class VLM(nn.Module):
         return make_mask(may_see, 2 * document.long() + image, start, mask_cache)
 
     def forward(self, tokens, document, pixels):
-        """Final states (B, T, C) for tokens (B, T) of documents (B, T) with pictures pixels (n, 3, S, S)."""
+        """States (B, T, C) after each block for tokens (B, T) of documents (B, T) with pictures pixels (n, 3, S, S)."""
         mask = self.mask(document, tokens == IMAGE, mask_cache=self.mask_cache)
         return self.lm(self.embed(tokens, pixels), mask)
 
@@ -803,7 +875,7 @@ class VLM(nn.Module):
         them all, a picture of pixels (B, 3, S, S)."""
         tokens = F.pad(tokens, (self.image_tokens, 0), value=IMAGE)
         document = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
-        return self.lm.logits(self(tokens, document, pixels)[:, self.image_tokens - 1:-1]).log_softmax(-1)
+        return self.lm.logits(self(tokens, document, pixels)[-1][:, self.image_tokens - 1:-1]).log_softmax(-1)
 
 
 def init_weights(model):
@@ -814,7 +886,7 @@ def init_weights(model):
             nn.init.zeros_(p)
         elif "position_embedding" in name:
             nn.init.normal_(p, std=0.2)  # about as much as patches; 0.02: 0.407 instead of 0.392 after 200 steps
-        elif "embed_tokens" in name:
+        elif "embed_tokens" in name or "ground" in name:
             nn.init.normal_(p, std=0.02)
         elif "proj" in name or "fc1" in name or "patch_embedding" in name:
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
@@ -825,22 +897,39 @@ def init_weights(model):
 # ------------------------------------------------------------------------------------------------------------
 # Loss
 
-def answer_logits(model, tokens, places, document, pixels):
-    """Logits (n, V) of the tokens at some places (n,) of tokens (B, T), row after row, and these tokens (n,): each is
-    predicted from the place before it."""
-    states = model(tokens, document, pixels).flatten(0, 1).index_select(0, places - 1)
-    return model.lm.logits(states), tokens.flatten()[places]
+def answer_loss(model, states, tokens, places, weights):
+    """Cross-entropy, each times its weight, summed over the tokens at some places (n,) of tokens (B, T), row after row:
+    each is predicted from the final states (B, T, C) at the place before it."""
+    logits = model.lm.logits(states.flatten(0, 1).index_select(0, places - 1))
+    return (F.cross_entropy(logits, tokens.flatten()[places], reduction="none") * weights).sum()
+
+
+def grounding_loss(model, states, grounded, refers, objects):
+    """Cross-entropy, summed over places grounded (n,), of what they refer to: how many objects, and values, column and
+    row of each, all of these equally likely. states (B, T, C); refers (n,) and objects (n, 3, 6) of the places."""
+    states = states.flatten(0, 1).index_select(0, grounded)
+    logs = model.ground(F.rms_norm(states, states.shape[-1:])).float().log_softmax(-1)  # (n, GROUNDS)
+    fits = refers[:, None] >> torch.arange(OBJECTS, device=refers.device) & 1  # (n, 3)
+    number = fits.sum(1, keepdim=True)
+    told = logs.gather(1, objects.flatten(1)).unflatten(1, (OBJECTS, -1)).sum(2)  # (n, 3)
+    told = (told * fits).sum(1, keepdim=True) + logs.gather(1, len(VALUES) + 2 * CELLS + number)
+    return -(told / (objects.size(2) * number + 1)).sum()
 
 
 def train_step(step, batch, model, muon, adam, config, run):
     """One step on this rank's rows: its part of the loss."""
     total = 0.0
-    parts = zip(batch["tokens"].split(config.micro_batch), batch["places"].split(batch["part_answers"]),
-                batch["document"].split(config.micro_batch), batch["pixels"].split(batch["part_pictures"]))
-    for part in parts:
+    rows = (batch[name].split(config.micro_batch) for name in ("tokens", "document"))
+    answers = (batch[name].split(batch["part_answers"]) for name in ("places", "weights"))
+    referents = (batch[name].split(batch["part_grounded"]) for name in ("grounded", "refers", "objects"))
+    pictures = batch["pixels"].split(batch["part_pictures"])
+    for (tokens, document), answer, referent, pixels in zip(zip(*rows), zip(*answers), zip(*referents), pictures):
         with run.autocast():
-            logits, truth = answer_logits(model, *part)
-            loss = F.cross_entropy(logits, truth, reduction="sum") / batch["answers"]
+            states = model(tokens, document, pixels)
+            loss = answer_loss(model, states[-1], tokens, *answer) / batch["weight"]
+            if config.grounding and batch["groundings"]:
+                asked = grounding_loss(model, states[config.grounded_at - 1], *referent)
+                loss = loss + config.grounding * asked / batch["groundings"]
         loss.backward()
         total += loss.detach()
     sum_gradients(adam, run.world)
@@ -887,7 +976,7 @@ def next_logits(model, x, cache=None):
     start = cache.length if cache else 0
     appends = cache.appends(len(model.lm.layers)) if cache else None
     mask = model.mask(torch.zeros_like(image, dtype=torch.long), image, start)
-    return model.lm.logits(model.lm(x[:, start:], mask, start, appends)[:, -1])
+    return model.lm.logits(model.lm(x[:, start:], mask, start, appends)[-1][:, -1])
 
 
 # --- copied: answer ---

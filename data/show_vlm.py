@@ -47,7 +47,7 @@ class Show:
         except (OSError, ValueError) as error:
             raise script.Fault(f"the text encoding cannot be read ({error}): `git checkout data/frozen`") from None
         self.picture = self.open_picture(frozen[0].size(-1)) if run.options.chat else None
-        self.of_the_world = Path(run.config.frozen).name.startswith("qa")
+        self.of_the_world = run.options.chat and Path(run.config.frozen).name.startswith("qa")
 
     def open_picture(self, size):
         path = self.options.chat

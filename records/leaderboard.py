@@ -24,7 +24,7 @@ from rules import ALPHA, MIN_TRIALS, ROOT, mean_seconds, missed, quality, read_s
 COLUMNS = (">#|>time (s, mean)|>speed-up|>loss mean ± std (n)|>p of loss, of time|quality|>lines (± vs previous)|"
            "description|date|hardware|logs")
 TRIALS = ">seed|>validation loss|>train time (s)"
-FRONT_COLUMNS = "track|record|>time (s, mean)|>speed-up|>loss mean ± std (n)|>target|quality|hardware|date"
+FRONT_COLUMNS = "track|record|>time (s, mean)|>speed-up|>loss mean ± std (n)|>target|quality|hardware"
 NO_RECORDS = ("Season 2 has no records yet; those of season 1, on other data and weaker rules, are in "
               "[records/README.md](records/README.md#season-1).")
 SEASON = "## Season 1\n"  # from here to its end records/README.md is kept
@@ -109,7 +109,7 @@ def summary(tracks):
             title = f"[#{r['number']} {r['title']}](records/{folder.name}/{r['path'].name})"
             rows.append([f"[{folder.name}](records/README.md#{folder.name})", title, show_time(r, track),
                          show_speedup(r), show_loss(r["losses"]), track["target"], show_quality(r, track),
-                         r["hardware"], r["date"]])
+                         r["hardware"]])
     if not rows:
         return NO_RECORDS
     out = [table(FRONT_COLUMNS, rows)]

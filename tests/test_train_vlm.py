@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import backbones as hub
 import checkpoints
+import questions
 import rules
 import runs
 import show_vlm
@@ -47,7 +48,7 @@ class FakeRun(types.SimpleNamespace):
 
     def __init__(self, rank=0, world=1, **options):
         super().__init__(rank=rank, world=world, device=torch.device("cpu"), precision="fp32")
-        self.options = Options(**options)
+        self.options, self.config = Options(**options), small_config()
 
 
 def answer_nats(model, pixels, tokens, answer):
@@ -129,7 +130,8 @@ def test_packing_keeps_every_conversation_whole(frozen):
             i = known[tuple(tokens.tolist())]
             assert torch.equal(answer, frozen[2][i][:len(answer)].long()) and torch.equal(picture, frozen[0][i])
             seen.append(i)
-        assert batch["answers"] == (batch["answer"] > 0).sum() and batch["pictures"] == len(batch["pixels"])
+        assert len(batch["weights"]) == (batch["answer"] > 0).sum() and batch["pictures"] == len(batch["pixels"])
+        assert batch["weight"] == batch["weights"].sum() and batch["groundings"] == len(batch["grounded"])
     assert loader.pictures == len(seen)
     counts = np.bincount(seen, minlength=50)
     assert counts.max() - counts.min() <= 2 and len(seen) > 40
@@ -145,8 +147,10 @@ def test_ranks_share_the_rows_of_one_step(frozen):
         assert torch.equal(batch["tokens"], torch.cat([part["tokens"] for part in parts]))
         assert torch.equal(batch["answer"], torch.cat([part["answer"] for part in parts]))
         assert torch.equal(batch["pixels"], torch.cat([part["pixels"] for part in parts]))
-        assert {part["answers"] for part in parts} == {batch["answers"]}
-        assert {part["pictures"] for part in parts} == {batch["pictures"]}
+        for name in ("weight", "groundings", "pictures"):
+            assert {part[name] for part in parts} == {batch[name]}
+        for name in ("weights", "refers", "objects"):
+            assert torch.equal(batch[name], torch.cat([part[name] for part in parts]))
         for part in parts:
             conversations(part, pad)
 
@@ -154,13 +158,13 @@ def test_ranks_share_the_rows_of_one_step(frozen):
 @pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
 def test_micro_batches_share_the_work(model, frozen, monkeypatch, rank, world):
     """Loss and gradients are the whole batch's, to the last bit where one part is all."""
-    run, seen, plain = FakeRun(rank, world), [], train_vlm.answer_logits
+    run, seen, plain = FakeRun(rank, world), [], train_vlm.VLM.forward
     run.autocast = contextlib.nullcontext
 
     def spy(model, *part):
         seen.append(part)
         return plain(model, *part)
-    monkeypatch.setattr(train_vlm, "answer_logits", spy)
+    monkeypatch.setattr(train_vlm.VLM, "forward", spy)
 
     def parts_of(micro_batch):
         batch = make_loader(frozen, rank, world, batch=8, micro_batch=micro_batch)()
@@ -169,11 +173,14 @@ def test_micro_batches_share_the_work(model, frozen, monkeypatch, rank, world):
         return batch, *runs.step_gradients(monkeypatch, train_vlm, model, lambda muon, adam: train_vlm.train_step(
             0, batch, model, muon, adam, config, run))
     batch, loss, gradients = parts_of(512)
-    names = ("tokens", "places", "document", "pixels")
+    names = ("tokens", "document", "pixels")
     assert all(torch.equal(part, batch[name]) for part, name in zip(seen[0], names)) and len(seen) == 1
     assert torch.equal(batch["places"], batch["answer"].flatten().nonzero()[:, 0])
-    logits, truth = plain(model, *seen[0])
-    wanted = F.cross_entropy(logits, truth, reduction="sum") / batch["answers"]
+    states = plain(model, *seen[0])
+    answers = train_vlm.answer_loss(model, states[-1], batch["tokens"], batch["places"], batch["weights"])
+    referents = (batch[name] for name in ("grounded", "refers", "objects"))
+    grounding = train_vlm.grounding_loss(model, states[1], *referents)
+    wanted = answers / batch["weight"] + 1.0 * grounding / batch["groundings"]
     assert loss == wanted.item()
     whole = torch.autograd.grad(wanted, list(model.parameters()))
     assert torch.equal(gradients, torch.cat([g.flatten() for g in whole]))
@@ -181,9 +188,9 @@ def test_micro_batches_share_the_work(model, frozen, monkeypatch, rank, world):
         batch, again, summed = parts_of(micro_batch)
         assert again == pytest.approx(loss, rel=1e-5) and torch.allclose(summed, gradients, atol=1e-5)
         assert len(seen) == -(-8 // world // micro_batch) and len(seen[0][0]) == micro_batch
-        pictures = torch.cat([part[3] for part in seen])
+        pictures = torch.cat([part[2] for part in seen])
         assert torch.equal(pictures, batch["pixels"])
-        assert all((part[0] == IMAGE).sum() == 16 * len(part[3]) for part in seen)
+        assert all((part[0] == IMAGE).sum() == 16 * len(part[2]) for part in seen)
 
 
 def test_a_row_too_short(frozen):
@@ -245,13 +252,52 @@ def test_a_query_that_may_see_nothing_gets_zeros(dtype):
     assert torch.allclose(out[:, :, 0], v[:, :, 0], atol=1e-2), "others see what they may"
 
 
+def test_what_words_and_image_tokens_refer_to():
+    """Two objects: a large red rubber cube on the left, a small red metal sphere on the right."""
+    encoding = tokenizer.load_text(tokenizer.QA)
+    told = ("a large red rubber cube at x=18 y=31", "a small red metal sphere at x=81 y=68")
+    turns = [(1, "How many red things are there?", "2"), (2, "Is the large metal cube left of a sphere?", "no"),
+             (6, "What is there?", ", ".join(told))]
+    rows = [questions.encode(encoding, turns, 90), questions.encode(encoding, turns[:2], 90)]
+    tokens, answer = (torch.tensor(part) for part in zip(*rows))
+    objects, refers, described = train_vlm.find_referents(tokens, answer, 16)
+    values, mark = train_vlm.VALUES, train_vlm.REFERS
+    assert [values[i] for i in objects[0, 0, :4]] == ["large", "red", "rubber", "cube"]
+    assert [values[i] for i in objects[0, 1, :4]] == ["small", "red", "metal", "sphere"]
+    cells = objects[0, :2, 4:] - len(values) - np.array([0, train_vlm.CELLS])
+    assert cells.tolist() == [[1, 2], [6, 5]]  # columns and rows of eight
+    grid = refers[0, :16].reshape(4, 4)
+    assert grid[1, 0] == mark + 1 and grid[2, 3] == mark + 2 and (grid > 0).sum() == 2
+    said = [encoding.decode([i]).strip() for i in tokens[0].tolist() if i < VOCAB - 2]
+    found = [(word, bits - mark) for word, bits in zip(said, refers[0, 16:]) if bits]
+    assert found == [("red", 3), ("things", 3), ("large", 1), ("metal", 0), ("cube", 0), ("sphere", 2)]
+    assert (described[0, 16:] == (answer[0] == 3).numpy()).all() and not described[0, :16].any()
+    assert not refers[1].any() and not described[1].any(), "nothing is told of the second one"
+
+
+def test_grounding_asks_for_all_that_fits(model):
+    """How many objects, and values, columns and rows, have equal shares; a place of no object has the number alone."""
+    objects = torch.tensor([[[1, 3, 10, 12, 17, 25], [0, 2, 11, 13, 20, 28], [0] * 6]] * 3)
+    refers = torch.tensor([train_vlm.REFERS + bits for bits in (0, 1, 3)])
+    states = torch.randn(1, 5, DIMS["lm_dim"], generator=torch.Generator().manual_seed(0))
+    grounded = torch.tensor([0, 2, 4])
+    with torch.no_grad():
+        loss = train_vlm.grounding_loss(model, states, grounded, refers, objects)
+        logs = model.ground(F.rms_norm(states[0, grounded], states.shape[-1:])).log_softmax(-1)
+    number = len(train_vlm.VALUES) + 2 * train_vlm.CELLS
+    wanted = [[number], [1, 3, 10, 12, 17, 25, number + 1],
+              [1, 3, 10, 12, 17, 25, 0, 2, 11, 13, 20, 28, number + 2]]
+    assert loss.item() == pytest.approx(-sum(logs[i, each].mean().item() for i, each in enumerate(wanted)), rel=1e-5)
+
+
 def test_a_packed_conversation_is_alone(model, frozen):
     """Its loss is that of the conversation by itself, whatever stands beside it in the row."""
     batch, pad = make_loader(frozen)(), frozen[4]["pad"]
     with torch.no_grad():
-        parts = (batch["tokens"], batch["places"], batch["document"], batch["pixels"])
-        logits, truth = train_vlm.answer_logits(model, *parts)
-        packed, alone = F.cross_entropy(logits, truth, reduction="none"), []
+        states = model(batch["tokens"], batch["document"], batch["pixels"])[-1]
+        one = torch.ones(1)
+        packed = [train_vlm.answer_loss(model, states, batch["tokens"], place, one) for place in batch["places"].split(1)]
+        packed, alone = torch.stack(packed), []
         for tokens, answer, picture in conversations(batch, pad):
             alone.append(answer_nats(model, picture, tokens, answer)[0])
     assert torch.allclose(packed, torch.cat(alone), atol=1e-4)
@@ -265,7 +311,7 @@ def test_answers_do_not_leak(model, frozen):
 
     def logits(tokens, pixels=pixels):
         with torch.no_grad():
-            return model.lm.logits(model(lead(IMAGE, tokens), document, pixels))[0, 16:]
+            return model.lm.logits(model(lead(IMAGE, tokens), document, pixels)[-1])[0, 16:]
     changed = tokens.clone()
     changed[0, first] = (changed[0, first] + 1) % 500
     one, other = logits(tokens), logits(changed)
@@ -284,7 +330,7 @@ def test_evaluation_against_a_plain_loop(model, frozen, monkeypatch):
     for pixels, tokens, answer, family in zip(*parts):
         row = F.pad(tokens, (16, 0), value=IMAGE)[None]
         with torch.no_grad():
-            logits = model.lm.logits(model(row, torch.zeros_like(row), pixels[None]))[0, 15:-1]
+            logits = model.lm.logits(model(row, torch.zeros_like(row), pixels[None])[-1])[0, 15:-1]
         for turn, number in enumerate(family.tolist(), 1):
             places = (answer == turn).nonzero()[:, 0].tolist()
             each = [logits[place].log_softmax(-1)[tokens[place]].item() for place in places]
@@ -406,7 +452,8 @@ def test_chat(model, frozen, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("builtins.input", typed)
         assert show.show(model, tmp_path) == {}
         show.chat(model)
-        assert len(capsys.readouterr().out.splitlines()) == 2
+        warning, greeting, _ = capsys.readouterr().out.splitlines()
+        assert "not of the world" in warning and greeting.startswith("Ask about the picture")
 
 
 def test_pictures_are_read_as_training_reads_them(tmp_path):
@@ -487,7 +534,7 @@ def test_llama_parity(backbones):
     tokens = torch.randint(0, 400, (2, 70))
     document, image = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
     with torch.no_grad():
-        states = model.lm(model.lm.embed_tokens(tokens), model.mask(document, image))
+        states = model.lm(model.lm.embed_tokens(tokens), model.mask(document, image))[-1]
         expected = backbones[2](tokens).logits
     assert expected.std() > 0.1 and torch.allclose(model.lm.logits(states), expected, atol=1e-4)
 
@@ -540,7 +587,7 @@ def test_run_with_backbones(backbones, tiny, tmp_path, monkeypatch):
 def test_a_strange_picture_is_told(model, frozen, tmp_path, monkeypatch, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (3, 64, 64)).astype(np.uint8)
     pictures = {"scene": frozen[0][0].numpy(), "noise": noise, "gray": np.full((3, 64, 64), 110, np.uint8)}
-    run = types.SimpleNamespace(config=small_config(), options=Options(chat="picture.png", samples=0, quality_pictures=0))
+    run = FakeRun(chat="picture.png", samples=0, quality_pictures=0)
     monkeypatch.setattr("builtins.input", lambda prompt: "")
     for name, picture in pictures.items():
         Image.fromarray(picture.transpose(1, 2, 0)).save(tmp_path / "picture.png")
@@ -564,16 +611,16 @@ def test_lora(backbones, tiny, tmp_path, monkeypatch):
     for _ in range(4):
         for group in adam.param_groups:
             group["lr"] = group["peak"]
-        (1e6 * model(tokens, document, pixels).square().mean()).backward()
+        (1e6 * model(tokens, document, pixels)[-1].square().mean()).backward()
         adam.step()
         norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
         assert norm <= 1 + 1e-4  # clipped
         rates.append(adam.param_groups[0]["lr"] / adam.param_groups[0]["peak"])
         adam.zero_grad()
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1])  # 3 of 100 steps to warm up
-    moved = model(tokens, document, pixels)
+    moved = model(tokens, document, pixels)[-1]
     hub.merge_lora(model)
-    assert torch.allclose(model(tokens, document, pixels), moved, atol=1e-4)
+    assert torch.allclose(model(tokens, document, pixels)[-1], moved, atol=1e-4)
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -620,6 +667,7 @@ BAD_ARGUMENTS = [
     (["--lm_heads=5"], "is not a multiple of twice --lm_heads=5"),
     (["--lm_kv_heads=3"], "is not a multiple of --lm_kv_heads=3"),
     (["--vit_heads=3"], "is not a multiple of --vit_heads=3"),
+    (["--grounded_at=3"], "--grounded_at=3 is beyond the last of --lm_depth=2 blocks"),
     (["--lora=2"], "--lora=2 leaves both backbones as they are: it needs --vit= and --lm="),
     (["--load=none.safetensors"], "is not a checkpoint of this script"),
     (["--resume=none.pt"], "is not the state of a run"),
@@ -665,7 +713,7 @@ def make_or_refuse(sizes):
     with torch.device("meta"):
         model = train_vlm.VLM(config, VOCAB)
         tokens = torch.full((2, 5 + model.image_tokens), IMAGE)
-        states = model(tokens, torch.zeros_like(tokens), torch.empty(2, 3, 64, 64, dtype=torch.uint8))
+        states = model(tokens, torch.zeros_like(tokens), torch.empty(2, 3, 64, 64, dtype=torch.uint8))[-1]
     assert states.shape == (*tokens.shape, config.lm_dim)
     return True
 
