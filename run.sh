@@ -98,10 +98,9 @@ print(max((n for n in range(1, gpus + 1) if batch % (n * machines) == 0), defaul
 train() {  # train TASK [--field=value ...]
     local task=$1 gpus track; shift
     look "$@"
-    # What a CPU does in a few minutes: 4M and MaskGIT as they race, the others for longer, for samples worth a look.
+    # What a CPU does in a few minutes: flow and VLM for longer than they race, for samples worth a look.
     case "$task $track $#" in
         "4m cpu 0") set -- --quality_scenes=200;;
-        "gpt cpu 0") set -- --depth=4 --dim=192 --orders=3 --window=128 --context=128 --batch=16 --num_steps=500 --eval_every=100;;
         "flow cpu 0") set -- --num_steps=3000 --eval_every=500;;
         "vlm cpu 0") set -- --num_steps=800 --eval_every=200;;
     esac
