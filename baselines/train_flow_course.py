@@ -18,7 +18,7 @@ The cpu track has the course's 6 blocks of 4 heads for MNIST; the gpu track its 
     steps     cpu: 2,000 instead of 30 epochs of MNIST, which are 7,000 of 256 images: a baseline has two hours
               gpu: as many as 100 epochs of CIFAR-10
     rotary    a pair of channels are half a head apart instead of side by side: the same model in another order
-    samples   by the solvers of train_flow.py, so that their quality compares
+    samples   by the solvers of train_flow.py, guided where those are, so that their quality compares
 
 The loss is compiled where a compiler works, which changes no result.
 
