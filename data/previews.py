@@ -3,11 +3,13 @@ import random
 
 import numpy as np
 import torch
+from PIL import ImageDraw
 
 import draw
 import questions
+import rich
 from mel import LENGTHS
-from raycaster import render
+from raycaster import SEG_PALETTE, project, render
 from texts import caption, describe, facts
 from world import CLASSES, build
 
@@ -40,6 +42,41 @@ def draw_objects(arrays, coder, path):
     draw.sheet(["One object in close-up: label, colour and shape", *in_rows(cells, 8),
                 "The first three rows from their 64 tokens", *in_rows(list(decoded), 8),
                 "and in 32 pixels", *in_rows(list(small), 8)], path, SIDE)
+
+
+def draw_rich(arrays, coder, path):
+    """Scenes in rgb and what the tokens of the rich set say of them: instances, outlines, boxes, colours, metadata."""
+    rgb = render(build(torch.from_numpy(arrays["scene"]).long()))[0]["rgb"]
+    inst = coder.decode(torch.from_numpy(arrays["inst"].astype(np.int64)).view(-1, 8, 8))
+    large = rgb.repeat_interleave(SIDE // 64, 2).repeat_interleave(SIDE // 64, 3)
+    masks, _ = rich.polygon_masks(arrays["polygon"], SIDE)
+    inner = -torch.nn.functional.max_pool2d(-masks.float(), 5, 1, 2) > 0
+    poses = rich.pose_scenes(arrays["pose"])
+    corner_x, corner_y, _ = project(poses | {"center": rich.corners(poses).flatten(1, 2)})
+    points = torch.stack([corner_x, corner_y], 2).unflatten(1, (-1, 8)) * SIDE  # (B, 3, 8, 2)
+    colors, present, _ = rich.palette_colors(arrays["palette"])
+    values = rich.metadata_values(arrays["metadata"])
+    rows = []
+    for b, picture in enumerate(large):
+        outlined, boxed = picture.clone(), draw.tile(picture, SIDE)
+        for k, color in enumerate(SEG_PALETTE[1:]):
+            outlined[:, masks[b, k] & ~inner[b, k]] = torch.tensor(color)[:, None] / 255
+            if poses["shape"][b, k] >= 0:
+                draw_box(ImageDraw.Draw(boxed), points[b, k].tolist(), color)
+        seen = colors[b, present[b]].float() / 255
+        swatches = seen[torch.arange(64) * len(seen) // 64].T[:, None].expand(3, 64, 64)
+        told = "\n".join(f"{name} {value:.3g}" for name, value in zip(rich.META, values[b].tolist()))
+        cells = [picture, inst[b], outlined, torch.from_numpy(np.array(boxed)).movedim(2, 0) / 255, swatches]
+        names = ("rgb", "inst", "polygon", "pose", "palette")
+        rows.append([(cell, name if b == 0 else "") for cell, name in zip(cells, names)] + [told])
+    draw.sheet(["Scenes and what their tokens say of them", *rows], path, SIDE)
+
+
+def draw_box(canvas, points, color):
+    """The edges of a box, of its eight corners as rich.corners has them."""
+    for i in range(4):
+        for first, second in ((i, (i + 1) % 4), (i + 4, (i + 1) % 4 + 4), (i, i + 4)):
+            canvas.line((*points[first], *points[second]), color, 2)
 
 
 def draw_questions(arrays, path):

@@ -11,9 +11,10 @@ data/codec.py.
     python data/scenes.py --qa                       # the first set's scenes, pixels and questions -> data/qa64
     python data/scenes.py --qa --num=200000          # as many as the gpu track trains on -> data/qa64-large
     python data/scenes.py --audio                    # the first set's captions read aloud, and impacts -> data/audio64
-    python data/scenes.py [--objects|--qa|--audio] --check    # whether a set is what this machine would make
-    python data/scenes.py [--objects|--qa|--audio] --preview  # a contact sheet -> samples/<kind>.png, or WAV files
-    python data/scenes.py [--objects|--qa|--audio] --frozen   # remake data/frozen/<kind><size>.npz (maintainers)
+    python data/scenes.py --rich                     # the first set's instances, outlines, poses .. -> data/rich64
+    python data/scenes.py [--objects|--qa|--audio|--rich] --check    # whether a set is what this machine would make
+    python data/scenes.py [--objects|--qa|--audio|--rich] --preview  # a sheet -> samples/<kind>.png, or WAV files
+    python data/scenes.py [--objects|--qa|--audio|--rich] --frozen   # remake data/frozen/<kind><size>.npz (maintainers)
 """
 import argparse
 import contextlib
@@ -31,6 +32,7 @@ from tqdm import tqdm
 import pool
 import previews
 import questions
+import rich
 import shards
 import streams
 import tokenizer
@@ -69,6 +71,8 @@ def modalities(size, kind="scenes"):
         return {"qa": {"length": LENGTHS["qa"], **text}}
     if kind == "audio":  # the silence after it is told by tokens too
         return {m: {"length": length, "vocab": tokenizer.VOCAB, "pad": -1} for m, length in HEARD.items()}
+    if kind == "rich":
+        return rich.modalities(size)
     places = tokenizer.place_tokens(tokenizer.load_text())
     return {**{m: image for m in IMAGES}, "desc": {"length": LENGTHS["desc"], **text, "places": places},
             "caption": {"length": LENGTHS["caption"], **text},
@@ -120,6 +124,8 @@ def draw(kind, codes, size, device, coder, report=ignore):
         elif kind == "objects":
             half = as_bytes(F.avg_pool2d(images["rgb"], 2))
             parts.append({"rgb": coder.encode_flat(images["rgb"]), f"pixels{size // 2}": half})
+        elif kind == "rich":
+            parts.append(rich.drawn(scenes, images, index, coder))
         else:
             parts.append({"pixels": as_bytes(images["rgb"])})
     return joined(parts)
@@ -136,6 +142,8 @@ def write(kind, codes, seed, encoding, describe_first):
         fields = dict(zip(FIELDS, codes.unbind(1)))
         label = fields["shape"] * len(COLORS) + fields["color"]
         return {**arrays, "label": label[:, None].numpy().astype(np.uint16)}, {}
+    if kind == "rich":
+        return {**arrays, "pose": rich.pose_tokens(build(codes, torch.double)).numpy().astype(np.uint16)}, {}
     objects = facts(build(codes), NO_INDEX.expand(len(codes), 1, 1))
     if kind == "audio":
         return arrays, {"caption": [caption(o, rng) for o in objects]}
@@ -173,8 +181,8 @@ def sample(kind, n, seed, avoid=()):
 
 
 def make(kind, n, size, seed, device, report=ignore, avoid=(), describe_first=questions.DESCRIBE_FIRST):
-    """n scenes of a kind of set: ({array: (n, ...)}, {desc, caption: list of str}). The scenes of the qa and audio sets
-    are the scenes set's.
+    """n scenes of a kind of set: ({array: (n, ...)}, {desc, caption: list of str}). The scenes of the qa, audio
+    and rich sets are the scenes set's.
 
     Arrays are made from the scenes alone, each with randomness of its own: a new one changes none that exists.
     """
@@ -203,6 +211,8 @@ def identity_of(size, num, seed, kind):
     if kind == "audio":
         import codec
         return {**identity, "sounds": codec.VERSION, "codec": sha256(codec.WEIGHTS)}
+    if kind == "rich":
+        return {**identity, "rich": rich.VERSION, "tokenizer": sha256(tokenizer.WEIGHTS)}
     return {**identity, "tokenizer": sha256(tokenizer.WEIGHTS), "text": sha256(tokenizer.TEXT)}
 
 
@@ -324,7 +334,8 @@ def check_shards(size, num, seed, device, kind):
             share = alike(name, chunk[rows], drawn[name]) if name in drawn else alike(name, chunk, written[name])
             shares[name] += share / len(chosen)
     for name, share in shares.items():
-        least = SAME_PIXELS if name.startswith("pixels") else SAME_TOKENS if name in (*IMAGES, *HEARD) else 1
+        rounded = name in (*IMAGES, *HEARD, *rich.DRAWN)
+        least = SAME_PIXELS if name.startswith("pixels") else SAME_TOKENS if rounded else 1
         if share < least - 1e-9:
             raise Fault(f"{folder}: of {name} made again {100 * share:.2f} % are the same, and {100 * least:g} % should be")
     what = "sounds" if kind == "audio" else "pictures"
@@ -392,6 +403,8 @@ def preview(kind, path, device):
     elif kind == "audio":
         path = path.with_suffix("")
         previews.write_sounds(*make("audio", 6, 64, 7, device), load_coders("audio", device)[0], path)
+    elif kind == "rich":
+        previews.draw_rich(make("rich", 8, 64, 7, device)[0], load_coders("rich", device)[0], path)
     else:
         previews.draw_questions(make("qa", 24, 64, 7, device)[0], path)
     print(path)
@@ -404,7 +417,8 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the training scenes; validation has its own")
     kinds = parser.add_mutually_exclusive_group()
     for option, about in (("objects", "scenes with one object and its class, 64 px"), ("qa", "scenes with questions"),
-                          ("audio", "captions read aloud and the sounds of objects that are struck")):
+                          ("audio", "captions read aloud and the sounds of objects that are struck"),
+                          ("rich", "instances, outlines, poses, palettes and metadata")):
         kinds.add_argument(f"--{option}", dest="kind", action="store_const", const=option, default="scenes", help=about)
     parser.add_argument("--preview", action="store_true", help="draw a contact sheet instead")
     parser.add_argument("--frozen", action="store_true", help="remake the frozen validation set instead")

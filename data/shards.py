@@ -19,12 +19,13 @@ FROZEN = ROOT / "frozen"
 SCRIPTS = ROOT  # wherever sets are made
 TAKEN = ("bytes", "gpt2", "frozen", "noise", "packages")  # encodings, and folders of data/ that are no sets
 # arrays that are equal on any machine
-EXACT = ("answer", "bbox", "caption", "desc", "family", "label", "qa", "scene", "voice")
+EXACT = ("answer", "bbox", "caption", "desc", "family", "label", "pose", "qa", "scene", "voice")
 OURS = {  # folders below data/ that our scripts make without the user's files: how
     r"scenes64": "scenes.py", r"scenes(\d+)": r"scenes.py --size=\1",
     r"objects64": "scenes.py --objects", r"objects(\d+)": r"scenes.py --objects --size=\1",
     r"qa64": "scenes.py --qa", r"qa64-large": "scenes.py --qa --num=200000", r"qa(\d+)": r"scenes.py --qa --size=\1",
     r"audio64": "scenes.py --audio", r"audio(\d+)": r"scenes.py --audio --size=\1",
+    r"rich64": "scenes.py --rich", r"rich(\d+)": r"scenes.py --rich --size=\1",
     r"cifar10": "cifar10.py", r"mnist": "cifar10.py --mnist",  # or mnist.py, a sixth of them
     r"mnist14": "mnist.py", r"easy_vqa": "easy_vqa.py",
 }
