@@ -46,7 +46,7 @@ def draw_objects(arrays, coder, path):
 
 def draw_rich(arrays, coder, path):
     """Scenes in rgb and what the tokens of the rich set say of them: instances, outlines, boxes, colours, metadata."""
-    rgb = render(build(torch.from_numpy(arrays["scene"]).long()))[0]["rgb"]
+    rgb = render(build(torch.from_numpy(arrays["scene"].astype(np.int64))))[0]["rgb"]
     inst = coder.decode(torch.from_numpy(arrays["inst"].astype(np.int64)).view(-1, 8, 8))
     large = rgb.repeat_interleave(SIDE // 64, 2).repeat_interleave(SIDE // 64, 3)
     masks, _ = rich.polygon_masks(arrays["polygon"], SIDE)

@@ -43,7 +43,7 @@ META = {  # what the bins span; values beyond are told as the first or last bin.
     "objects": (-0.5, META_BINS - 0.5),
     "kinds": (-0.5, META_BINS - 0.5),  # different shapes
     "coverage": (0, 0.8),  # share of the picture that shows objects
-    "hidden": (0, 0.5),  # share of the objects' outlines that is behind other objects
+    "hidden": (-0.008, 0.504),  # share of the objects' outlines that is behind other objects; the first bin is 0
     "brightness": (0.3, 0.7),  # mean luma of a picture in [0, 1]
     "contrast": (0, 0.25),  # standard deviation of luma
     "saturation": (0, 0.64),  # mean of (max - min) / max of red, green and blue
@@ -221,7 +221,7 @@ def pose_scenes(rows):
     for name in ("shape", "color", "material", "size"):
         scenes[name] = told[name].masked_fill(~present, -1)
     scenes["radius"] = torch.tensor(world.RADIUS, dtype=torch.double)[told["size"]]
-    scenes["theta"] = told["turn"] % world.TURNS / world.TURNS * math.pi / 2
+    scenes["theta"] = told["turn"].double() % world.TURNS / world.TURNS * math.pi / 2
     origin, right, up, forward = (axis[:, None] for axis in raycaster.camera_frame(scenes))
     x, y, depth = (from_bins(told[name].double(), *REACH[name], BINS)[..., None] for name in REACH)
     scenes["center"] = origin + x * right + y * up + depth * forward
