@@ -31,11 +31,11 @@ VERSION = 1  # of everything that decides the content of these arrays
 DRAWN = ("inst", "polygon", "palette", "metadata")  # what is made from pictures, which machines round differently
 PAD, END = 0, 1
 GRID = 8  # cells across an object's box, and down it
-# the cells of one of its rows that show an object follow each other, but for 1 row in 150: all such runs, and none
+# in 99 of 100 of its rows the cells that show the object follow each other: all such runs, and none
 RUNS = torch.tensor([[first <= cell <= last for cell in range(GRID)] for first in range(GRID)
                      for last in range(first, GRID)] + [[False] * GRID]).float()  # (37, 8)
 BINS = 64  # of a coordinate of a pose
-REACH = {"x": (-2, 2), "y": (-2, 2), "depth": (55.5, 61.9)}  # world units, that bins span: to the right, up, away
+REACH = {"x": (-2, 2), "y": (-2, 2), "depth": (55.5, 61.9)}  # world units that bins span, in the camera's frame
 FLOOR = round(255 * 0.52)  # what the floor reflects of red, green and blue, see raycaster.shade
 ALBEDO = torch.tensor([(FLOOR,) * 3, *COLORS.values()])  # (9, 3) of the floor, then of COLORS
 META_BINS = 32

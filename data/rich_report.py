@@ -103,5 +103,8 @@ def bounds(num):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=200, help="validation scenes, 2,000 at most")
-    for kind, report in bounds(parser.parse_args().num).items():
+    num = parser.parse_args().num
+    if not 1 <= num <= 2000:
+        parser.error("--num is from 1 to 2,000")
+    for kind, report in bounds(num).items():
         print(f"{kind}: " + ", ".join(f"{what} {value:.4f}" for what, value in report.items()))

@@ -1,4 +1,5 @@
 """data/scenes.py --rich: what its tokens say of the scenes set's scenes, against closed forms and the pictures."""
+import json
 import math
 
 import numpy as np
@@ -48,7 +49,8 @@ def test_it_is_the_scenes_set(tmp_path, monkeypatch):
     assert meta["content_sha256"] == content_sha256(folder) and meta["rich"] == rich.VERSION
     rows = {"pad": 0, "end": 1}
     assert meta["modalities"] == {
-        "inst": {"length": 64, "vocab": 4096, "pad": -1}, "polygon": {"length": 25, "vocab": 2 + 4 * 64 + 37 ** 2, **rows},
+        "inst": {"length": 64, "vocab": 4096, "pad": -1},
+        "polygon": {"length": 25, "vocab": 2 + 4 * 64 + 37 ** 2, **rows},
         "pose": {"length": 25, "vocab": 2 + 3 + 8 + 2 + 2 + 3 * 64 + 5, **rows},
         "palette": {"length": 14, "vocab": 2 + 3 * 256 + 4, **rows},
         "metadata": {"length": 19, "vocab": 2 + 9 + 32, **rows, "pair": 2}}
@@ -65,6 +67,19 @@ def test_no_other_set_has_changed():
     for kind in ("scenes", "objects", "qa", "audio"):
         assert not set(rich.modalities(64)) & set(maker.array_forms(64, kind))
         assert "rich" not in maker.identity_of(64, 5, 1, kind)
+
+
+def test_frozen_set(frozen):
+    scenes, images, index = frozen
+    with np.load(FROZEN / "rich64.npz") as arrays, np.load(FROZEN / "scenes64.npz") as others:
+        assert json.loads(arrays["modalities"].tobytes()) == maker.modalities(64, "rich")
+        assert np.array_equal(arrays["scene"], others["scene"])
+        assert np.array_equal(arrays["pose"][:200], rich.pose_tokens(scenes))
+        some = {name: value[:20].float() if value.is_floating_point() else value[:20] for name, value in scenes.items()}
+        drawn = rich.drawn(some, {"rgb": images["rgb"][:20]}, index[:20], tokenizer.load_tokenizer())
+        assert set(drawn) == set(rich.DRAWN)
+        for name, rows in drawn.items():
+            assert (rows == arrays[name][:20]).mean() >= maker.SAME_TOKENS - 0.01, name
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -195,10 +210,11 @@ def test_palettes():
     colors, present, number = rich.palette_colors(rows)
     assert number.tolist() == [2, 2, 3] == present.sum(1).tolist()
     assert colors[0, :2].tolist() == [[133] * 3, list(blue)], "the floor has the larger area"
-    area = {(133,) * 3: (index[2] < 0).sum(), red: ((index[2] == 0) | (index[2] == 1)).sum(), blue: (index[2] == 2).sum()}
+    floor, first, second, third = torch.bincount(index[2].flatten() + 1, minlength=4).tolist()
+    area = {(133,) * 3: floor, red: first + second, blue: third}
     assert [tuple(color) for color in colors[2, :3].tolist()] == sorted(area, key=area.get, reverse=True)
-    floor = images["rgb"][0, :, 63, 0] / (0.58 + 0.12 + 0.46 * math.sin(world.LAMP[1]))  # Lambert's law in open light
-    assert floor.tolist() == pytest.approx([133 / 255] * 3, abs=1 / 255)
+    albedo = images["rgb"][0, :, 63, 0] / (0.58 + 0.12 + 0.46 * math.sin(world.LAMP[1]))  # Lambert's law in open light
+    assert albedo.tolist() == pytest.approx([133 / 255] * 3, abs=1 / 255)
     other = rows.clone()
     other[0, 1] += 30
     assert rich_report.palette(other, rows) == {"number": 1, "error": pytest.approx(30 / 7)}
