@@ -1,8 +1,9 @@
 """A vision-language model: a picture and a question in, an answer out.
 
 After nanoVLM (github.com/huggingface/nanoVLM): a SigLIP-like vision encoder, pixel shuffle, a linear projector and a
-Llama-like language model; made fast: conversations packed into rows without padding, Muon, zero-initialised
-projections, compiled blocks. Times against the baseline, record #1, are in records/README.md.
+Llama-like language model; made fast: conversations packed into rows without padding, words and image tokens asked in
+training for the objects that they refer to, Muon, zero-initialised projections, compiled blocks. Times against the
+baseline, record #1, are in records/README.md.
 
     python train_vlm.py                                         # cpu track, data from `python data/scenes.py --qa`
     python train_vlm.py --load=checkpoints/vlm.safetensors --num_steps=0 --chat=photo.png    # ask about a picture
@@ -133,7 +134,7 @@ def check_config(config, run):
         raise Fault(f"--lm_dim={config.lm_dim} is not a multiple of twice --lm_heads={config.lm_heads}")
     if config.lm_heads % config.lm_kv_heads:
         raise Fault(f"--lm_heads={config.lm_heads} is not a multiple of --lm_kv_heads={config.lm_kv_heads}")
-    if config.grounded_at > config.lm_depth:
+    if config.grounding and not config.lm and config.grounded_at > config.lm_depth:
         raise Fault(f"--grounded_at={config.grounded_at} is beyond the last of --lm_depth={config.lm_depth} blocks")
     if config.lora and not (config.vit and config.lm):
         raise Fault(f"--lora={config.lora} leaves both backbones as they are: it needs --vit= and --lm=")
@@ -405,29 +406,36 @@ def measure(tokens, pad, config):
 
 VALUES = "small large gray red blue green brown purple cyan yellow rubber metal cube sphere cylinder".split()
 SHAPES, THINGS = set(VALUES[-3:]), {"thing", "object"}  # the nouns: one of them ends a phrase
-PLACE = re.compile(r"x=(\d+) y=(\d+)")  # in percent
+KNOWN = set(VALUES)
+PLACE = re.compile(r"x=(\d\d?) y=(\d\d?)")  # in percent; before it stand an object's four values and "at"
 CELLS, OBJECTS = 8, 3  # columns and rows of places there are, objects of a scene at most
 GROUNDS = len(VALUES) + 2 * CELLS + OBJECTS + 1  # what is asked: values, columns, rows, how many objects
 REFERS = 1 << OBJECTS  # bit that a place refers to something, if only to no object
 
 
-def find_referents(tokens, answer, image_tokens):
-    """What is referred to in conversations of tokens (N, L) with answer marks (N, L), as their own descriptions tell:
-    objects (N, 3, 6), the values, column and row of each; refers (N, image_tokens + L), 0 at places that refer to
-    nothing, else REFERS and a bit for each object; described (N, image_tokens + L), the answer tokens of descriptions.
+def read_words():
+    """{token: word} of our encoding of conversations."""
+    pairs = [line.split() for line in (ROOT / "data" / "frozen" / "qa.tiktoken").read_text().splitlines()]
+    return {int(rank): base64.b64decode(token).decode(errors="replace").strip() for token, rank in pairs}
+
+
+def find_referents(tokens, answer, words, image_tokens):
+    """What is referred to in conversations of tokens (N, L), each a word or a part of one, with answer marks (N,
+    L), as their own descriptions tell: objects (N, 3, 6), the values, column and row of each; refers (N,
+    image_tokens + L), 0 at places that refer to nothing, else REFERS and a bit for each object; described (N,
+    image_tokens + L), the answer tokens of descriptions.
 
     An image token refers to the object that stands there, and a word of a phrase such as "the large red cube" to all
-    objects that fit the phrase so far. Conversations without a description refer to nothing.
+    objects that fit the phrase so far. Conversations without a description, such as users' own, refer to nothing.
     """
-    pairs = [line.split() for line in (ROOT / "data" / "frozen" / "qa.tiktoken").read_text().splitlines()]
-    words = {int(rank): base64.b64decode(token).decode(errors="replace").strip() for token, rank in pairs}
     across = math.isqrt(image_tokens)
     objects = np.zeros((len(tokens), OBJECTS, 6), np.int64)
-    refers = np.zeros((len(tokens), image_tokens + tokens.size(1)), np.int64)
-    described = np.zeros_like(refers)
+    refers = np.zeros((len(tokens), image_tokens + tokens.size(1)), np.uint8)
+    described = np.zeros(refers.shape, bool)
     for row, (ids, marks) in enumerate(zip(tokens.tolist(), answer.tolist())):
         said = [words.get(i, "") for i in ids]
-        places = [i for i in range(5, len(said)) if marks[i] and PLACE.fullmatch(said[i])]  # after values and "at"
+        places = [i for i in range(5, len(said))
+                  if marks[i] and PLACE.fullmatch(said[i]) and KNOWN.issuperset(said[i - 5:i - 1])][:OBJECTS]
         known = [set(said[i - 5:i - 1]) for i in places]
         for k, i in enumerate(places):
             x, y = (int(number) / 100 for number in PLACE.fullmatch(said[i]).groups())
@@ -469,11 +477,11 @@ class Loader:
         self.pixels = pixels.to(run.device)
         self.tokens = F.pad(tokens, (image_tokens, 0), value=IMAGE).numpy()
         self.answer = F.pad(answer, (image_tokens, 0)).numpy()
-        self.objects, self.refers, described = find_referents(tokens, answer, image_tokens)
+        words = {} if config.lm else read_words()  # a pretrained model's tokens are not ours
+        self.objects, self.refers, described = find_referents(tokens, answer, words, image_tokens)
         self.weights = np.where(described, 1, config.question_weight).astype(np.float32) * (self.answer > 0)
-        if config.lm:  # other tokens than ours
-            self.refers[:] = 0
-        self.sums = self.weights.sum(1).tolist(), (self.refers > 0).sum(1).tolist()
+        self.weight_sums = self.weights.sum(1).tolist()
+        self.groundings = (self.refers > 0).sum(1).tolist()
         self.rng = torch.Generator().manual_seed(config.seed)
         self.pending = []  # conversations to come, the next one last
         self.pictures = 0  # so far
@@ -533,8 +541,8 @@ class Loader:
                 "part_answers": np.bincount(part, minlength=parts).tolist(),
                 "part_grounded": np.bincount(grounded_part, minlength=parts).tolist(),
                 "part_pictures": np.bincount(picture_part, minlength=parts).tolist(),
-                "weight": sum(self.sums[0][chosen] for chosen, _, _ in plan),
-                "groundings": sum(self.sums[1][chosen] for chosen, _, _ in plan), "pictures": len(plan)}
+                "weight": sum(self.weight_sums[chosen] for chosen, _, _ in plan),
+                "groundings": sum(self.groundings[chosen] for chosen, _, _ in plan), "pictures": len(plan)}
 
     def state_dict(self):
         return {"rng": self.rng.get_state(), "pending": list(self.pending), "pictures": self.pictures}
@@ -919,16 +927,17 @@ def grounding_loss(model, states, grounded, refers, objects):
 def train_step(step, batch, model, muon, adam, config, run):
     """One step on this rank's rows: its part of the loss."""
     total = 0.0
-    rows = (batch[name].split(config.micro_batch) for name in ("tokens", "document"))
-    answers = (batch[name].split(batch["part_answers"]) for name in ("places", "weights"))
-    referents = (batch[name].split(batch["part_grounded"]) for name in ("grounded", "refers", "objects"))
-    pictures = batch["pixels"].split(batch["part_pictures"])
-    for (tokens, document), answer, referent, pixels in zip(zip(*rows), zip(*answers), zip(*referents), pictures):
+    sizes = {"tokens": config.micro_batch, "document": config.micro_batch, "pixels": batch["part_pictures"],
+             "places": batch["part_answers"], "weights": batch["part_answers"], "grounded": batch["part_grounded"],
+             "refers": batch["part_grounded"], "objects": batch["part_grounded"]}  # of the parts of each tensor
+    parts = zip(*(batch[name].split(size) for name, size in sizes.items()))
+    for tokens, document, pixels, places, weights, grounded, refers, objects in parts:
         with run.autocast():
             states = model(tokens, document, pixels)
-            loss = answer_loss(model, states[-1], tokens, *answer) / batch["weight"]
+            loss = answer_loss(model, states[-1], tokens, places, weights) / batch["weight"]
             if config.grounding and batch["groundings"]:
-                asked = grounding_loss(model, states[config.grounded_at - 1], *referent)
+                middle = states[config.grounded_at - 1]
+                asked = grounding_loss(model, middle, grounded, refers, objects)
                 loss = loss + config.grounding * asked / batch["groundings"]
         loss.backward()
         total += loss.detach()

@@ -1,8 +1,8 @@
 """Pretrained backbones of the VLM: a SigLIP and a Llama of the Hugging Face hub, or of a folder in the hub's format.
 
 train_vlm.py imports this for --vit= and --lm= alone: their sizes become its Config's, their weights its Vit's and
-Llama's, and with --lm= texts are tokens of that model. With --lora= their matrices of attention stay as they are, each
-with a narrow pair of matrices beside it that learns, and so stays all else but the projector.
+Llama's, and with --lm= texts are tokens of that model. With --lora= only the projector learns, and a narrow pair of
+matrices beside each of attention's.
 """
 import dataclasses
 import json
@@ -67,9 +67,9 @@ class AdamW(torch.optim.AdamW):
     def step(self):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         clip_grad_norm_(params, CLIP)
-        taken = max((int(state["step"]) for state in self.state.values()), default=0)
         for group in self.param_groups:
-            group["lr"] *= min(1.0, (taken + 1) / self.warmup)
+            group["taken"] = group.get("taken", 0) + 1  # in the group, so that a saved state has it
+            group["lr"] *= min(1.0, group["taken"] / self.warmup)
         super().step()
 
 

@@ -260,7 +260,7 @@ def test_what_words_and_image_tokens_refer_to():
              (6, "What is there?", ", ".join(told))]
     rows = [questions.encode(encoding, turns, 90), questions.encode(encoding, turns[:2], 90)]
     tokens, answer = (torch.tensor(part) for part in zip(*rows))
-    objects, refers, described = train_vlm.find_referents(tokens, answer, 16)
+    objects, refers, described = train_vlm.find_referents(tokens, answer, train_vlm.read_words(), 16)
     values, mark = train_vlm.VALUES, train_vlm.REFERS
     assert [values[i] for i in objects[0, 0, :4]] == ["large", "red", "rubber", "cube"]
     assert [values[i] for i in objects[0, 1, :4]] == ["small", "red", "metal", "sphere"]
@@ -273,6 +273,18 @@ def test_what_words_and_image_tokens_refer_to():
     assert found == [("red", 3), ("things", 3), ("large", 1), ("metal", 0), ("cube", 0), ("sphere", 2)]
     assert (described[0, 16:] == (answer[0] == 3).numpy()).all() and not described[0, :16].any()
     assert not refers[1].any() and not described[1].any(), "nothing is told of the second one"
+    assert not train_vlm.find_referents(tokens, answer, {}, 16)[1].any(), "tokens of another model"
+
+
+@pytest.mark.parametrize("told", [
+    "meet at x=31 y=43", "a red dog by a tree at x=31 y=43", "x=31 y=43",
+    ", ".join(f"a small {color} metal cube at x=31 y=43" for color in ("red", "blue", "green", "gray"))])
+def test_users_own_answers_refer_to_what_they_can(told):
+    """Places without an object before them, and more objects than a scene has."""
+    row = questions.encode(tokenizer.load_text(tokenizer.QA), [(6, "What is there?", told)], 90)
+    tokens, answer = (torch.tensor([part]) for part in row)
+    refers = train_vlm.find_referents(tokens, answer, train_vlm.read_words(), 16)[1]
+    assert (refers > 0).sum() == ("cube" in told)
 
 
 def test_grounding_asks_for_all_that_fits(model):
