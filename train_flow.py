@@ -548,7 +548,7 @@ def rotary_angles(side, head_dim, device):
 
 # --- copied: rotary ---
 def apply_rotary(x, cos, sin):
-    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (T, D / 2)."""
+    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (.., D / 2)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 # --- end: rotary ---

@@ -2,8 +2,8 @@
 
 After nanoVLM (github.com/huggingface/nanoVLM): a SigLIP-like vision encoder, pixel shuffle, a linear projector and a
 Llama-like language model; made fast: conversations packed into rows without padding, words and image tokens asked in
-training for the objects that they refer to, Muon, zero-initialised projections, compiled blocks. Times against the
-baseline, record #1, are in records/README.md.
+training for the objects that they refer to and for what stands beside these, rotary rows and columns, Muon,
+zero-initialised projections, compiled blocks. Times against the baseline, record #1, are in records/README.md.
 
     python train_vlm.py                                         # cpu track, data from `python data/scenes.py --qa`
     python train_vlm.py --load=checkpoints/vlm.safetensors --num_steps=0 --chat=photo.png    # ask about a picture
@@ -75,9 +75,10 @@ class Config:
     # loss
     grounding: float = 1.0  # weight of what words and image tokens refer to, asked of their states in training alone
     grounded_at: int = 2  # blocks of the language model before these states
+    related_at: int = 3  # and before those that are asked what stands left of an object, right, behind or in front
     question_weight: float = 5.0  # of an answer's tokens, where those of a description weigh 1
     # schedule
-    num_steps: int = 500  # training steps
+    num_steps: int = 850  # training steps
     batch: int = 24  # rows per step, over all processes
     micro_batch: int = 512  # of them that a process computes at a time
     seq_len: int = 256  # tokens per row, of several conversations
@@ -109,7 +110,7 @@ CONFIGS = {
     "cpu": Config(),
     "gpu": Config(track="gpu", data="data/qa64-large/train", vit_dim=384, vit_depth=8, vit_heads=6, vit_mlp=1536,
                   patch=4, lm_dim=512, lm_depth=8, lm_heads=8, lm_kv_heads=4, lm_mlp=1408, batch=64, seq_len=1024,
-                  grounded_at=4, num_steps=3000, target=0.0, eval_every=250),
+                  grounded_at=4, related_at=6, num_steps=3000, target=0.0, eval_every=250),
 }
 ARCHITECTURE = ("side", "patch", "shuffle", "vit_dim", "vit_depth", "vit_heads", "vit_mlp", "lm_dim", "lm_depth",
                 "lm_heads", "lm_kv_heads", "lm_mlp", "rope_theta")  # what a checkpoint must agree on
@@ -117,7 +118,8 @@ LIMITS = {  # what a field may be: least and most, or choices; data/options.py h
     "side": (1, 2048), "patch": (1, 256), "vit_dim": (1, 8192), "vit_depth": (1, 96), "vit_heads": (1, 256),
     "vit_mlp": (1, 65536), "shuffle": (1, 64), "lm_dim": (2, 8192), "lm_depth": (1, 96), "lm_heads": (1, 256),
     "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf), "lora": (0, 1024), "batch": (1, 4096),
-    "grounding": (0, 1000), "grounded_at": (1, 96), "question_weight": (0.001, 1000), "seq_len": (1, 65536),
+    "grounding": (0, 1000), "grounded_at": (1, 96), "related_at": (1, 96), "question_weight": (0.001, 1000),
+    "seq_len": (1, 65536),
     "max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.001, 1), "quality_pictures": (0, 2000),
 }
 
@@ -134,8 +136,9 @@ def check_config(config, run):
         raise Fault(f"--lm_dim={config.lm_dim} is not a multiple of twice --lm_heads={config.lm_heads}")
     if config.lm_heads % config.lm_kv_heads:
         raise Fault(f"--lm_heads={config.lm_heads} is not a multiple of --lm_kv_heads={config.lm_kv_heads}")
-    if config.grounding and not config.lm and config.grounded_at > config.lm_depth:
-        raise Fault(f"--grounded_at={config.grounded_at} is beyond the last of --lm_depth={config.lm_depth} blocks")
+    for name in ("grounded_at", "related_at"):
+        if config.num_steps and config.grounding and not config.lm and getattr(config, name) > config.lm_depth:
+            raise Fault(f"--{name}={getattr(config, name)} is beyond the last of --lm_depth={config.lm_depth} blocks")
     if config.lora and not (config.vit and config.lm):
         raise Fault(f"--lora={config.lora} leaves both backbones as they are: it needs --vit= and --lm=")
 
@@ -409,7 +412,11 @@ SHAPES, THINGS = set(VALUES[-3:]), {"thing", "object"}  # the nouns: one of them
 KNOWN = set(VALUES)
 PLACE = re.compile(r"x=(\d\d?) y=(\d\d?)")  # in percent; before it stand an object's four values and "at"
 CELLS, OBJECTS = 8, 3  # columns and rows of places there are, objects of a scene at most
-GROUNDS = len(VALUES) + 2 * CELLS + OBJECTS + 1  # what is asked: values, columns, rows, how many objects
+SIDES = {"left": (0, -1), "right": (0, 1), "behind": (1, -1), "front": (1, 1)}  # along x or y, down or up
+MARGIN = 100 / CELLS / 2  # percent by which an object must be on a side
+TOLD = len(VALUES) + 2 * CELLS + OBJECTS + 1  # what is told: values, columns, rows, how many objects
+# what a state is asked for: what is referred to, what is on each side of it, what on the side that was spoken of
+ASKED = np.array([1, *[0.5 / len(SIDES)] * len(SIDES), 0.5])  # and how much that weighs
 REFERS = 1 << OBJECTS  # bit that a place refers to something, if only to no object
 
 
@@ -422,37 +429,49 @@ def read_words():
 def find_referents(tokens, answer, words, image_tokens):
     """What is referred to in conversations of tokens (N, L), each a word or a part of one, with answer marks (N,
     L), as their own descriptions tell: objects (N, 3, 6), the values, column and row of each; refers (N,
-    image_tokens + L), 0 at places that refer to nothing, else REFERS and a bit for each object; described (N,
+    image_tokens + L, len(ASKED)), 0 where a place is not asked, else REFERS and a bit for each object; described (N,
     image_tokens + L), the answer tokens of descriptions.
 
-    An image token refers to the object that stands there, and a word of a phrase such as "the large red cube" to all
-    objects that fit the phrase so far. Conversations without a description, such as users' own, refer to nothing.
+    An image token refers to the object that stands there and is asked for all four sides of it; a word of a phrase
+    such as "left of the large red cube" refers to all objects that fit the phrase so far, and if that is one, the last
+    word is asked for the side. Conversations without a description, such as users' own, refer to nothing.
     """
     across = math.isqrt(image_tokens)
     objects = np.zeros((len(tokens), OBJECTS, 6), np.int64)
-    refers = np.zeros((len(tokens), image_tokens + tokens.size(1)), np.uint8)
-    described = np.zeros(refers.shape, bool)
+    refers = np.zeros((len(tokens), image_tokens + tokens.size(1), len(ASKED)), np.uint8)
+    described = np.zeros(refers.shape[:2], bool)
     for row, (ids, marks) in enumerate(zip(tokens.tolist(), answer.tolist())):
         said = [words.get(i, "") for i in ids]
-        places = [i for i in range(5, len(said))
-                  if marks[i] and PLACE.fullmatch(said[i]) and KNOWN.issuperset(said[i - 5:i - 1])][:OBJECTS]
-        known = [set(said[i - 5:i - 1]) for i in places]
-        for k, i in enumerate(places):
-            x, y = (int(number) / 100 for number in PLACE.fullmatch(said[i]).groups())
-            objects[row, k] = [*map(VALUES.index, said[i - 5:i - 1]), len(VALUES) + int(x * CELLS),
-                               len(VALUES) + CELLS + int(y * CELLS)]
-            refers[row, int(y * across) * across + int(x * across)] |= REFERS | 1 << k
+        ends = [i for i in range(5, len(said))
+                if marks[i] and PLACE.fullmatch(said[i]) and KNOWN.issuperset(said[i - 5:i - 1])][:OBJECTS]
+        known = [set(said[i - 5:i - 1]) for i in ends]
+        places = [[int(number) for number in PLACE.fullmatch(said[i]).groups()] for i in ends]
+
+        def beside(k, axis, sign):
+            away = [sign * (place[axis] - places[k][axis]) for place in places]
+            return REFERS + sum(1 << j for j in range(len(places)) if away[j] > MARGIN)
+
+        for k, (i, (x, y)) in enumerate(zip(ends, places)):
+            objects[row, k] = [*map(VALUES.index, said[i - 5:i - 1]), len(VALUES) + x * CELLS // 100,
+                               len(VALUES) + CELLS + y * CELLS // 100]
+            here = refers[row, y * across // 100 * across + x * across // 100]
+            here[0] |= REFERS | 1 << k
+            here[1:-1] = [beside(k, *side) for side in SIDES.values()]
             described[row, image_tokens:] = np.array(marks) == marks[i]
-        phrase = set()
-        for place, (word, mark) in enumerate(zip(said, marks) if known else (), image_tokens):
+        phrase, side = set(), None
+        for here, word, mark in zip(refers[row, image_tokens:], said if known else (), marks):
             word = word.removesuffix("s")
+            side = None if mark else SIDES.get(word, side)
             if mark or word not in VALUES and word not in THINGS:
                 phrase = set()
                 continue
             phrase |= {word} - THINGS
-            refers[row, place] = REFERS + sum(1 << k for k, values in enumerate(known) if phrase <= values)
+            fits = [k for k, values in enumerate(known) if phrase <= values]
+            here[0] = REFERS + sum(1 << k for k in fits)
             if word in SHAPES | THINGS:
                 phrase = set()
+                if side and len(fits) == 1:
+                    here[-1] = beside(*fits, *side)
     return objects, refers, described
 
 
@@ -461,10 +480,11 @@ class Loader:
 
     A step is a dict: tokens (rows, T), IMAGE where a picture's tokens go and the pad at a row's end; answer (rows, T);
     document (rows, T), which conversation of the step a token belongs to; places (m,) of answer tokens in all rows of a
-    micro-batch, one after another, and their weights (m,); grounded (g,), places that refer to something, to what,
-    refers (g,), of which objects (g, 3, 6), as find_referents gives them; pixels (n, 3, S, S) in reading order;
-    part_answers, part_grounded and part_pictures, how many of the places, grounded ones and pixels a micro-batch has;
-    and of all ranks together the sum of the weights and how many grounded places and pictures there are.
+    micro-batch, one after another, and their weights (m,); grounded (g,), where what is asked: place * len(ASKED) +
+    which; refers (g,) to which of the objects (g, 3, 6), as find_referents gives them, and shares (g,), what it weighs:
+    ASKED divided by how often that is asked in the whole step; pixels (n, 3, S, S) in reading order; part_answers,
+    part_grounded and part_pictures, how many of the places, grounded ones and pixels a micro-batch has; and of all
+    ranks together the sum of the weights and how many pictures there are.
     The CPU puts rows together, so that no step has to wait for a GPU to say how many of what there are.
     """
 
@@ -481,7 +501,7 @@ class Loader:
         self.objects, self.refers, described = find_referents(tokens, answer, words, image_tokens)
         self.weights = np.where(described, 1, config.question_weight).astype(np.float32) * (self.answer > 0)
         self.weight_sums = self.weights.sum(1).tolist()
-        self.groundings = (self.refers > 0).sum(1).tolist()
+        self.asked = (self.refers > 0).sum(1)  # (N, len(ASKED)), how often
         self.rng = torch.Generator().manual_seed(config.seed)
         self.pending = []  # conversations to come, the next one last
         self.pictures = 0  # so far
@@ -516,33 +536,35 @@ class Loader:
         plan = self.plan()
         self.pictures += len(plan)
         own = [step for step in plan if self.rows.start <= step[1] < self.rows.stop]
-        packed = np.empty((4, self.rows.stop - self.rows.start, self.seq_len), np.int64)
-        packed[:] = np.array([self.pad, 0, -1, 0])[:, None, None]
+        packed = np.empty((3, self.rows.stop - self.rows.start, self.seq_len), np.int64)
+        packed[:] = np.array([self.pad, 0, -1])[:, None, None]
         weights = np.zeros(packed.shape[1:], np.float32)
+        refers = np.zeros((*packed.shape[1:], len(ASKED)), np.uint8)
         for i, (chosen, row, start) in enumerate(own):
             length = self.lengths[chosen]
             inside = row - self.rows.start, slice(start, start + length)
             packed[0][inside] = self.tokens[chosen, :length]
             packed[1][inside] = self.answer[chosen, :length]
             packed[2][inside] = i
-            packed[3][inside] = self.refers[chosen, :length]
+            refers[inside] = self.refers[chosen, :length]
             weights[inside] = self.weights[chosen, :length]
-        tokens, answer, document, refers = packed
+        tokens, answer, document = packed
         (part, places), (grounded_part, grounded) = (
-            np.divmod(np.flatnonzero(marked), self.micro_batch * self.seq_len) for marked in (answer, refers))
+            np.divmod(np.flatnonzero(marked), self.micro_batch * marked[0].size) for marked in (answer, refers))
         picture_part = [(row - self.rows.start) // self.micro_batch for _, row, _ in own]
         parts = -(-len(tokens) // self.micro_batch)
         chosen = np.array([chosen for chosen, _, _ in own])
+        row, place, asked = refers.nonzero()
+        shares = ASKED / self.asked[[chosen for chosen, _, _ in plan]].sum(0).clip(1)
         arrays = {"tokens": tokens, "answer": answer, "document": document, "places": places,
-                  "weights": weights[answer > 0], "grounded": grounded, "refers": refers[refers > 0],
-                  "objects": self.objects[chosen[document[refers > 0]]]}
+                  "weights": weights[answer > 0], "grounded": grounded, "refers": refers[row, place, asked],
+                  "objects": self.objects[chosen[document[row, place]]], "shares": shares[asked].astype(np.float32)}
         return {**{name: self.send(array) for name, array in arrays.items()},
                 "pixels": self.pixels[self.send(chosen)],
                 "part_answers": np.bincount(part, minlength=parts).tolist(),
                 "part_grounded": np.bincount(grounded_part, minlength=parts).tolist(),
                 "part_pictures": np.bincount(picture_part, minlength=parts).tolist(),
-                "weight": sum(self.weight_sums[chosen] for chosen, _, _ in plan),
-                "groundings": sum(self.groundings[chosen] for chosen, _, _ in plan), "pictures": len(plan)}
+                "weight": sum(self.weight_sums[chosen] for chosen, _, _ in plan), "pictures": len(plan)}
 
     def state_dict(self):
         return {"rng": self.rng.get_state(), "pending": list(self.pending), "pictures": self.pictures}
@@ -738,7 +760,7 @@ def may_see(doc_ids, b, q, k):
 
 # --- copied: rotary ---
 def apply_rotary(x, cos, sin):
-    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (T, D / 2)."""
+    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (.., D / 2)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 # --- end: rotary ---
@@ -825,11 +847,12 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.lm_depth))
         self.norm = nn.RMSNorm(config.lm_dim, eps=1e-5)
 
-    def forward(self, x, mask, start=0, appends=None):
-        """States (B, T, C) after each block, the last ones normed, of embeddings x (B, T, C) of the places from start
-        on. appends: one per block."""
+    def forward(self, x, mask, positions, appends=None):
+        """States (B, T, C) after each block, the last ones normed, of embeddings x (B, T, C) at positions (B, T, 2).
+        appends: one per block."""
         rate = self.theta ** -torch.linspace(0, 1, self.head_dim // 2 + 1, device=x.device)[:-1]
-        angle = torch.arange(start, start + x.size(1), device=x.device)[:, None] * rate  # (T, D / 2)
+        turns = positions.repeat(1, 1, len(rate))[..., :len(rate)]  # row, column, row, column ..
+        angle = (turns * rate)[:, None]  # (B, 1, T, D / 2)
         cos, sin = angle.cos(), angle.sin()
         states = []
         for layer, append in zip(self.layers, appends or [no_cache] * len(self.layers)):
@@ -851,7 +874,8 @@ class VLM(nn.Module):
         self.image_tokens = (self.grid // config.shuffle) ** 2
         self.vit, self.lm = Vit(config), Llama(config, vocab)
         self.project = nn.Linear(config.vit_dim * config.shuffle ** 2, config.lm_dim, bias=False)
-        self.ground = nn.Linear(config.lm_dim, GROUNDS, bias=False)  # in training alone
+        self.ground = nn.Linear(config.lm_dim, len(ASKED) * TOLD, bias=False)  # in training alone
+        self.pretrained = bool(config.lm)
 
     def encode_images(self, pixels):
         """Tokens (n, image_tokens, C) of pictures (n, 3, S, S) of bytes, whatever their size."""
@@ -873,10 +897,22 @@ class VLM(nn.Module):
         """For attend, of the places from start on of documents (B, T), image (B, T) True at a picture's tokens."""
         return make_mask(may_see, 2 * document.long() + image, start, mask_cache)
 
+    def positions(self, image):
+        """Rotary positions (B, T, 2) of rows with image (B, T) True at a picture's tokens: the place in the row, twice;
+        of a picture's token the place of its first plus row and column (after M-RoPE, arXiv:2409.12191). A pretrained
+        language model knows places alone."""
+        place = torch.arange(image.size(1), device=image.device).expand_as(image)
+        if self.pretrained:
+            return torch.stack([place, place], 2)
+        inside = (image.cumsum(1) - 1) % self.image_tokens * image
+        across = self.grid // self.shuffle
+        return torch.stack([place - inside + inside // across, place - inside + inside % across], 2)
+
     def forward(self, tokens, document, pixels):
         """States (B, T, C) after each block for tokens (B, T) of documents (B, T) with pictures pixels (n, 3, S, S)."""
-        mask = self.mask(document, tokens == IMAGE, mask_cache=self.mask_cache)
-        return self.lm(self.embed(tokens, pixels), mask)
+        image = tokens == IMAGE
+        mask = self.mask(document, image, mask_cache=self.mask_cache)
+        return self.lm(self.embed(tokens, pixels), mask, self.positions(image))
 
     def log_probs(self, pixels, tokens):
         """float32 (B, L, vocab): at each place of tokens (B, L), of the token there, given those before it and, before
@@ -912,16 +948,18 @@ def answer_loss(model, states, tokens, places, weights):
     return (F.cross_entropy(logits, tokens.flatten()[places], reduction="none") * weights).sum()
 
 
-def grounding_loss(model, states, grounded, refers, objects):
-    """Cross-entropy, summed over places grounded (n,), of what they refer to: how many objects, and values, column and
-    row of each, all of these equally likely. states (B, T, C); refers (n,) and objects (n, 3, 6) of the places."""
-    states = states.flatten(0, 1).index_select(0, grounded)
-    logs = model.ground(F.rms_norm(states, states.shape[-1:])).float().log_softmax(-1)  # (n, GROUNDS)
+def grounding_loss(model, states, grounded, refers, objects, shares):
+    """Cross-entropy, weighed by shares (n,), of what the states (B, T, len(ASKED), C) at grounded (n,) are asked for:
+    how many objects, and values, column and row of each, all of these equally likely. refers (n,) and objects (n, 3,
+    6) as the Loader gives them."""
+    states = states.flatten(0, 2).index_select(0, grounded)
+    told = model.ground(F.rms_norm(states, states.shape[-1:])).unflatten(1, (len(ASKED), TOLD))
+    logs = told[torch.arange(len(told)), grounded % len(ASKED)].float().log_softmax(-1)  # (n, TOLD)
     fits = refers[:, None] >> torch.arange(OBJECTS, device=refers.device) & 1  # (n, 3)
     number = fits.sum(1, keepdim=True)
-    told = logs.gather(1, objects.flatten(1)).unflatten(1, (OBJECTS, -1)).sum(2)  # (n, 3)
-    told = (told * fits).sum(1, keepdim=True) + logs.gather(1, len(VALUES) + 2 * CELLS + number)
-    return -(told / (objects.size(2) * number + 1)).sum()
+    nats = -logs.gather(1, objects.flatten(1)).unflatten(1, (OBJECTS, -1)).sum(2)  # (n, 3)
+    nats = (nats * fits).sum(1) - logs.gather(1, len(VALUES) + 2 * CELLS + number)[:, 0]
+    return (nats / (objects.size(2) * number[:, 0] + 1) * shares).sum()
 
 
 def train_step(step, batch, model, muon, adam, config, run):
@@ -929,16 +967,17 @@ def train_step(step, batch, model, muon, adam, config, run):
     total = 0.0
     sizes = {"tokens": config.micro_batch, "document": config.micro_batch, "pixels": batch["part_pictures"],
              "places": batch["part_answers"], "weights": batch["part_answers"], "grounded": batch["part_grounded"],
-             "refers": batch["part_grounded"], "objects": batch["part_grounded"]}  # of the parts of each tensor
+             "refers": batch["part_grounded"], "objects": batch["part_grounded"],
+             "shares": batch["part_grounded"]}  # of the parts of each tensor
+    blocks = [config.grounded_at] * (len(ASKED) - 1) + [config.related_at]  # before the states that are asked
     parts = zip(*(batch[name].split(size) for name, size in sizes.items()))
-    for tokens, document, pixels, places, weights, grounded, refers, objects in parts:
+    for tokens, document, pixels, places, weights, *grounding in parts:
         with run.autocast():
             states = model(tokens, document, pixels)
             loss = answer_loss(model, states[-1], tokens, places, weights) / batch["weight"]
-            if config.grounding and batch["groundings"]:
-                middle = states[config.grounded_at - 1]
-                asked = grounding_loss(model, middle, grounded, refers, objects)
-                loss = loss + config.grounding * asked / batch["groundings"]
+            if config.grounding and sum(batch["part_grounded"]):
+                asked = torch.stack([states[block - 1] for block in blocks], 2)
+                loss = loss + config.grounding * grounding_loss(model, asked, *grounding)
         loss.backward()
         total += loss.detach()
     sum_gradients(adam, run.world)
@@ -985,7 +1024,7 @@ def next_logits(model, x, cache=None):
     start = cache.length if cache else 0
     appends = cache.appends(len(model.lm.layers)) if cache else None
     mask = model.mask(torch.zeros_like(image, dtype=torch.long), image, start)
-    return model.lm.logits(model.lm(x[:, start:], mask, start, appends)[-1][:, -1])
+    return model.lm.logits(model.lm(x[:, start:], mask, model.positions(image)[:, start:], appends)[-1][:, -1])
 
 
 # --- copied: answer ---
@@ -1089,7 +1128,7 @@ def check_again(model, pixels, tokens, counted, nats, part, vocab):
 def evaluate(model, pixels, tokens, answer, family, vocab, rank, world):
     """Mean cross-entropy in nats over answer tokens, of a vocabulary, each given its picture and the tokens before it:
     over those of descriptions and over all others, half and half. And further numbers for the footer: both halves, and
-    for each family the share of answers whose every token is the likeliest one.
+    for each family, and for all but descriptions, the share of answers whose every token is the likeliest one.
 
     model.log_probs(pixels (B, 3, S, S), tokens (B, L)) has one conversation in each row and gives float32
     (B, L, vocab): at each place, of the token there. It is checked by target_log_probs and check_again; the model's
@@ -1119,6 +1158,9 @@ def evaluate(model, pixels, tokens, answer, family, vocab, rank, world):
     for number, name in enumerate(FAMILIES, 1):
         solved = wrong_in_turn[family == number] == 0
         numbers[f"accuracy_{name}"] = round(solved.double().mean().item(), 4) if len(solved) else 0.0
+    asked = (family > 0) & (family < len(FAMILIES))
+    if asked.any():
+        numbers["accuracy_questions"] = round((wrong_in_turn == 0)[asked].double().mean().item(), 4)
     numbers |= {"eval_targets": int(counted.sum())}
     return sum(losses.values()) / len(losses), numbers
 # --- end: eval ---

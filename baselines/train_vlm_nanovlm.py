@@ -530,7 +530,7 @@ def causal(doc_ids, b, q, k):
 
 # --- copied: rotary ---
 def apply_rotary(x, cos, sin):
-    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (T, D / 2)."""
+    """Rotary positions (arXiv:2104.09864): pairs of channels of x (B, H, T, D) turn by angles; cos, sin (.., D / 2)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 # --- end: rotary ---
@@ -843,7 +843,7 @@ def check_again(model, pixels, tokens, counted, nats, part, vocab):
 def evaluate(model, pixels, tokens, answer, family, vocab, rank, world):
     """Mean cross-entropy in nats over answer tokens, of a vocabulary, each given its picture and the tokens before it:
     over those of descriptions and over all others, half and half. And further numbers for the footer: both halves, and
-    for each family the share of answers whose every token is the likeliest one.
+    for each family, and for all but descriptions, the share of answers whose every token is the likeliest one.
 
     model.log_probs(pixels (B, 3, S, S), tokens (B, L)) has one conversation in each row and gives float32
     (B, L, vocab): at each place, of the token there. It is checked by target_log_probs and check_again; the model's
@@ -873,6 +873,9 @@ def evaluate(model, pixels, tokens, answer, family, vocab, rank, world):
     for number, name in enumerate(FAMILIES, 1):
         solved = wrong_in_turn[family == number] == 0
         numbers[f"accuracy_{name}"] = round(solved.double().mean().item(), 4) if len(solved) else 0.0
+    asked = (family > 0) & (family < len(FAMILIES))
+    if asked.any():
+        numbers["accuracy_questions"] = round((wrong_in_turn == 0)[asked].double().mean().item(), 4)
     numbers |= {"eval_targets": int(counted.sum())}
     return sum(losses.values()) / len(losses), numbers
 # --- end: eval ---

@@ -312,7 +312,8 @@ def test_vlm_trains_on_questions(root, asked, tmp_path, monkeypatch):
     monkeypatch.undo()
     footer, where = train_on("vlm", monkeypatch, tmp_path, [
         f"--data={root}/easy_vqa/train", f"--frozen={root}/easy_vqa/val.npz", "--vit_dim=32", "--vit_depth=1",
-        "--vit_mlp=64", "--lm_dim=32", "--lm_depth=1", "--grounded_at=1", "--lm_mlp=48", "--batch=2", "--samples=0"])
+        "--vit_mlp=64", "--lm_dim=32", "--lm_depth=1", "--lm_mlp=48", "--grounded_at=1", "--related_at=1",
+        "--batch=2", "--samples=0"])
     assert footer["steps"] == 2
     log, = (where / "logs").iterdir()
     numbers = rules.parse_log(log)["footer"]

@@ -1,5 +1,6 @@
 """train_vlm.py: packing, masks, model, backbones of the hub, evaluation, generation, whole runs on tiny data."""
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -33,7 +34,7 @@ from train_vlm import IMAGE, PAD, Fault, Options, generate
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = tokenizer.TEXT_VOCAB
 DIMS = {"vit_dim": 32, "vit_depth": 1, "vit_heads": 2, "vit_mlp": 64, "lm_dim": 32, "lm_depth": 2, "lm_heads": 4,
-        "lm_kv_heads": 2, "lm_mlp": 48}
+        "lm_kv_heads": 2, "lm_mlp": 48, "grounded_at": 1, "related_at": 2}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=4",
          "--samples=2", "--quality_pictures=4", "--precision=fp32"]
 
@@ -131,7 +132,9 @@ def test_packing_keeps_every_conversation_whole(frozen):
             assert torch.equal(answer, frozen[2][i][:len(answer)].long()) and torch.equal(picture, frozen[0][i])
             seen.append(i)
         assert len(batch["weights"]) == (batch["answer"] > 0).sum() and batch["pictures"] == len(batch["pixels"])
-        assert batch["weight"] == batch["weights"].sum() and batch["groundings"] == len(batch["grounded"])
+        assert batch["weight"] == batch["weights"].sum() and len(batch["grounded"]) == len(batch["refers"]) > 0
+        share = np.bincount(batch["grounded"] % len(train_vlm.ASKED), batch["shares"], len(train_vlm.ASKED))
+        assert share == pytest.approx(train_vlm.ASKED), "what is asked weighs the same in every step"
     assert loader.pictures == len(seen)
     counts = np.bincount(seen, minlength=50)
     assert counts.max() - counts.min() <= 2 and len(seen) > 40
@@ -147,9 +150,9 @@ def test_ranks_share_the_rows_of_one_step(frozen):
         assert torch.equal(batch["tokens"], torch.cat([part["tokens"] for part in parts]))
         assert torch.equal(batch["answer"], torch.cat([part["answer"] for part in parts]))
         assert torch.equal(batch["pixels"], torch.cat([part["pixels"] for part in parts]))
-        for name in ("weight", "groundings", "pictures"):
+        for name in ("weight", "pictures"):
             assert {part[name] for part in parts} == {batch[name]}
-        for name in ("weights", "refers", "objects"):
+        for name in ("weights", "refers", "objects", "shares"):
             assert torch.equal(batch[name], torch.cat([part[name] for part in parts]))
         for part in parts:
             conversations(part, pad)
@@ -178,9 +181,9 @@ def test_micro_batches_share_the_work(model, frozen, monkeypatch, rank, world):
     assert torch.equal(batch["places"], batch["answer"].flatten().nonzero()[:, 0])
     states = plain(model, *seen[0])
     answers = train_vlm.answer_loss(model, states[-1], batch["tokens"], batch["places"], batch["weights"])
-    referents = (batch[name] for name in ("grounded", "refers", "objects"))
-    grounding = train_vlm.grounding_loss(model, states[1], *referents)
-    wanted = answers / batch["weight"] + 1.0 * grounding / batch["groundings"]
+    asked = torch.stack([*[states[0]] * 5, states[1]], 2)
+    grounding = [batch[name] for name in ("grounded", "refers", "objects", "shares")]
+    wanted = answers / batch["weight"] + 1.0 * train_vlm.grounding_loss(model, asked, *grounding)
     assert loss == wanted.item()
     whole = torch.autograd.grad(wanted, list(model.parameters()))
     assert torch.equal(gradients, torch.cat([g.flatten() for g in whole]))
@@ -266,14 +269,26 @@ def test_what_words_and_image_tokens_refer_to():
     assert [values[i] for i in objects[0, 1, :4]] == ["small", "red", "metal", "sphere"]
     cells = objects[0, :2, 4:] - len(values) - np.array([0, train_vlm.CELLS])
     assert cells.tolist() == [[1, 2], [6, 5]]  # columns and rows of eight
-    grid = refers[0, :16].reshape(4, 4)
-    assert grid[1, 0] == mark + 1 and grid[2, 3] == mark + 2 and (grid > 0).sum() == 2
+    grid = refers[0, :16].reshape(4, 4, -1)
+    assert list(train_vlm.SIDES) == ["left", "right", "behind", "front"]
+    assert grid[1, 0].tolist() == [mark + 1, mark, mark + 2, mark, mark + 2, 0], "the other one is right and in front"
+    assert grid[2, 3].tolist() == [mark + 2, mark + 1, mark, mark + 1, mark, 0] and (grid > 0).sum() == 10
     said = [encoding.decode([i]).strip() for i in tokens[0].tolist() if i < VOCAB - 2]
-    found = [(word, bits - mark) for word, bits in zip(said, refers[0, 16:]) if bits]
+    found = [(word, bits - mark) for word, bits in zip(said, refers[0, 16:, 0]) if bits]
     assert found == [("red", 3), ("things", 3), ("large", 1), ("metal", 0), ("cube", 0), ("sphere", 2)]
+    found = [(word, bits - mark) for word, bits in zip(said, refers[0, 16:, -1]) if bits]
+    assert found == [("sphere", 1)], "what is left of the sphere, and nothing of the cube that there is not"
+    assert not refers[0, 16:, 1:-1].any()
     assert (described[0, 16:] == (answer[0] == 3).numpy()).all() and not described[0, :16].any()
     assert not refers[1].any() and not described[1].any(), "nothing is told of the second one"
     assert not train_vlm.find_referents(tokens, answer, {}, 16)[1].any(), "tokens of another model"
+
+
+def test_sides_are_those_of_the_questions():
+    assert train_vlm.MARGIN == questions.MARGIN
+    axes = {word: (["x", "y"].index(axis), sign) for relation, (axis, sign) in questions.RELATIONS.items()
+            for word in relation.split() if word in train_vlm.SIDES}
+    assert axes == train_vlm.SIDES
 
 
 @pytest.mark.parametrize("told", [
@@ -284,22 +299,42 @@ def test_users_own_answers_refer_to_what_they_can(told):
     row = questions.encode(tokenizer.load_text(tokenizer.QA), [(6, "What is there?", told)], 90)
     tokens, answer = (torch.tensor([part]) for part in row)
     refers = train_vlm.find_referents(tokens, answer, train_vlm.read_words(), 16)[1]
-    assert (refers > 0).sum() == ("cube" in told)
+    assert (refers > 0).any(2).sum() == ("cube" in told)
 
 
 def test_grounding_asks_for_all_that_fits(model):
-    """How many objects, and values, columns and rows, have equal shares; a place of no object has the number alone."""
+    """How many objects, and values, columns and rows, have equal shares; a place of no object has the number alone.
+    Each is asked of its own state and by its own rows of the matrix."""
     objects = torch.tensor([[[1, 3, 10, 12, 17, 25], [0, 2, 11, 13, 20, 28], [0] * 6]] * 3)
     refers = torch.tensor([train_vlm.REFERS + bits for bits in (0, 1, 3)])
-    states = torch.randn(1, 5, DIMS["lm_dim"], generator=torch.Generator().manual_seed(0))
-    grounded = torch.tensor([0, 2, 4])
+    kinds, told = len(train_vlm.ASKED), train_vlm.TOLD
+    states = torch.randn(1, 5, kinds, DIMS["lm_dim"], generator=torch.Generator().manual_seed(0))
+    places, asked, shares = torch.tensor([0, 2, 4]), torch.tensor([0, 3, kinds - 1]), torch.tensor([0.5, 1.0, 2.0])
     with torch.no_grad():
-        loss = train_vlm.grounding_loss(model, states, grounded, refers, objects)
-        logs = model.ground(F.rms_norm(states[0, grounded], states.shape[-1:])).log_softmax(-1)
+        loss = train_vlm.grounding_loss(model, states, places * kinds + asked, refers, objects, shares)
+        normed = F.rms_norm(states[0, places, asked], states.shape[-1:])
+        logs = [model.ground(state)[told * k:told * (k + 1)].log_softmax(-1) for state, k in zip(normed, asked)]
     number = len(train_vlm.VALUES) + 2 * train_vlm.CELLS
     wanted = [[number], [1, 3, 10, 12, 17, 25, number + 1],
               [1, 3, 10, 12, 17, 25, 0, 2, 11, 13, 20, 28, number + 2]]
-    assert loss.item() == pytest.approx(-sum(logs[i, each].mean().item() for i, each in enumerate(wanted)), rel=1e-5)
+    nats = [-log[each].mean().item() for log, each in zip(logs, wanted)]
+    assert loss.item() == pytest.approx(np.dot(nats, shares.numpy()), rel=1e-5)
+
+
+def test_positions_of_image_tokens_are_rows_and_columns(model):
+    """Of two conversations in a row, with 16 image tokens each; a pretrained language model's are places."""
+    image = (torch.arange(60) % 30 < 16).expand(2, 60)
+    rows, columns = model.positions(image).unbind(2)
+    place = torch.arange(60)
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0][~image[0]], place[~image[0]])
+    for start in (0, 30):
+        inside = torch.arange(16)
+        assert torch.equal(rows[0, start:start + 16], start + inside // 4)
+        assert torch.equal(columns[0, start:start + 16], start + inside % 4)
+    assert torch.equal(columns[0, 16:30], place[16:30])
+    hub = copy.copy(model)
+    hub.pretrained = True
+    assert torch.equal(hub.positions(image), place[None, :, None].expand(2, 60, 2))
 
 
 def test_a_packed_conversation_is_alone(model, frozen):
@@ -464,8 +499,8 @@ def test_chat(model, frozen, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("builtins.input", typed)
         assert show.show(model, tmp_path) == {}
         show.chat(model)
-        warning, greeting, _ = capsys.readouterr().out.splitlines()
-        assert "not of the world" in warning and greeting.startswith("Ask about the picture")
+        warning, greeting, *answer = capsys.readouterr().out.splitlines()
+        assert "not of the world" in warning and greeting.startswith("Ask about the picture") and answer
 
 
 def test_pictures_are_read_as_training_reads_them(tmp_path):
@@ -546,7 +581,7 @@ def test_llama_parity(backbones):
     tokens = torch.randint(0, 400, (2, 70))
     document, image = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
     with torch.no_grad():
-        states = model.lm(model.lm.embed_tokens(tokens), model.mask(document, image))[-1]
+        states = model.lm(model.lm.embed_tokens(tokens), model.mask(document, image), model.positions(image))[-1]
         expected = backbones[2](tokens).logits
     assert expected.std() > 0.1 and torch.allclose(model.lm.logits(states), expected, atol=1e-4)
 
@@ -680,6 +715,7 @@ BAD_ARGUMENTS = [
     (["--lm_kv_heads=3"], "is not a multiple of --lm_kv_heads=3"),
     (["--vit_heads=3"], "is not a multiple of --vit_heads=3"),
     (["--grounded_at=3"], "--grounded_at=3 is beyond the last of --lm_depth=2 blocks"),
+    (["--related_at=3"], "--related_at=3 is beyond the last of --lm_depth=2 blocks"),
     (["--lora=2"], "--lora=2 leaves both backbones as they are: it needs --vit= and --lm="),
     (["--load=none.safetensors"], "is not a checkpoint of this script"),
     (["--resume=none.pt"], "is not the state of a run"),
