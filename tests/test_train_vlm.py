@@ -392,6 +392,8 @@ def test_evaluation_against_a_plain_loop(model, frozen, monkeypatch):
         assert numbers[f"val_loss_{name}"] == pytest.approx(value, rel=1e-4)
     for number, name in enumerate(train_vlm.FAMILIES, 1):
         assert numbers[f"accuracy_{name}"] == pytest.approx(right[number] / asked[number], abs=1e-4)
+    together = [sum(known[number] for number in range(1, 6)) for known in (right, asked)]
+    assert numbers["accuracy_questions"] == pytest.approx(together[0] / together[1], abs=1e-4)
 
 
 def test_accuracy_of_a_model_that_knows(model, frozen, monkeypatch):
