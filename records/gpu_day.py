@@ -4,11 +4,13 @@
 
 Every stage is a command with a log of its own in the folder --out, and stages.json there says how it went. A stage
 starts if the time it is expected to take is left, and ends when the budget does. The same command again goes on with
-what is missing or has failed; data in the making goes on where it was. Ends with a table of the profiles; the logs of
-the runs are in logs/, for records/submit.py.
+what is missing or has failed; data in the making goes on where it was, and so does a run, from its saved state. Ends
+with a table of the profiles; the logs of the runs are in logs/, for records/submit.py, which takes those of one piece
+alone: a baseline that trains for hours needs a --budget of as many.
 """
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -28,6 +30,8 @@ import streams  # noqa: E402
 TASKS = ("4m", "maskgit", "vlm", "flow", "gpt")  # in order of value
 COLUMNS = ("milliseconds", "mfu", "busy", "launches", "syncs", "peak_memory_mib", "compile_seconds", "graphs")
 TRIALS = 5
+RESUME = re.compile(r"stopped: .* (--resume=.+)")  # what a training script says last that had to stop
+GRACE = 40  # seconds that it has for that; torchrun kills its processes after 30
 # a short run at a size that a CPU computes in no time, for a test of this file
 TINY = {"4m": "--dim=32 --head_dim=16 --enc_depth=1 --dec_depth=1 --batch=8 --word_steps=0 --quality_scenes=0",
         "maskgit": "--dim=32 --head_dim=16 --depth=1 --batch=8 --quality_pictures=0"}
@@ -39,7 +43,12 @@ class Stage:
     name: str
     command: list
     expected: int
-    limit: int = 540
+    limit: float = 540
+
+
+def share_evenly(gpus):
+    """As many of the GPUs as every track's batch can be divided among: a power of two."""
+    return 1 << gpus.bit_length() - 1
 
 
 def python(*words, gpus=1):
@@ -70,9 +79,10 @@ def stages(out, gpus, tiny):
         baselines = [f"baselines/{path.name}" for path in (ROOT / "baselines").glob(f"train_{task}_*.py")]
         for seed in range(1 if tiny else TRIALS):
             script = python(f"train_{task}.py", f"--seed={seed}", *fields[task], gpus=gpus)
-            plan.append(Stage(f"record-{task}-{seed}", script, 240))
+            plan.append(Stage(f"record-{task}-{seed}", script, 240, math.inf))
         if not tiny:
-            plan += [Stage(f"baseline-{task}", python(path, "--track=gpu", gpus=gpus), 540) for path in baselines]
+            commands = [python(path, "--track=gpu", gpus=gpus) for path in baselines]
+            plan += [Stage(f"baseline-{task}", command, 240, math.inf) for command in commands]
     return plan
 
 
@@ -102,22 +112,26 @@ class Day:
         """Run a stage, its output in its log; what became of it is written at once."""
         began = time.monotonic()
         limit = min(stage.limit, self.left())
-        with open(self.out / f"{stage.name}.txt", "w") as log:
-            process = subprocess.Popen(stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        path = self.out / f"{stage.name}.txt"
+        resume = self.done.get(stage.name, {}).get("resume", [])
+        with open(path, "w") as log:
+            process = subprocess.Popen(stage.command + resume, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
             while process.poll() is None and time.monotonic() - began < limit:
                 time.sleep(0.5)
                 bar.refresh()
             if process.poll() is None:
                 process.terminate()  # a training script saves its state
                 try:
-                    process.wait(20)
+                    process.wait(GRACE)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
                 result = "out of time"
+                resume = RESUME.findall(path.read_text(errors="replace"))[-1:] or resume
             else:
                 result = "done" if process.returncode == 0 else f"failed, exit code {process.returncode}"
-        self.done[stage.name] = {"result": result, "seconds": round(time.monotonic() - began, 1)}
+                resume = []
+        self.done[stage.name] = {"result": result, "seconds": round(time.monotonic() - began, 1), "resume": resume}
         self.path.write_text(json.dumps(self.done, indent=1) + "\n")
 
 
@@ -164,7 +178,8 @@ def main():
     if not gpus and not tiny and not arguments.list:
         sys.exit("gpu_day.py: there is no NVIDIA GPU here; --list says what there is to do, --tiny=4m tries it out")
     day = Day(arguments.out.resolve(), arguments.budget)
-    todo = [stage for stage in stages(day.out, max(1, gpus), tiny) if re.search(arguments.only, stage.name)]
+    plan = stages(day.out, share_evenly(max(1, gpus)), tiny)
+    todo = [stage for stage in plan if re.search(arguments.only, stage.name)]
     if arguments.list:
         for stage in todo:
             result = day.done.get(stage.name, {}).get("result", f"{stage.expected} s expected")

@@ -10,6 +10,7 @@ import torch
 
 import gpu_day
 import profile_run
+import show
 import test_resume
 from test_resume import MODULES, arguments
 
@@ -55,6 +56,28 @@ def test_a_day(tmp_path, capsys):
     assert {name: about["result"] for name, about in again.done.items()} == results | {"bad": "done", "long": "done"}
 
 
+def test_a_run_goes_on_from_its_state(tmp_path):
+    """Cut off twice, the second time before it can save another state; a new one once it is done or has failed."""
+    code = """import signal, sys, time
+def stop(*_):
+    print("stopped: continue with the same command and --resume=/states of a/4m.pt", flush=True)
+    sys.exit()
+print(sys.argv[1:], flush=True)
+if len(sys.argv) == 1:
+    signal.signal(signal.SIGTERM, stop)
+time.sleep(60)"""
+    command = [sys.executable, "-c", code]
+    log = tmp_path / "run.txt"
+    for number in range(3):
+        day = gpu_day.Day(tmp_path, 60)
+        gpu_day.work(day, [gpu_day.Stage("run", command, 1, 3)])
+        assert day.done["run"]["result"] == "out of time"
+        assert day.done["run"]["resume"] == ["--resume=/states of a/4m.pt"]
+        assert log.read_text().splitlines()[0] == str(["--resume=/states of a/4m.pt"] * (number > 0))
+    day.run(gpu_day.Stage("run", [sys.executable, "-c", "import sys; sys.exit(len(sys.argv) < 2)"], 1), gpu_day.tqdm())
+    assert day.done["run"]["result"] == "done" and day.done["run"]["resume"] == []
+
+
 def test_stages_are_in_order_of_value():
     names = [stage.name for stage in gpu_day.stages(Path("out"), 8, {})]
     assert len(set(names)) == len(names) and names[:3] == ["kernels", "checks", "data-4m"]
@@ -63,6 +86,16 @@ def test_stages_are_in_order_of_value():
     commands = {stage.name: stage.command for stage in gpu_day.stages(Path("out"), 8, {})}
     assert "--nproc_per_node=8" in commands["record-4m-0"] and "torch.distributed.run" in commands["profile-gpt"]
     assert not any("torch.distributed.run" in stage.command for stage in gpu_day.stages(Path("out"), 1, {}))
+    runs = [stage for stage in gpu_day.stages(Path("out"), 8, {}) if stage.name.startswith(("record-", "baseline-"))]
+    assert len(runs) == len(gpu_day.TASKS) * (gpu_day.TRIALS + 1)
+    assert all(stage.expected < 540 < stage.limit for stage in runs), "each starts in a call of nine minutes"
+
+
+def test_as_many_gpus_as_share_every_batch(monkeypatch):
+    assert [gpu_day.share_evenly(gpus) for gpus in (1, 2, 3, 6, 7, 8)] == [1, 2, 2, 4, 4, 8]
+    for path in [*gpu_day.ROOT.glob("train_*.py"), *gpu_day.ROOT.glob("baselines/train_*.py")]:
+        monkeypatch.setitem(sys.modules, path.stem, None)  # load_script puts a copy there
+        assert show.load_script(path).CONFIGS["gpu"].batch % 8 == 0, path
 
 
 def test_a_tiny_day(tiny_4m, tmp_path):
