@@ -590,7 +590,8 @@ def orthogonalise(G, dtype=torch.bfloat16):
     X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True) + 1e-6)
     for a, b, c in POLAR:
         A = X @ X.mT
-        X = a * X + (b * A + c * (A @ A.mT)) @ X  # A is symmetric
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A: as one operator it takes half the time
+        X = torch.baddbmm(X, B, X, beta=a)
     return X.mT if tall else X
 
 

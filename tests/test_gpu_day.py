@@ -18,7 +18,7 @@ tiny_4m, tiny_flow, tiny_gpt = test_resume.tiny_4m, test_resume.tiny_flow, test_
 tiny_maskgit, tiny_vlm, frozen = test_resume.tiny_maskgit, test_resume.tiny_vlm, test_resume.frozen
 # Operators and waits of a step of each script at its tests' size, an eighth above what they were when this was written:
 # on a GPU each operator is a launch, and a wait stops Python from running ahead.
-CEILINGS = {"4m": (3150, 0), "flow": (2400, 0), "gpt": (2600, 0), "maskgit": (2170, 1), "vlm": (5190, 0)}
+CEILINGS = {"4m": (2510, 0), "flow": (1905, 0), "gpt": (2184, 0), "maskgit": (1660, 1), "vlm": (3975, 0)}
 
 
 @pytest.mark.parametrize("task", MODULES)
