@@ -63,6 +63,20 @@ def best(losses, width, rate):
     return min((factor for factor in FACTORS if found[factor] is not None), key=found.get, default=None)
 
 
+def optimum(losses, width, rate):
+    """The best factor as text: the lowest point of a parabola through the lowest loss and its neighbours, over the
+    logarithm of the factor; at the edge of what has been tried the last factor."""
+    least = best(losses, width, rate)
+    if least is None:
+        return "–"
+    at = FACTORS.index(least)
+    near = [losses.get(key_of(width, rate, factor)) for factor in FACTORS[max(0, at - 1):at + 2]]
+    if len(near) < 3 or None in near:
+        return f"x {least:g} or beyond"
+    left, middle, right = near
+    return f"x {least * 2 ** ((left - right) / 2 / (left - 2 * middle + right)):.2f}"
+
+
 def report(losses):
     """The sweep as Markdown: the lowest loss of each row in bold."""
     if not losses:
@@ -80,9 +94,12 @@ def report(losses):
             rows.append([rate, width, *cells])
     heads = "|>".join(f"x {factor:g}" for factor in FACTORS)
     base = " and ".join(f"{rate} {value:g}" for rate, value in RATES.items())
+    optima = "; ".join(f"{rate} {', '.join(optimum(losses, width, rate) for width in WIDTHS)}" for rate in RATES)
     return (f"What can be said from CPUs: validation losses of train_gpt.py ({' '.join(FIELDS[2:6])}) by width, one\n"
             f"rate a factor times {base}, all else as it is (`python records/width.py`, one\nseed each, the best of a "
-            f"row in bold):\n\n{table(f'rate|>dim|>{heads}', rows)}")
+            f"row in bold):\n\n{table(f'rate|>dim|>{heads}', rows)}\n\n"
+            f"Best at dim {', '.join(map(str, WIDTHS))}, by a parabola through the lowest loss and its neighbours:\n"
+            f"{optima}.")
 
 
 def main():

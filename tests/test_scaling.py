@@ -2,7 +2,9 @@
 import re
 
 import pytest
+import torch
 
+import launches
 import leaderboard
 import scaling
 import width
@@ -45,6 +47,23 @@ def test_states_by_hand():
     assert scaling.state_bytes(1, stacks, 10, False) == 4 * (3 * 34 + 4 * 10)
     assert scaling.state_bytes(2, stacks, 10, False) == 4 * (2 * 34 + 2 * 6 + 16 + 4 * 10)
     assert scaling.state_bytes(2, stacks, 10, True) == 4 * (34 + 2 * 6 + 16 + 4 * 10)
+
+
+def test_operators_by_hand():
+    x = torch.ones(4)
+    with launches.Operators() as operators:
+        x.view(2, 2).T[0].add_(1)
+        torch.add(x, x, out=torch.empty(4))
+    assert operators.count == 2, "a view is none, nor is memory"
+    tokens, _, modalities, _ = train_4m.read_frozen(train_4m.CONFIGS["cpu"])
+    config = train_4m.dataclasses.replace(train_4m.CONFIGS["cpu"], **DIMS, batch=4, word_steps=3)
+    layout, steps = train_4m.Layout(modalities), range(3)
+    few, many = ([launches.count(train_4m, train_4m.dataclasses.replace(config, enc_depth=depth), layout, tokens[:4], step)
+                  for step in steps] for depth in (1, 3))
+    for one, three in zip(few, many):
+        assert one["Muon"] == three["Muon"] > 3 * len(train_4m.POLAR) and one["Adam"] == three["Adam"] > 0
+        assert one["inputs and targets"] == three["inputs and targets"] > 10
+        assert three["model"] - one["model"] == many[0]["model"] - few[0]["model"] > 50, "two blocks"
 
 
 def test_what_is_counted_is_up_to_date():
@@ -93,6 +112,10 @@ def test_width(tmp_path, monkeypatch):
     assert len(asked) == count + 1
     text = width.report(width.load())
     assert text.count("diverged") == 6 and text.count("**") == 12 and "| adam_lr | 256 |" in text
+    assert text.endswith("muon_lr x 0.45, x 0.45, x 0.45; adam_lr x 2 or beyond, x 2 or beyond, x 2 or beyond.")
+    losses = {"dim 64, adam_lr x 0.5": 2.0, "dim 64": 1.0, "dim 64, adam_lr x 2": 1.5}
+    assert width.optimum(losses, 64, "adam_lr") == f"x {2 ** (1 / 6):.2f}", "of 3 x^2 / 4 - x / 4 + 1"
+    assert width.optimum({}, 64, "adam_lr") == "–"
     monkeypatch.setattr(width, "FIELDS", ["--other"])
     assert not width.load()
 
