@@ -102,7 +102,6 @@ train() {  # train TASK [--field=value ...]
     case "$task $track $#" in
         "4m cpu 0") set -- --quality_scenes=200;;
         "flow cpu 0") set -- --num_steps=3000 --eval_every=500;;
-        "vlm cpu 0") set -- --num_steps=800 --eval_every=200;;
     esac
     prepare "$task" "$track" "$@"
     even 1 "$task" "$@"

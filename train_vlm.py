@@ -84,8 +84,8 @@ class Config:
     seq_len: int = 256  # tokens per row, of several conversations
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
-    target: float = 0.0  # validation loss to reach; 0: the track has not been opened
-    eval_every: int = 60  # steps between evaluations; the clock is paused
+    target: float = 0.045  # validation loss to reach; 0: the track has not been opened
+    eval_every: int = 85  # steps between evaluations; the clock is paused
 
 
 @dataclass
