@@ -1,5 +1,6 @@
 """Text for train_maskgit.py: rows of tokens of a stream in data/<name>, in place of pictures and without labels."""
 import math
+import os
 
 import numpy as np
 import torch
@@ -29,9 +30,21 @@ def read_rows(script, config, split):
     return rows, meta
 
 
+def fit_batch(script, config, rows):
+    """Have config.batch fit so many rows of a short text, as many to each process, and say so."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    most = rows // world * world
+    if most < config.batch and most:
+        config.batch = most
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{script.HERE.name}: {rows:,} training rows of {LENGTH} tokens are few: this run takes "
+                  f"--batch={most}")
+
+
 def read_train(script, config):
-    """What train_maskgit.read_shards returns."""
+    """What train_maskgit.read_shards returns; config is made to fit a text that is short."""
     tokens, _ = read_rows(script, config, "train")
+    fit_batch(script, config, len(tokens))
     check_batch(script, config, len(tokens), "examples")
     return tokens, np.zeros(len(tokens), np.uint16), "none"
 

@@ -276,6 +276,37 @@ def test_maskgit(root, tmp_path, monkeypatch):
     assert f"true          {first}" in lines
 
 
+def test_maskgit_on_a_page(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(show_maskgit, "TEXT_STEPS", (1, 4))
+    monkeypatch.setattr(show_maskgit, "TEXT_ROWS", 4)
+    path = tmp_path / "page.txt"
+    path.write_text("word after word " * 50)
+    text.main([path])
+    argv = [argument for argument in DIMS if not argument.startswith("--batch")]
+    runs.run_here("maskgit", monkeypatch, tmp_path, [*argv, "--data=page"], samples=True)
+    said = "train_maskgit.py: 11 training rows of 64 tokens are few: this run takes --batch=11\n"
+    assert capsys.readouterr().out.count(said) == 1
+    footer, = runs.footers(tmp_path)
+    assert footer["tokens"] == 2 * 11 * 64 and (tmp_path / "samples/maskgit.txt").exists()
+
+
+def test_only_short_texts_change_the_batch(monkeypatch, capsys):
+    script = types.SimpleNamespace(HERE=Path("train_maskgit.py"))
+
+    def fit(rows):
+        config = types.SimpleNamespace(batch=8)
+        text_rows.fit_batch(script, config, rows)
+        return config.batch
+
+    assert fit(8) == 8 and fit(9) == 8 and not capsys.readouterr().out
+    assert fit(7) == 7
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert fit(7) == 4 and "takes --batch=4\n" in capsys.readouterr().out
+    assert fit(3) == 8, "not one for each process: a sentence follows"
+    monkeypatch.setenv("RANK", "1")
+    assert fit(7) == 4 and not capsys.readouterr().out
+
+
 def test_maskgit_on_ids_of_16_bits(root, tmp_path, monkeypatch):
     (root / "high").mkdir()
     for name in ("train", "val"):
