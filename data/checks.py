@@ -149,6 +149,7 @@ def check_frozen_images(script, config):
     """Validation files are such as read_frozen can use; says how each comes back."""
     try:
         name = config.frozen
+        check_file(script.ROOT / name)
         with np.load(script.ROOT / name, allow_pickle=False) as arrays:
             choices = [key for key in arrays if key.startswith("pixels")]
             if choices and config.pixels not in choices:
@@ -157,6 +158,7 @@ def check_frozen_images(script, config):
             images, classes = arrays[config.pixels], json.loads(bytes(arrays["modalities"]))["label"]["vocab"]
             check_labelled(images, arrays["label"], classes)
         name = config.frozen_draws
+        check_file(script.ROOT / name)
         with np.load(script.ROOT / name, allow_pickle=False) as arrays:
             index, times, seeds = (arrays[key] for key in ("index", "t", "seed"))
         if not len(index) == len(times) == len(seeds) or index.min() < 0 or index.max() >= len(images):
@@ -166,10 +168,12 @@ def check_frozen_images(script, config):
     except script.Fault:
         raise
     except Exception as error:  # numpy, zipfile and zlib have many kinds
-        path, reason = script.ROOT / name, f"cannot be evaluated on ({type(error).__name__}: {error})"
+        path = script.ROOT / name
+        reason = printable(f"cannot be evaluated on ({type(error).__name__}: {error})", 300)
         if isinstance(error, FileNotFoundError):
             reason = "is missing"
-        if path.resolve().parent == (script.ROOT / "data" / "frozen").resolve():
+        # resolve() would raise for a link to itself
+        if os.path.dirname(os.path.realpath(path)) == os.path.realpath(script.ROOT / "data" / "frozen"):
             raise script.Fault(f"{path} {reason}: it belongs to the repository (`git checkout {name}`)") from None
         raise script.Fault(f"{path} {reason}: it is no part of the repository but made with its training data, for "
                            "CIFAR-10 by `python data/cifar10.py`, for MNIST by `python data/mnist.py`") from None

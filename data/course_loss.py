@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from shards import check_file, printable
+
 
 class CourseLoss:
     """Opened before the clock. Raises the script's Fault for a validation set that course.py has not made."""
@@ -15,13 +17,15 @@ class CourseLoss:
         self.run, self.script = run, run.script
         path, make = self.script.ROOT / run.config.frozen, "`python data/course.py ROOT`"
         try:
+            check_file(path)
             with np.load(path, allow_pickle=False) as arrays:
                 self.roles = torch.from_numpy(arrays["course_roles"])
         except FileNotFoundError:
             raise self.script.Fault(f"no validation data at {path}: {make} makes them of the course's folder") from None
         except Exception as error:  # numpy, zipfile and zlib have many kinds
-            raise self.script.Fault(f"{path} cannot be evaluated on ({type(error).__name__}: {error}): the track needs "
-                                    f"what {make} writes") from None
+            reason = printable(f"{type(error).__name__}: {error}", 300)
+            raise self.script.Fault(f"{path} cannot be evaluated on ({reason}): the track needs what {make} "
+                                    "writes") from None
 
     @torch.no_grad()
     def measure(self, model, tokens, layout):

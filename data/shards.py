@@ -71,7 +71,7 @@ def content_sha256(folder):
 
 def command_for(folder):
     """The command that makes a folder data/<name>/train, None if it is none of ours."""
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))  # resolve() would raise for a link to itself
     if folder.parent.parent != ROOT or folder.name != "train":
         return None
     for pattern, command in OURS.items():

@@ -18,6 +18,7 @@ import signal
 import struct
 import sys
 import tracemalloc
+import types
 import zipfile
 import zlib
 from pathlib import Path
@@ -47,8 +48,12 @@ import test_course as course_tests
 import text
 import text_rows
 import tokenizer
+import train_4m
+import train_flow
 import train_gpt
 import train_maskgit
+import train_vlm
+from course_loss import CourseLoss
 from test_real_data import asked, npm, root  # noqa: F401: fixtures
 from test_streams import names, pip  # noqa: F401
 from test_train_gpt import DIMS, META, SMALL, small_model, tiny  # noqa: F401
@@ -247,7 +252,7 @@ def limited(seconds=60):
             signal.signal(number, before[number])
 
 
-FAULTS = (SystemExit, train_gpt.Fault, train_maskgit.Fault)
+FAULTS = (SystemExit, *(script.Fault for script in (train_4m, train_flow, train_gpt, train_maskgit, train_vlm)))
 
 
 def sentence(function, *arguments, **options):
@@ -749,23 +754,70 @@ def read_pictures(config):
     train_maskgit.read_shards(config, modalities)
 
 
-def test_sets(data, tmp_path, monkeypatch):
+def read_pixels(config):
+    """All that train_flow.py reads of a set."""
+    checks.check_frozen_images(train_flow, config)
+    _, _, _, _, classes, _ = train_flow.read_frozen(config)
+    train_flow.read_images(config, classes, 8)
+
+
+def read_chats(config):
+    """All that train_vlm.py reads of a set."""
+    checks.check_archives(train_vlm, config.frozen)
+    *_, about, _ = train_vlm.read_frozen(config)
+    _, tokens, _, _ = train_vlm.read_conversations(config, about)
+    train_vlm.measure(tokens, about["pad"], config)
+
+
+def read_course(config):
+    """All that train_4m.py reads of a set of the course's."""
+    CourseLoss(types.SimpleNamespace(script=train_4m, config=config))
+    checks.check_archives(train_4m, config.frozen, config.frozen_masks)
+    _, _, modalities, _ = train_4m.read_frozen(config)
+    train_4m.read_shards(config, modalities)
+
+
+def rows(**arrays):
+    """20 rows of each array for training and 10 for validation, of zeros; arrays: (shape, dtype)."""
+    return [{m: np.zeros((n, *shape), dtype) for m, (shape, dtype) in arrays.items()} for n in (20, 10)]
+
+
+def kind(length, vocab):
+    return {"length": length, "vocab": vocab, "pad": -1}
+
+
+SETS = {  # script, what reads a set, arrays, more of validation, modalities
+    "maskgit": (train_maskgit, read_pictures, rows(rgb=((64,), np.uint16), label=((1,), np.uint16)),
+                {"masked": np.ones((10, 64), bool)}, {"rgb": kind(64, 4096), "label": kind(1, 2)}),
+    "flow": (train_flow, read_pixels, rows(pixels32=((3, 8, 8), np.uint8), label=((1,), np.uint16)),
+             {"index": np.arange(8), "t": np.linspace(0, 1, 8), "seed": np.arange(8)}, {"label": kind(1, 2)}),
+    "vlm": (train_vlm, read_chats, rows(pixels=((3, 8, 8), np.uint8), qa=((9,), np.uint16), family=((1,), np.uint8)),
+            {}, {"qa": kind(9, 576)}),
+    "4m": (train_4m, read_course, rows(rgb=((16,), np.uint16), desc=((9,), np.uint16)),
+           {"roles": np.ones((10, 25), np.uint8), "course_roles": np.ones((10, 25), np.uint8)},
+           {"rgb": {**kind(16, 384), "digits": [32, 12]}, "desc": kind(9, 320)}),
+}
+
+
+@pytest.mark.parametrize("task", SETS)
+def test_sets(task, data, monkeypatch):
     """What the scripts above have made, damaged since."""
     monkeypatch.setattr(sys, "path", sys.path[:])
-    train, held = ({"rgb": np.zeros((n, 64), np.uint16), "label": np.zeros((n, 1), np.uint16)} for n in (20, 10))
-    held["masked"] = np.ones((10, 64), bool)
-    kinds = {"rgb": {"length": 64, "vocab": 4096, "pad": -1}, "label": {"length": 1, "vocab": 2, "pad": -1}}
+    script, read, (train, held), more, kinds = SETS[task]
+    if task == "vlm":
+        train, held = ({**part, "answer": np.ones((len(part["qa"]), 9), np.uint8)} for part in (train, held))
     folder = data / "mine"
     folder.mkdir()
-    hub.finish(folder, {"num": 20, "name": "mine"}, kinds, train, held)
+    hub.finish(folder, {"num": 20, "name": "mine"}, kinds, train, {**held, **more})
     contents = {name: (folder / name).read_bytes() for name in names(folder)}
-    val = str(folder / "val.npz")
-    config = dataclasses.replace(train_maskgit.CONFIGS["cpu"], data=str(folder / "train"), frozen=val, frozen_masks=val,
-                                 batch=4)
+    fields = vars(script.CONFIGS["cpu"])
+    files = {"frozen", "frozen_masks", "frozen_draws"} & fields.keys()
+    changes = {field: str(folder / "val.npz") for field in files}
+    config = dataclasses.replace(script.CONFIGS["cpu"], data=str(folder / "train"), batch=4, **changes)
     identity = {"name": "mine", "num": 20}
-    read_pictures(config)
+    read(config)
 
-    @examples(100)
+    @examples(100 if task == "maskgit" else 60)
     @given(st.sampled_from(sorted(contents)), st.data())
     def works_or_refuses(name, draw):
         for other, content in contents.items():
@@ -774,7 +826,7 @@ def test_sets(data, tmp_path, monkeypatch):
         if name.endswith("meta.json"):
             bad |= st.sampled_from(METAS).map(lambda text: ("bytes", text.encode()))
         put(folder / name, draw.draw(bad))
-        sentence(read_pictures, config)
+        sentence(read, config)
         sentence(verify, folder, identity)
 
     works_or_refuses()
