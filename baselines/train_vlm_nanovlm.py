@@ -80,13 +80,13 @@ class Config:
     weight_decay: float = 0.01  # of all parameters
     clip: float = 1.0  # norm of the gradient at most
     # schedule
-    num_steps: int = 5000  # training steps
+    num_steps: int = 16000  # training steps
     warmup: float = 0.03  # share of the steps over which the learning rates rise from 0
     lr_min: float = 0.1  # share of the peaks where the cosine ends
     batch: int = 32  # conversations per step, over all processes
     # eval
     target: float = 0.045  # validation loss to reach; 0: the track has not been opened
-    eval_every: int = 500  # steps between evaluations; the clock is paused
+    eval_every: int = 1000  # steps between evaluations; the clock is paused
 
     @property
     def image_tokens(self):
