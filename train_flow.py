@@ -684,6 +684,7 @@ def train_step(step, batch, rng, errors_of, model, muon, adam, config, run):
 
 # --- copied: sample ---
 GUIDED = (0.3, 0.8)  # the times between which guidance counts (arXiv:2404.07724): nearer to noise it shifts all images
+SHIFT = 3  # of steps towards noise (arXiv:2403.03206), where an object's size and place are decided
 
 
 @torch.no_grad()
@@ -712,8 +713,8 @@ def sample(model, labels, steps=25, solver="heun", guidance=1.0, noise=None, see
 
     z = noise.to(labels.device)
     trajectory = [(1.0, z)]
-    for i in range(steps):
-        t, next_t = 1 - i / steps, 1 - (i + 1) / steps
+    times = [SHIFT * i / (steps + (SHIFT - 1) * i) for i in range(steps, -1, -1)]
+    for t, next_t in zip(times, times[1:]):
         v = velocity(z, t)
         if solver == "heun" and next_t > 0:  # at t = 0 there is no noise to be seen: the last step is Euler's
             v = (v + velocity(z + (next_t - t) * v, next_t)) / 2

@@ -228,7 +228,7 @@ def test_solvers_and_their_order():
 def test_trajectory():
     model, labels = small_model(std=0.1), torch.arange(2)
     made, path = sample(model, labels, 4, "euler", return_trajectory=True)
-    assert [t for t, _ in path] == [1, 0.75, 0.5, 0.25, 0]
+    assert [t for t, _ in path] == [1, 9 / 10, 3 / 4, 1 / 2, 0]  # 3 u / (1 + 2 u) of 1, 3/4, 1/2, 1/4, 0
     assert torch.equal(made, path[-1][1].clamp(-1, 1))
     assert torch.equal(made, sample(model, labels, 4, "euler"))
     assert not torch.equal(made, sample(model, labels, 4, "euler", seed=1))
