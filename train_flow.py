@@ -63,6 +63,7 @@ class Config:
     batch: int = 64  # images per step, over all processes
     micro_batch: int = 512  # of them that a process computes at a time
     times_std: float = 1.0  # of the times' logits, which are normal (arXiv:2403.03206)
+    uniform_times: float = 0.25  # share of the times that are uniform: normal logits leave out where noise is all
     label_drop: float = 0.1  # share of images without their label, for classifier-free guidance
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
@@ -90,7 +91,7 @@ CONFIGS = {
 ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "patch")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
     "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "patch": (2, 128), "batch": (1, math.inf),
-    "reflow": (0, 10 ** 6), "quality_pictures": (0, 10 ** 5),
+    "times_std": (0.01, 100), "uniform_times": (0, 1), "reflow": (0, 10 ** 6), "quality_pictures": (0, 10 ** 5),
 }
 
 
@@ -658,7 +659,8 @@ def train_step(step, batch, rng, errors_of, model, muon, adam, config, run):
     t = torch.randperm(B, generator=rng, device=device) + torch.rand(B, generator=rng, device=device)
     t = t / B  # one time in every B-th
     if not config.reflow:  # straight paths are learnt evenly along their length
-        t = torch.sigmoid(config.times_std * torch.special.ndtri(t))
+        uniform = torch.rand(B, generator=rng, device=device) < config.uniform_times
+        t = torch.where(uniform, t, torch.sigmoid(config.times_std * torch.special.ndtri(t)))
     noise = noise[0] if noise else torch.randn(images.shape, generator=rng, device=device)
     dropped = torch.rand(B, generator=rng, device=device) < config.label_drop
     labels = labels.masked_fill(dropped, model.classes)

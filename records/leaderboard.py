@@ -56,7 +56,8 @@ def show_p(r):
 def show_quality(r, track):
     """The mean of every number that has a floor, and whether the record is below it."""
     below = "; ".join(missed(r["logs"], track))
-    return "; ".join(f"{key.removeprefix('quality_')} {quality(r['logs'], key):.4g}" + f" (not {sign} {bound})" *
+    names = {key: key.removeprefix("quality_").removeprefix("accuracy_") for key in track["floors"]}
+    return "; ".join(f"{names[key]} {quality(r['logs'], key):.4g}" + f" (not {sign} {bound})" *
                      (f"its {key} " in below) for key, (sign, bound) in track["floors"].items()) or "–"
 
 def show_target(track):
