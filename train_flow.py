@@ -59,7 +59,7 @@ class Config:
     momentum: float = 0.9  # of Muon
     adam_lr: float = 0.01  # of embeddings, modulation and head
     # schedule
-    num_steps: int = 2700  # training steps
+    num_steps: int = 3600  # training steps
     batch: int = 64  # images per step, over all processes
     micro_batch: int = 512  # of them that a process computes at a time
     times_std: float = 1.0  # of the times' logits, which are normal (arXiv:2403.03206)

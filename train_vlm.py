@@ -119,8 +119,8 @@ LIMITS = {  # what a field may be: least and most, or choices; data/options.py h
     "vit_mlp": (1, 65536), "shuffle": (1, 64), "lm_dim": (2, 8192), "lm_depth": (1, 96), "lm_heads": (1, 256),
     "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf), "lora": (0, 1024), "batch": (1, 4096),
     "grounding": (0, 1000), "grounded_at": (1, 96), "related_at": (1, 96), "question_weight": (0.001, 1000),
-    "seq_len": (1, 65536),
-    "max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.001, 1), "quality_pictures": (0, 2000),
+    "seq_len": (1, 65536), "max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.001, 1),
+    "quality_pictures": (0, 2000),
 }
 
 
@@ -949,13 +949,15 @@ def answer_loss(model, states, tokens, places, weights):
     return (F.cross_entropy(logits, tokens.flatten()[places], reduction="none") * weights).sum()
 
 
-def grounding_loss(model, states, grounded, refers, objects, shares):
-    """Cross-entropy, weighed by shares (n,), of what the states (B, T, len(ASKED), C) at grounded (n,) are asked for:
-    how many objects, and values, column and row of each, all of these equally likely. refers (n,) and objects (n, 3,
-    6) as the Loader gives them."""
-    states = states.flatten(0, 2).index_select(0, grounded)
+def grounding_loss(model, states, related, grounded, refers, objects, shares):
+    """Cross-entropy, weighed by shares (n,), of what is asked at grounded (n,) of states (B, T, C), and of later states
+    related (B, T, C) the last of ASKED: how many objects, and values, column and row of each, all of these equally
+    likely. refers (n,) and objects (n, 3, 6) as the Loader gives them."""
+    place, asked = grounded // len(ASKED), grounded[:, None] % len(ASKED)
+    early, late = (each.flatten(0, 1).index_select(0, place) for each in (states, related))
+    states = torch.where(asked == len(ASKED) - 1, late, early)  # (n, C)
     told = model.ground(F.rms_norm(states, states.shape[-1:])).unflatten(1, (len(ASKED), TOLD))
-    logs = told[torch.arange(len(told)), grounded % len(ASKED)].float().log_softmax(-1)  # (n, TOLD)
+    logs = told.take_along_dim(asked[..., None], 1)[:, 0].float().log_softmax(-1)  # (n, TOLD)
     fits = refers[:, None] >> torch.arange(OBJECTS, device=refers.device) & 1  # (n, 3)
     number = fits.sum(1, keepdim=True)
     nats = -logs.gather(1, objects.flatten(1)).unflatten(1, (OBJECTS, -1)).sum(2)  # (n, 3)
@@ -970,15 +972,14 @@ def train_step(step, batch, model, muon, adam, config, run):
              "places": batch["part_answers"], "weights": batch["part_answers"], "grounded": batch["part_grounded"],
              "refers": batch["part_grounded"], "objects": batch["part_grounded"],
              "shares": batch["part_grounded"]}  # of the parts of each tensor
-    blocks = [config.grounded_at] * (len(ASKED) - 1) + [config.related_at]  # before the states that are asked
     parts = zip(*(batch[name].split(size) for name, size in sizes.items()))
     for tokens, document, pixels, places, weights, *grounding in parts:
         with run.autocast():
             states = model(tokens, document, pixels)
             loss = answer_loss(model, states[-1], tokens, places, weights) / batch["weight"]
             if config.grounding and sum(batch["part_grounded"]):
-                asked = torch.stack([states[block - 1] for block in blocks], 2)
-                loss = loss + config.grounding * grounding_loss(model, asked, *grounding)
+                middle = states[config.grounded_at - 1], states[config.related_at - 1]
+                loss = loss + config.grounding * grounding_loss(model, *middle, *grounding)
         loss.backward()
         total += loss.detach()
     sum_gradients(adam, run.world)

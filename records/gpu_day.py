@@ -178,7 +178,10 @@ def main():
     if not gpus and not tiny and not arguments.list:
         sys.exit("gpu_day.py: there is no NVIDIA GPU here; --list says what there is to do, --tiny=4m tries it out")
     day = Day(arguments.out.resolve(), arguments.budget)
-    plan = stages(day.out, share_evenly(max(1, gpus)), tiny)
+    used = share_evenly(max(1, gpus))
+    if used < gpus:
+        print(f"gpu_day.py: {used} of {gpus} GPUs here, which share every batch evenly")
+    plan = stages(day.out, used, tiny)
     todo = [stage for stage in plan if re.search(arguments.only, stage.name)]
     if arguments.list:
         for stage in todo:

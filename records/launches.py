@@ -1,5 +1,4 @@
-"""
-What a training step of train_4m.py asks of a device: operators, each a launch on a GPU where nothing is compiled.
+"""What a training step of train_4m.py asks of a device: operators, each a launch on a GPU where nothing is compiled.
 
     python records/scaling.py --counted          # writes the table into docs/SCALING.md
 """
@@ -68,7 +67,7 @@ def count(script, config, layout, tokens, step):
 
 def report(script, layout, tokens):
     """The operators of steps of the gpu track by what they teach, as a Markdown table: those of the blocks are what a
-    model without blocks does not have. How many there are does not hang on channels and scenes, of which few will do."""
+    model without blocks does not have. How many there are is the same for any channels and scenes: few will do."""
     config = dataclasses.replace(script.CONFIGS["gpu"], dim=32, head_dim=32, batch=len(tokens))
     bare = dataclasses.replace(config, enc_depth=0, dec_depth=0)
     rows, links = [], {}

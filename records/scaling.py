@@ -415,7 +415,8 @@ def counted_report(large):
     activations = beyond / (batch * gpu.dim * (gpu.enc_depth + gpu.dec_depth))
     return COUNTED.format(
         gpu_parameters=sum(count * math.prod(shape) for shape, count in stacks.items()) + rest, gpu_batch=batch,
-        sent=bytes_table(stacks, rest, sharded), operators=launches.report(script, layout, few), memory_mib=memory_mib, sizes=sizes_table(script, layout, activations),
+        sent=bytes_table(stacks, rest, sharded), operators=launches.report(script, layout, few),
+        memory_mib=memory_mib, sizes=sizes_table(script, layout, activations),
         steps=table("given -> asked|>known of the first|>milliseconds|>TFLOP/s", steps), flops=GPU["flops"] / 1e12,
         reached=100 * reached, memory=GPU["memory"] / 1e12, per_machine=GPU["per_machine"], nvlink=GPU["nvlink"] / 1e9,
         card=GPU["card"] / 1e9, adam=ADAM_PASSES, masking=MASKING_PASSES,

@@ -181,9 +181,8 @@ def test_micro_batches_share_the_work(model, frozen, monkeypatch, rank, world):
     assert torch.equal(batch["places"], batch["answer"].flatten().nonzero()[:, 0])
     states = plain(model, *seen[0])
     answers = train_vlm.answer_loss(model, states[-1], batch["tokens"], batch["places"], batch["weights"])
-    asked = torch.stack([*[states[0]] * 5, states[1]], 2)
     grounding = [batch[name] for name in ("grounded", "refers", "objects", "shares")]
-    wanted = answers / batch["weight"] + 1.0 * train_vlm.grounding_loss(model, asked, *grounding)
+    wanted = answers / batch["weight"] + 1.0 * train_vlm.grounding_loss(model, *states, *grounding)
     assert loss == wanted.item()
     whole = torch.autograd.grad(wanted, list(model.parameters()))
     assert torch.equal(gradients, torch.cat([g.flatten() for g in whole]))
@@ -308,11 +307,11 @@ def test_grounding_asks_for_all_that_fits(model):
     objects = torch.tensor([[[1, 3, 10, 12, 17, 25], [0, 2, 11, 13, 20, 28], [0] * 6]] * 3)
     refers = torch.tensor([train_vlm.REFERS + bits for bits in (0, 1, 3)])
     kinds, told = len(train_vlm.ASKED), train_vlm.TOLD
-    states = torch.randn(1, 5, kinds, DIMS["lm_dim"], generator=torch.Generator().manual_seed(0))
+    states, related = torch.randn(2, 1, 5, DIMS["lm_dim"], generator=torch.Generator().manual_seed(0))
     places, asked, shares = torch.tensor([0, 2, 4]), torch.tensor([0, 3, kinds - 1]), torch.tensor([0.5, 1.0, 2.0])
     with torch.no_grad():
-        loss = train_vlm.grounding_loss(model, states, places * kinds + asked, refers, objects, shares)
-        normed = F.rms_norm(states[0, places, asked], states.shape[-1:])
+        loss = train_vlm.grounding_loss(model, states, related, places * kinds + asked, refers, objects, shares)
+        normed = F.rms_norm(torch.stack([states[0, 0], states[0, 2], related[0, 4]]), states.shape[-1:])
         logs = [model.ground(state)[told * k:told * (k + 1)].log_softmax(-1) for state, k in zip(normed, asked)]
     number = len(train_vlm.VALUES) + 2 * train_vlm.CELLS
     wanted = [[number], [1, 3, 10, 12, 17, 25, number + 1],
