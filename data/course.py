@@ -3,7 +3,7 @@
     python data/course.py ROOT                                    # ROOT/{train,val} -> data/course/{train,val.npz}
     python data/course.py ROOT --name=mine --splits=train,test    # other splits, to data/mine
     python train_4m.py --track=course
-    python data/course.py --export=DIR [--num=20000]              # our scenes at 128 px -> DIR/{train,val}
+    python data/scenes.py --course=DIR [--num=20000]              # our scenes at 128 px -> DIR/{train,val}
 
 Such a folder is ROOT/<split>/<modality>/<sample>: .npy files of (10, 256) picture tokens below 64000 and .json files of
 ten texts, for ten crops of a sample that belong together. In training every crop is an example, in validation the first
@@ -212,7 +212,7 @@ def write_split(out, arrays, encoding):
                 np.save(path, np.tile(row.astype(np.int16), (CROPS, 1)))
 
 
-@sentences("course.py")
+@sentences("scenes.py")
 def export(out, num, train=ROOT / "scenes128" / "train", frozen=FROZEN / "scenes128.npz"):
     """Write num of our training scenes (None: all) and the frozen validation scenes as the course's folder."""
     if out.exists():
@@ -231,17 +231,8 @@ def export(out, num, train=ROOT / "scenes128" / "train", frozen=FROZEN / "scenes
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", nargs="?", type=Path, help="the course's folder")
+    parser.add_argument("root", type=Path, help="the course's folder")
     parser.add_argument("--name", default="course", help="of the set: data/<name>")
     parser.add_argument("--splits", default="train,val", help="what to train and what to validate on")
-    parser.add_argument("--export", type=Path, help="write our scenes at 128 px as such a folder instead")
-    parser.add_argument("--num", type=int, help="training scenes to export, all without it")
     arguments = parser.parse_args()
-    if bool(arguments.root) == bool(arguments.export):
-        parser.error("name the course's folder, or --export=DIR for one of our scenes")
-    if arguments.num is not None and arguments.num < 1:
-        parser.error("--num must be at least 1")
-    if arguments.export:
-        export(arguments.export, arguments.num)
-    else:
-        convert(arguments.root, arguments.name, arguments.splits.split(","))
+    convert(arguments.root, arguments.name, arguments.splits.split(","))

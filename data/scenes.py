@@ -12,6 +12,7 @@ data/codec.py.
     python data/scenes.py --qa --num=200000          # as many as the gpu track trains on -> data/qa64-large
     python data/scenes.py --audio                    # the first set's captions read aloud, and impacts -> data/audio64
     python data/scenes.py --rich                     # the first set's instances, outlines, poses .. -> data/rich64
+    python data/scenes.py --course=DIR [--num=20000] # scenes at 128 px as the folder that EPFL's course COM-304 reads
     python data/scenes.py [--objects|--qa|--audio|--rich] --check    # whether a set is what this machine would make
     python data/scenes.py [--objects|--qa|--audio|--rich] --preview  # a sheet -> samples/<kind>.png, or WAV files
     python data/scenes.py [--objects|--qa|--audio|--rich] --frozen   # remake data/frozen/<kind><size>.npz (maintainers)
@@ -23,12 +24,14 @@ import json
 import random
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import course
 import pool
 import previews
 import questions
@@ -420,17 +423,20 @@ def main():
                           ("audio", "captions read aloud and the sounds of objects that are struck"),
                           ("rich", "instances, outlines, poses, palettes and metadata")):
         kinds.add_argument(f"--{option}", dest="kind", action="store_const", const=option, default="scenes", help=about)
+    kinds.add_argument("--course", type=Path, metavar="DIR", help="write scenes at 128 px as the course's folder")
     parser.add_argument("--preview", action="store_true", help="draw a contact sheet instead")
     parser.add_argument("--frozen", action="store_true", help="remake the frozen validation set instead")
     parser.add_argument("--check", action="store_true", help="see whether a set is what this machine would make")
     arguments = parser.parse_args()
-    kind, size = arguments.kind, arguments.size
+    kind, size = arguments.kind, 128 if arguments.course else arguments.size
     num = arguments.num
     if num is None:
         num = 20000 if size < 128 else LARGE
     fits = size in (64, 128) if kind == "objects" else size >= 16 and size % 8 == 0
     if not fits or num < 1 or not 0 <= arguments.seed < 1 << 20:
         stop("--size must be a multiple of 8 from 16 up (--objects: 64, 128), --num at least 1, --seed 0 to 2^20 - 1")
+    if arguments.course and arguments.course.exists():
+        stop(f"{arguments.course} is there already: name a folder that is not")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if arguments.preview:
@@ -441,11 +447,14 @@ def main():
             print(check_shards(size, num, arguments.seed, device, kind))
         else:
             workers = pool.cores() if device == "cpu" else min(pool.cores(), GPU_WORKERS)
-            make_shards(size, num, arguments.seed, device, kind, workers)
+            if not arguments.course or not (ROOT / "scenes128" / "train").exists():
+                make_shards(size, num, arguments.seed, device, kind, workers)
             if kind == "qa":
                 report_questions(ROOT / set_name(size, num, kind) / "train")
             if kind == "objects" and size == 64:
                 write_stream()  # train_gpt.py --data=scenes reads it
+            if arguments.course:
+                course.export(arguments.course, arguments.num)
     except KeyboardInterrupt:
         stop("interrupted; run the same command to continue")
     except Fault as fault:

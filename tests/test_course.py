@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 import types
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import course
 import eval_masks
 import runs
+import scenes
 import shards
 import streams
 import train_4m
@@ -205,6 +207,26 @@ def test_export_and_back(data, tmp_path):
                 assert told == [text for text in texts[m][:count] for _ in range(crops)]
             else:
                 assert (array == arrays[m][:count].repeat(crops, 0)).all()
+
+
+def test_scenes_course(data, tmp_path, monkeypatch):
+    """data/scenes.py --course makes scenes where there are none, and exports those that there are."""
+    made, written = [], []
+    monkeypatch.setattr(scenes, "ROOT", data)
+    monkeypatch.setattr(scenes, "make_shards", lambda size, num, *rest: made.append((size, num)))
+    monkeypatch.setattr(course, "export", lambda *arguments: written.append(arguments))
+
+    def command(*options):
+        monkeypatch.setattr(sys, "argv", ["scenes.py", *options])
+        scenes.main()
+
+    out = tmp_path / "out"
+    command(f"--course={out}", "--num=5")
+    (data / "scenes128" / "train").mkdir(parents=True)
+    command(f"--course={out}")
+    assert made == [(128, 5)] and written == [(out, 5), (out, None)]
+    with pytest.raises(SystemExit, match="is there already"):
+        command(f"--course={tmp_path}")
 
 
 def test_export_refuses(tmp_path):
