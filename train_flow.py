@@ -54,12 +54,13 @@ class Config:
     depth: int = 2  # blocks
     mlp_ratio: int = 4  # hidden channels of an MLP per channel
     patch: int = 4  # pixels across a token
+    components: int = 256  # principal components of the images, for the linear predictor
     # optim
     muon_lr: float = 0.04  # of hidden matrices
     momentum: float = 0.9  # of Muon
     adam_lr: float = 0.01  # of embeddings, modulation and head
     # schedule
-    num_steps: int = 3600  # training steps
+    num_steps: int = 3000  # training steps
     batch: int = 64  # images per step, over all processes
     micro_batch: int = 512  # of them that a process computes at a time
     times_std: float = 1.0  # of the times' logits, which are normal (arXiv:2403.03206)
@@ -68,7 +69,7 @@ class Config:
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
     target: float = 0.0  # validation loss to reach; 0: the track has not been opened
-    eval_every: int = 900  # steps between evaluations; the clock is paused
+    eval_every: int = 750  # steps between evaluations; the clock is paused
 
 
 @dataclass
@@ -88,10 +89,11 @@ CONFIGS = {
     "gpu": Config(track="gpu", data="data/objects128/train", pixels="pixels64", frozen="data/frozen/objects128.npz",
                   dim=384, depth=8, num_steps=4000, batch=256, target=0.0, eval_every=250),
 }
-ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "patch")  # what a checkpoint must agree on
+ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "patch", "components")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
     "dim": (1, 8192), "head_dim": (1, 256), "depth": (1, 96), "patch": (2, 128), "batch": (1, math.inf),
-    "times_std": (0.01, 100), "uniform_times": (0, 1), "reflow": (0, 10 ** 6), "quality_pictures": (0, 10 ** 5),
+    "components": (1, math.inf), "times_std": (0.01, 100), "uniform_times": (0, 1), "reflow": (0, 10 ** 6),
+    "quality_pictures": (0, 10 ** 5),
 }
 
 
@@ -588,36 +590,63 @@ class Block(nn.Module):
 class Flow(nn.Module):
     """Predicts the velocity of noisy images (B, 3, S, S).
 
-    The best linear predictor is computed in closed form; the network learns the residual, scaled to variance 1 at every
-    time (arXiv:2206.00364, here for a straight path from images of variance sigma^2 around a mean image).
+    The best linear predictor is computed in closed form, from the images' mean, their principal components, the
+    variance along each of them and the mean variance along all others. The network sees the image that it expects
+    beside the noisy one and learns the residual, scaled to variance 1 at every time (arXiv:2206.00364).
     """
 
     def __init__(self, config, classes, side):
         super().__init__()
-        C, p = config.dim, config.patch
+        C, p, values = config.dim, config.patch, 3 * side ** 2
         self.side, self.patch, self.head_dim, self.classes = side, p, config.head_dim, classes
-        self.embed_patch = Linear(3 * (2 * p) ** 2, C)  # sees half a patch more on every side
+        self.embed_patch = Linear(2 * 3 * (2 * p) ** 2, C)  # of both images; sees half a patch more on every side
         self.embed_position = nn.Embedding((side // p) ** 2, C)
         self.embed_label = nn.Embedding(classes + 1, C)  # the last one: no label
         self.embed_time = Linear(64, C)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Linear(C, 3 * p * p)
-        self.register_buffer("mean", torch.zeros(3, side, side))
-        self.register_buffer("sigma", torch.ones(()))
+        K = min(config.components, values - 1)
+        self.register_buffer("mean", torch.zeros(values))
+        self.register_buffer("components", torch.zeros(values, K))  # orthonormal columns
+        self.register_buffer("variances", torch.ones(K + 1))  # the last one: along all other directions
+        self.register_buffer("shares", torch.tensor([1.0] * K + [values - K]) / values)  # of all directions
 
     @torch.no_grad()
     def fit(self, images):
-        """Take mean and sigma from images (N, 3, S, S) of bytes; 4,096 are enough."""
-        x = to_floats(images[:4096])
+        """Take mean, components and variances from images (N, 3, S, S) of bytes; 4,096 are enough."""
+        x = to_floats(images[:4096]).flatten(1)
         self.mean.copy_(x.mean(0))
-        self.sigma.copy_((x - self.mean).square().mean().sqrt())
+        x -= self.mean
+        K = min(len(x), len(self.variances) - 1)
+        _, singular, self.components[:, :K] = torch.svd_lowrank(x, K)
+        along = singular.square() / len(x)
+        self.variances.fill_((x.square().sum() / len(x) - along.sum()) / (x.size(1) - K))
+        self.variances[:K] = along
+        self.variances.clamp_(min=1e-6)  # images may be all alike
+
+    def linear(self, z, t):
+        """What the linear predictor makes of noisy values z (B, D) at times t (B, 1): velocity (B, D); z without the
+        mean and the image that it expects, both (B, D), scaled; standard deviation (B, 1) of what the velocity misses.
+        """
+        noisy = (1 - t) ** 2 * self.variances + t ** 2  # (B, K + 1), variances of z
+        ratio = (t - (1 - t) * self.variances) / noisy
+        centred = z - (1 - t) * self.mean
+        along = (ratio[:, :-1] - ratio[:, -1:]) * (centred @ self.components)
+        velocity = ratio[:, -1:] * centred + along @ self.components.T - self.mean
+        expected = z - t * velocity - self.mean
+
+        def mean(values):
+            return (values * self.shares).sum(-1, keepdim=True)
+
+        missed = mean(self.variances / noisy).sqrt()
+        return velocity, centred / mean(noisy).sqrt(), expected / mean(self.variances).sqrt(), missed
 
     def forward(self, z, t, labels):
         """Velocity (B, 3, S, S) at noisy images z (B, 3, S, S), times t (B,) and labels (B,)."""
-        t_, p = t[:, None, None, None], self.patch
-        std = ((1 - t_) ** 2 * self.sigma ** 2 + t_ ** 2).sqrt()
-        centred = (z - (1 - t_) * self.mean) / std  # variance 1
-        windows = F.unfold(centred, 2 * p, padding=p // 2, stride=p).mT  # (B, T, 12 p^2)
+        p = self.patch
+        velocity, centred, expected, missed = self.linear(z.flatten(1), t[:, None])
+        both = torch.cat([centred.view_as(z), expected.view_as(z)], 1)
+        windows = F.unfold(both, 2 * p, padding=p // 2, stride=p).mT  # (B, T, 24 p^2)
         frequencies = torch.logspace(-1, 1, 32, device=t.device)
         waves = t.logit(1e-4)[:, None] * frequencies  # log of the ratio of noise to image
         condition = norm(self.embed_time(torch.cat([waves.sin(), waves.cos()], 1)) + self.embed_label(labels))
@@ -626,8 +655,7 @@ class Flow(nn.Module):
         for block in self.blocks:
             x = block(x, condition, cos, sin)
         residual = F.fold(self.head(norm(x)).float().mT, self.side, p, stride=p)
-        linear = (t_ - (1 - t_) * self.sigma ** 2) / std * centred - self.mean
-        return linear + self.sigma / std * residual
+        return velocity.view_as(z) + missed[:, :, None, None] * residual
 
 
 def init_weights(model):
@@ -690,20 +718,23 @@ SHIFT = 3  # of steps towards noise (arXiv:2403.03206), where an object's size a
 
 
 @torch.no_grad()
-def sample(model, labels, steps=25, solver="heun", guidance=1.0, noise=None, seed=0, return_trajectory=False):
+def sample(model, labels, steps=25, solver="heun", guidance=1.0, churn=0.0, noise=None, seed=0,
+           return_trajectory=False):
     """Images (B, 3, S, S) in [-1, 1] for labels (B,), by following the velocity from noise, t = 1, to t = 0.
 
     labels: model.classes is no label. solver: heun evaluates the network twice per step, euler once. guidance:
-    v = u + guidance * (c - u) at times in GUIDED, u not knowing the label. noise (B, 3, S, S): where to start.
-    return_trajectory: also the list of (t, z) on the way. Raises Fault for a solver or label there is not.
+    v = u + guidance * (c - u) at times in GUIDED, u not knowing the label. churn: by which share of its length a step
+    first goes back towards noise, with new noise, so that errors are forgotten (arXiv:2206.00364). noise (B, 3, S, S):
+    where to start. return_trajectory: also the list of (t, z) on the way. Raises Fault for a solver or label there is
+    not.
     """
     if solver not in ("euler", "heun") or steps < 1:
         raise Fault(f"solver {solver!r}, {steps} steps: solvers are euler and heun, steps at least 1")
     if bool(((labels < 0) | (labels > model.classes)).any()):
         raise Fault(f"labels are from 0 to {model.classes}, which is no label")
+    rng = torch.Generator().manual_seed(seed)
     if noise is None:
-        shape = (len(labels), 3, model.side, model.side)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(len(labels), 3, model.side, model.side, generator=rng)
 
     def velocity(z, t):
         times = torch.full((len(z),), t, device=z.device)
@@ -717,6 +748,12 @@ def sample(model, labels, steps=25, solver="heun", guidance=1.0, noise=None, see
     trajectory = [(1.0, z)]
     times = [SHIFT * i / (steps + (SHIFT - 1) * i) for i in range(steps, -1, -1)]
     for t, next_t in zip(times, times[1:]):
+        if churn and 0 < next_t and t < 1:
+            start = min(t + churn * (t - next_t), 0.999)
+            shrunk = (1 - start) / (1 - t)  # of the image that is in z
+            fresh = torch.randn(z.shape, generator=rng).to(z.device)
+            z = shrunk * z + (start ** 2 - (shrunk * t) ** 2) ** 0.5 * fresh
+            t = start
         v = velocity(z, t)
         if solver == "heun" and next_t > 0:  # at t = 0 there is no noise to be seen: the last step is Euler's
             v = (v + velocity(z + (next_t - t) * v, next_t)) / 2
@@ -821,10 +858,11 @@ def evaluate(model, pictures, times, noise, labels, rank, world):
 # Training
 
 def flops_per_image(T, config):
-    """Matmul FLOPs of a training step for one image of T tokens; backward is twice forward."""
+    """Matmul FLOPs of a training step for one image of T tokens; backward is twice forward, for components nothing."""
     C, p = config.dim, config.patch
     block = 4 * C * C + 2 * config.mlp_ratio * C * C + 2 * T * C
-    return 6 * (T * (config.depth * block + 15 * p * p * C) + 4 * config.depth * C * C)
+    network = T * (config.depth * block + 27 * p * p * C) + 4 * config.depth * C * C
+    return 6 * network + 12 * T * p * p * config.components
 
 
 def main(argv):

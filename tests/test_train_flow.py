@@ -29,7 +29,7 @@ import train_flow
 from train_flow import Fault, sample
 
 ROOT = Path(__file__).resolve().parent.parent
-DIMS = {"dim": 32, "head_dim": 16, "depth": 1}
+DIMS = {"dim": 32, "head_dim": 16, "depth": 1, "components": 4}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=16",
          "--quality_pictures=0", "--precision=fp32"]
 SIDE, CLASSES = 32, 24
@@ -44,8 +44,25 @@ def small_model(std=0.0):
         for p in model.parameters():
             torch.nn.init.normal_(p, std=std)
     model.mean.uniform_(-0.5, 0.5)
-    model.sigma.fill_(0.3)
+    model.components.copy_(torch.linalg.qr(torch.randn_like(model.components))[0])
+    model.variances.copy_(torch.tensor([9.0, 4.0, 1.0, 0.5, 0.09]))
     return model
+
+
+def gaussian_model():
+    """Its images are normal around 0 with a standard deviation of 0.3."""
+    model = small_model()
+    model.mean.zero_()
+    model.variances.fill_(0.09)
+    return model
+
+
+def draw_images(model, n):
+    """Images (n, 3, SIDE, SIDE), normal with the model's mean, components and variances."""
+    amounts = model.variances[:-1].sqrt() * torch.randn(n, 4)
+    other = torch.randn(n, len(model.mean)) * model.variances[-1].sqrt()
+    other -= other @ model.components @ model.components.T
+    return (model.mean + amounts @ model.components.T + other).view(n, 3, SIDE, SIDE)
 
 
 @pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
@@ -92,10 +109,10 @@ def test_times(monkeypatch, share, reflow_images):
 
     def errors_of(model, x, t, noise, labels):
         given.append(t)
-        return model.sigma + 0 * model.head.weight.sum() + 0 * t
+        return 0.3 + 0 * model.head.weight.sum() + 0 * t
     runs.step_gradients(monkeypatch, train_flow, model, lambda muon, adam: train_flow.train_step(
-        0, (images, torch.zeros(4096, dtype=torch.long)), torch.Generator().manual_seed(5), errors_of, model, muon, adam,
-        config, run))
+        0, (images, torch.zeros(4096, dtype=torch.long)), torch.Generator().manual_seed(5), errors_of, model, muon,
+        adam, config, run))
     t = torch.cat(given).double().numpy()
     share = 1.0 if reflow_images else share
     found = stats.kstest(t, lambda t: share * t + (1 - share) * stats.norm.cdf(np.log(t / (1 - t)))).statistic
@@ -142,29 +159,52 @@ def test_frozen_draws(frozen):
 
 
 def test_an_untrained_model_is_the_best_linear_guess():
-    """Around its mean the network's part is zero: the expected error is sigma^2 / spread^2, of any other guess more."""
+    """Its error is what is expected of the best predictor of normal images, any other guess has more."""
     model, n = small_model(), 400
     torch.manual_seed(1)
-    x = model.mean + model.sigma * torch.randn(n, 3, SIDE, SIDE)
+    x = draw_images(model, n)
     for t in (0.05, 0.3, 0.7, 0.95):
         times, noise, labels = torch.full((n,), t), torch.randn_like(x), torch.zeros(n, dtype=torch.long)
         with torch.no_grad():
             found = train_flow.velocity_errors(model, x, times, noise, labels).mean().item()
-        spread = (1 - t) ** 2 * 0.3 ** 2 + t ** 2
-        assert found == pytest.approx(0.3 ** 2 / spread, rel=0.01)
+        missed = model.variances / ((1 - t) ** 2 * model.variances + t ** 2)
+        expected = (missed[:-1].sum() + (len(model.mean) - 4) * missed[-1]).item() / len(model.mean)
+        assert found == pytest.approx(expected, rel=0.01)
         z = (1 - t) * x + t * noise
-        for scale in (0.97, 1.03):
-            worse = scale * (model(z, times, labels) + model.mean) - model.mean
+        _, centred, image, scale = model.linear(z.flatten(1), times[:, None])
+        assert scale[0].item() == pytest.approx(expected ** 0.5, rel=1e-4)
+        assert centred.std().item() == pytest.approx(1, rel=0.02) and image.std().item() < 1.02
+        mean = model.mean.view(x[0].shape)
+        for factor in (0.97, 1.03):
+            worse = factor * (model(z, times, labels) + mean) - mean
             assert (worse - (noise - x)).square().mean().item() > found
 
 
 def test_fit():
-    model = small_model()
-    pictures = torch.randint(0, 256, (500, 3, SIDE, SIDE), dtype=torch.uint8)
-    model.fit(pictures)
-    x = train_flow.to_floats(pictures)
+    """Components and variances are those of the images, and together all of their variance."""
+    model, true = small_model(), small_model()
+    true.mean.div_(4)
+    true.components.copy_(torch.linalg.qr(torch.randn_like(true.components))[0])
+    true.variances.copy_(torch.tensor([9.0, 4.0, 1.0, 0.25, 0.001]))
+    images = ((draw_images(true, 2000) + 1) * 127.5).round().clamp(0, 255).byte()
+    model.fit(images)
+    x = train_flow.to_floats(images).flatten(1)
     assert torch.allclose(model.mean, x.mean(0), atol=1e-5)
-    assert model.sigma.item() == pytest.approx((x - x.mean(0)).square().mean().sqrt().item(), rel=1e-4)
+    assert torch.allclose(model.variances, true.variances, rtol=0.1)
+    assert (model.components * true.components).sum(0).abs().min() > 0.95
+    assert torch.allclose(model.components.T @ model.components, torch.eye(4), atol=1e-4)
+    total = (model.variances * model.shares).sum() * len(model.mean)
+    assert total.item() == pytest.approx((x - x.mean(0)).square().sum().item() / len(x), rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_fit_of_few_images(count):
+    """Fewer images than components, or all alike: velocities are numbers all the same."""
+    model = small_model()
+    model.fit(torch.full((count, 3, SIDE, SIDE), 7, dtype=torch.uint8))
+    z, labels = torch.randn(2, 3, SIDE, SIDE), torch.zeros(2, dtype=torch.long)
+    with torch.no_grad():
+        assert model(z, torch.tensor([1.0, 0.01]), labels).isfinite().all()
 
 
 def test_a_patch_lands_where_it_was_seen():
@@ -240,13 +280,26 @@ def test_solvers_reach_a_point(solver):
 def test_solvers_and_their_order(monkeypatch):
     """On Gaussian pictures the path is known: from noise n to mean + sigma n; a solver of order 2 is closer to it."""
     monkeypatch.setattr(train_flow, "SHIFT", 1)  # with even steps: else the last one, which is always Euler's, is long
-    model, labels = small_model(), torch.zeros(8, dtype=torch.long)
-    model.mean.zero_()
+    model, labels = gaussian_model(), torch.zeros(8, dtype=torch.long)
     noise = torch.randn(8, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
     gap = {(solver, steps): (sample(model, labels, steps, solver, noise=noise) - 0.3 * noise).abs().mean().item()
            for solver in ("euler", "heun") for steps in (10, 20, 40)}
     assert math.log2(gap["euler", 20] / gap["euler", 40]) == pytest.approx(1, abs=0.35)
     assert gap["heun", 20] < gap["euler", 20] / 3
+
+
+def test_churn():
+    """New noise on the way: other images with the same spread, the same ones each time; a point is reached, too."""
+    model, labels = gaussian_model(), torch.zeros(8, dtype=torch.long)
+    plain = sample(model, labels)
+    assert sample(model, labels, 80, "heun", churn=0.5).std().item() == pytest.approx(0.3, rel=0.01)
+    for solver in ("euler", "heun"):
+        made = sample(model, labels, 40, solver, churn=0.5)
+        assert made.std().item() == pytest.approx(sample(model, labels, 40, solver).std().item(), rel=0.07)
+        assert torch.corrcoef(torch.stack([made.flatten(), plain.flatten()]))[0, 1] < 0.9
+        assert torch.equal(made, sample(model, labels, 40, solver, churn=0.5))
+        point = Point()
+        assert torch.allclose(sample(point, labels, 5, solver, churn=1.0), point.pictures[labels], atol=1e-5)
 
 
 def test_trajectory():
@@ -362,7 +415,7 @@ def test_reflow_straightens(tiny, tmp_path, monkeypatch):
     """Trained on its own pairs, a model's single Euler step comes closer to what its many steps draw."""
     root, gaps = make_root(tmp_path / "root"), []
     # the first one does not learn one step from noise by itself; at a rate of 0.04 it would depend on the rounding
-    argv = [*SMALL, *tiny[1], "--num_steps=150", "--muon_lr=0.02", "--uniform_times=0", "--save=true"]
+    argv = [*SMALL, *tiny[1], "--num_steps=300", "--muon_lr=0.02", "--uniform_times=0", "--save=true"]
     run_here(monkeypatch, root, argv)
     first, = (root / "checkpoints").iterdir()
     run_here(monkeypatch, root, [*argv, "--seed=1", f"--load={first}", "--reflow=200", "--label_drop=0",
