@@ -609,6 +609,7 @@ class Flow(nn.Module):
         self.register_buffer("mean", torch.zeros(values))
         self.register_buffer("components", torch.zeros(values, K))  # orthonormal columns
         self.register_buffer("variances", torch.ones(K + 1))  # the last one: along all other directions
+        self.register_buffer("straight", torch.tensor(False))  # whether an image belongs to its noise, as after reflow
         self.register_buffer("shares", torch.tensor([1.0] * K + [values - K]) / values)  # of all directions
 
     @torch.no_grad()
@@ -630,6 +631,8 @@ class Flow(nn.Module):
         """
         noisy = (1 - t) ** 2 * self.variances + t ** 2  # (B, K + 1), variances of z
         ratio = (t - (1 - t) * self.variances) / noisy
+        std = self.variances.sqrt()  # after reflow an image is so many times its noise
+        ratio = torch.where(self.straight, (1 - std) / ((1 - t) * std + t), ratio)
         centred = z - (1 - t) * self.mean
         along = (ratio[:, :-1] - ratio[:, -1:]) * (centred @ self.components)
         velocity = ratio[:, -1:] * centred + along @ self.components.T - self.mean
@@ -715,6 +718,7 @@ def train_step(step, batch, rng, errors_of, model, muon, adam, config, run):
 # --- copied: sample ---
 GUIDED = (0.3, 0.8)  # the times between which guidance counts (arXiv:2404.07724): nearer to noise it shifts all images
 SHIFT = 3  # of steps towards noise (arXiv:2403.03206), where an object's size and place are decided
+POWER = 1.5  # of steps towards the image, too: the last step makes smooth what is finer than the noise it starts with
 
 
 @torch.no_grad()
@@ -746,7 +750,8 @@ def sample(model, labels, steps=25, solver="heun", guidance=1.0, churn=0.0, nois
 
     z = noise.to(labels.device)
     trajectory = [(1.0, z)]
-    times = [SHIFT * i / (steps + (SHIFT - 1) * i) for i in range(steps, -1, -1)]
+    even = [(i / steps) ** POWER for i in range(steps, -1, -1)]
+    times = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in even]
     for t, next_t in zip(times, times[1:]):
         if churn and 0 < next_t and t < 1:
             start = min(t + churn * (t - next_t), 0.999)
@@ -910,6 +915,7 @@ def main(argv):
         loader = Loader(tensors, config.batch, config.seed, run.device)
         if not run.options.load:
             model.fit(loader.tensors[0])
+        model.straight.fill_(config.reflow > 0)
     if run.options.resume:
         import_ours("checkpoints").load_state(run, model, muon, adam, loader)
     while True:

@@ -180,6 +180,22 @@ def test_an_untrained_model_is_the_best_linear_guess():
             assert (worse - (noise - x)).square().mean().item() > found
 
 
+def test_on_straight_paths_a_step_is_exact():
+    """After reflow an image is its noise, stretched along the components: one step of the untrained model is there."""
+    model, labels = small_model(), torch.zeros(8, dtype=torch.long)
+    model.straight.fill_(True)
+    noise = torch.randn(8, len(model.mean))
+    amounts = noise @ model.components
+    std = model.variances.sqrt()
+    other = std[-1] * (noise - amounts @ model.components.T)
+    image = model.mean + other + (std[:-1] * amounts) @ model.components.T
+    for t in (0.05, 0.5, 1.0):
+        z = ((1 - t) * image + t * noise).view(8, 3, SIDE, SIDE)
+        with torch.no_grad():
+            velocity = model(z, torch.full((8,), t), labels)
+        assert torch.allclose(velocity.flatten(1), noise - image, atol=1e-4)
+
+
 def test_fit():
     """Components and variances are those of the images, and together all of their variance."""
     model, true = small_model(), small_model()
@@ -279,7 +295,8 @@ def test_solvers_reach_a_point(solver):
 
 def test_solvers_and_their_order(monkeypatch):
     """On Gaussian pictures the path is known: from noise n to mean + sigma n; a solver of order 2 is closer to it."""
-    monkeypatch.setattr(train_flow, "SHIFT", 1)  # with even steps: else the last one, which is always Euler's, is long
+    for name in "SHIFT", "POWER":
+        monkeypatch.setattr(train_flow, name, 1)  # with even steps: else the last one, which is always Euler's, is long
     model, labels = gaussian_model(), torch.zeros(8, dtype=torch.long)
     noise = torch.randn(8, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
     gap = {(solver, steps): (sample(model, labels, steps, solver, noise=noise) - 0.3 * noise).abs().mean().item()
@@ -305,7 +322,8 @@ def test_churn():
 def test_trajectory():
     model, labels = small_model(std=0.1), torch.arange(2)
     made, path = sample(model, labels, 4, "euler", return_trajectory=True)
-    assert [t for t, _ in path] == [1, 9 / 10, 3 / 4, 1 / 2, 0]  # 3 u / (1 + 2 u) of 1, 3/4, 1/2, 1/4, 0
+    even = [u ** 1.5 for u in (1, 3 / 4, 1 / 2, 1 / 4, 0)]
+    assert [t for t, _ in path] == pytest.approx([3 * u / (1 + 2 * u) for u in even])
     assert torch.equal(made, path[-1][1].clamp(-1, 1))
     assert torch.equal(made, sample(model, labels, 4, "euler"))
     assert not torch.equal(made, sample(model, labels, 4, "euler", seed=1))
