@@ -52,21 +52,30 @@ def check_batch(script, config, num, what):
         raise script.Fault(f"--batch={config.batch} is more than the {num} training {what} there are")
 
 
+def origin(script, name, make="as docs/DATA.md says"):
+    """What to do about a validation file that cannot be used: of the repository's own and of the user's it differs."""
+    # resolve() would raise for a link to itself
+    folder = os.path.dirname(os.path.realpath(script.ROOT / name))
+    if folder == os.path.realpath(script.ROOT / "data" / "frozen"):
+        return f"it belongs to the repository (`git checkout {name}`)"
+    return f"it is no part of the repository but made with its training data, {make}"
+
+
 def check_archives(script, *names):
     """Validation files are archives that can be read: a script's read_frozen, which stays as it is, does not expect every
-    kind of error that others raise."""
-    for path in (script.ROOT / name for name in names):
+    kind of error that others raise, and takes each file for the repository's."""
+    for name in names:
+        path = script.ROOT / name
         try:
             check_file(path)
             with np.load(path, allow_pickle=False) as arrays:
-                for name in arrays:
-                    arrays[name]
+                for key in arrays:
+                    arrays[key]
         except FileNotFoundError:
-            pass  # which it does expect
+            raise script.Fault(f"{path} is missing: {origin(script, name)}") from None
         except Exception as error:  # numpy, zipfile and zlib have many kinds
             reason = printable(f"{path} cannot be read, {type(error).__name__}: {error}", 300)
-            raise script.Fault(f"the frozen validation set is damaged ({reason}): `git checkout data/frozen`, or make "
-                               "your own set again") from None
+            raise script.Fault(f"the frozen validation set is damaged ({reason}): {origin(script, name)}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -172,11 +181,8 @@ def check_frozen_images(script, config):
         reason = printable(f"cannot be evaluated on ({type(error).__name__}: {error})", 300)
         if isinstance(error, FileNotFoundError):
             reason = "is missing"
-        # resolve() would raise for a link to itself
-        if os.path.dirname(os.path.realpath(path)) == os.path.realpath(script.ROOT / "data" / "frozen"):
-            raise script.Fault(f"{path} {reason}: it belongs to the repository (`git checkout {name}`)") from None
-        raise script.Fault(f"{path} {reason}: it is no part of the repository but made with its training data, for "
-                           "CIFAR-10 by `python data/cifar10.py`, for MNIST by `python data/mnist.py`") from None
+        make = "for CIFAR-10 by `python data/cifar10.py`, for MNIST by `python data/mnist.py`"
+        raise script.Fault(f"{path} {reason}: {origin(script, name, make)}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -185,7 +191,9 @@ def check_frozen_images(script, config):
 def check_conversations(script, config, about):
     """Pictures, tokens and answer marks are whole, and of the validation set's vocabulary (about); their sha256."""
     folder = script.ROOT / config.data
-    make = "python data/scenes.py --qa" + " --num=200000" * config.track.startswith("gpu")
+    make = "python data/scenes.py --qa"
+    if config.track.startswith("gpu"):
+        make += " --num=200000"
     with training_data(script, folder, make) as meta:
         own, num = meta["modalities"]["qa"], meta["num"]
         if any(own[key] != about[key] for key in ("vocab", "pad")):

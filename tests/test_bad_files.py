@@ -640,7 +640,7 @@ def test_model_cards(tmp_path, weights, card_of, capsys):
 
 @pytest.fixture(scope="module")
 def state(tiny, tmp_path_factory):  # noqa: F811
-    """The arguments of a run of four steps, and the state after the second, bytes."""
+    """The arguments of a run of four steps, and its last state, bytes."""
     root = runs.make_root("gpt", tmp_path_factory.mktemp("run"))
     argv = [*SMALL, "--depth=1", "--eval_tokens=300", f"--data={tiny}", "--num_steps=4"]
     with pytest.MonkeyPatch.context() as patch:
@@ -836,3 +836,22 @@ def test_sets(task, data, monkeypatch):
 def verify(folder, identity):
     """Whether a set that is there is whole, as the script that made it asks."""
     hub.verified(folder, identity)
+
+
+@pytest.mark.parametrize("script", [train_4m, train_maskgit, train_vlm])
+def test_whose_validation_file_it_is(script, tmp_path, monkeypatch):
+    """Nothing of a user's own can be checked out."""
+    path, own = tmp_path / "mine.npz", "it is no part of the repository but made with its training data"
+    for content, reason in ((None, "mine.npz is missing"), (b"PK\x03\x04 no", "is damaged"), (b"", "is damaged")):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(script.Fault) as caught:
+            checks.check_archives(script, str(path))
+        found = str(caught.value)
+        assert reason in found and own in found and "git checkout" not in found and "\n" not in found
+    (tmp_path / "data/frozen").mkdir(parents=True)
+    (tmp_path / "data/frozen/bad.npz").write_bytes(b"")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    for name, reason in (("none", "is missing"), ("bad", "is damaged")):
+        with pytest.raises(script.Fault, match=f"{reason}.*belongs to the repository .`git checkout data/frozen/{name}"):
+            checks.check_archives(script, f"data/frozen/{name}.npz")

@@ -163,13 +163,16 @@ def test_frozen_set(monkeypatch, root, tiny, tmp_path):
     masks = tmp_path / "masks.npz"
     for content in (b"", b"PK\x03\x04 not really", (tiny[0] / "masks.npz").read_bytes()[:-300]):
         masks.write_bytes(content)
-        assert "frozen validation set is damaged" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
+        found = fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
+        assert "frozen validation set is damaged" in found
+        assert "no part of the repository but made with its training data" in found and "git checkout" not in found
     with np.load(tiny[0] / "masks.npz") as arrays:
         np.savez(masks, roles=arrays["roles"][:-1])
     assert "masks (99, 392)" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
     np.savez(masks, roles_of_others=np.zeros(3))
     assert "frozen validation set is damaged" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={masks}")
-    assert "is missing" in fault(monkeypatch, root, *tiny[1], f"--frozen_masks={tmp_path}/none.npz")
+    found = fault(monkeypatch, root, *tiny[1], f"--frozen_masks={tmp_path}/none.npz")
+    assert "none.npz is missing: it is no part of the repository" in found and "git checkout" not in found
     found = fault(monkeypatch, root, *tiny[1], "--frozen=data/frozen/none.npz")
     assert "none.npz is missing" in found and "git checkout data/frozen/none.npz" in found and untouched(root)
 
@@ -245,6 +248,14 @@ def test_no_place_to_write(monkeypatch, root, tiny, folder):
     assert folder in str(caught.value) and "\n" not in str(caught.value)
     assert (root / folder).read_text() == "a file where a folder should be"
     assert folder == "logs" or not list((root / "logs").iterdir())
+
+
+def test_no_place_for_the_line_of_a_run(monkeypatch, root, tiny):
+    """Found before the clock, whatever it is that keeps runs.jsonl from growing."""
+    (root / "records/runs.jsonl").mkdir(parents=True)
+    with pytest.raises(Fault, match="cannot write .*/records/runs.jsonl: it is read-only or not a file"):
+        run_here(monkeypatch, root, [*SMALL, *tiny[1], "--num_steps=2"], samples=True)
+    assert not (root / "logs").exists()
 
 
 def test_log_without_git(monkeypatch, tmp_path):

@@ -708,7 +708,8 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
 
 BAD_ARGUMENTS = [
     (["--data=nowhere"], "python data/scenes.py --qa"),
-    (["--frozen=none.npz"], "is missing: it belongs to the repository"),
+    (["--frozen=none.npz"], "none.npz is missing: it is no part of the repository"),
+    (["--frozen=data/frozen/none.npz"], "it belongs to the repository (`git checkout data/frozen/none.npz`)"),
     (["--seq_len=30"], "--seq_len=30 is too short"),
     (["--patch=12"], "do not tile pictures of --side=64"),
     (["--patch=64"], "do not tile pictures of --side=64"),
