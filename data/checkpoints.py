@@ -79,6 +79,18 @@ def check_widths(script, architecture, weights, path):
             raise script.Fault(f"{path} does not fit this model: none of its weights is for --{key}={width}")
 
 
+class Weights(dict):
+    """Tensors by name, with the config of the run that saved them, and whether its Model section was another one."""
+
+    def __init__(self, tensors, config, other_code):
+        super().__init__(tensors)
+        self.config, self.other_code = config, other_code
+
+
+def warning(path):
+    return f"{path} was written by another Model section than this one: its results may differ"
+
+
 def read_checkpoint(script, path, config, given=()):
     """Weights that a run of a script (a module) saved, and config with the architecture that they are for.
 
@@ -96,19 +108,21 @@ def read_checkpoint(script, path, config, given=()):
             # of the fields' types and within their limits
             architecture = {key: options.parse(script, key, str(saved[key]), type(getattr(config, key)))
                             for key in script.ARCHITECTURE}
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
     except Exception as error:  # safetensors raises its own kinds
         reason = printable(f"{type(error).__name__}: {error}")
         raise script.Fault(f"{path} is not a checkpoint of this script ({reason})") from None
     if isinstance(given, dict) and "track" not in given and saved.get("track") in script.CONFIGS:
         words = {"track": saved["track"], **given}
         config, *_ = script.read_options([f"--{key}={text}" for key, text in words.items()])
+    code = model_sha256(script)
+    weights = Weights(tensors, saved, about.get("model_sha256", code) != code)
     check_widths(script, architecture, weights, path)
     for key, value in architecture.items():
         if key in given and getattr(config, key) != value:
             raise script.Fault(f"{path} was trained with --{key}={value}: leave it out, the checkpoint has its own")
-    if about.get("model_sha256", model_sha256(script)) != model_sha256(script):
-        print(f"{script.HERE.name}: {path} was written by another Model section than this one: its results may differ")
+    if weights.other_code and os.environ.get("RANK", "0") == "0":
+        print(f"{script.HERE.name}: {warning(path)}")
     return weights, dataclasses.replace(config, **architecture)
 
 
@@ -120,11 +134,20 @@ def load_weights(script, model, weights, path):
         raise script.Fault(f"{path} does not fit this model: {str(error)[:200]}") from None
 
 
+def label_drops(run):
+    """Every share of labels that a run's model has learned without: that of a checkpoint's run and its own."""
+    own = run.config.label_drop
+    if not run.options.load:
+        return {own}
+    loaded = options.parse(run.script, "label_drop", str(run.weights.config.get("label_drop", own)), float)
+    return {loaded, own} if run.config.num_steps else {loaded}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # States
 
 class Saver:
-    """Saves the state of a run whenever save_every or a signal says so.
+    """Saves the state of a run whenever save_every, which also means its end, or a signal says so.
 
     SIGTERM, as SLURM sends it, and Ctrl-C also end the run; a second one does so at once.
     """
@@ -133,6 +156,8 @@ class Saver:
         self.run, self.signals = run, []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
+        if run.file and run.options.load and run.weights.other_code:  # the log had not been opened when it was read
+            run.file.write(warning(run.options.load) + "\n")
 
     def receive(self, number, frame):
         self.signals.append(number)
@@ -148,10 +173,10 @@ class Saver:
             self.save(action, model, muon, adam, loader)
 
     def next_action(self):
-        """ "stop" once a signal has reached any rank, "save" every save_every steps, else ""."""
+        """ "stop" once a signal has reached any rank, "save" every save_every steps and after the last one, else ""."""
         run = self.run
-        if run.step == run.config.num_steps:
-            return ""
+        if run.step == run.config.num_steps:  # too late to stop; from this state the run can be made longer
+            return "save" if run.options.save_every else ""
         stop = bool(self.signals) and run.world == 1
         if run.world > 1 and run.step % 10 == 0:  # ranks hear of a signal at different steps: here they agree
             flag = torch.tensor(len(self.signals), device=run.device)

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import draw
 import judge as judges
 import world
@@ -41,7 +42,7 @@ class Show:
         n = run.options.quality_pictures if ours else 0
         self.wanted = self.classes.repeat(-(-n // classes))[:n]
         # without --label_drop a model never learns what images without a label look like; one class is all images
-        guided = classes > 1 and (run.config.label_drop or run.options.load)
+        guided = classes > 1 and any(checkpoints.label_drops(run))
         self.guidances = (1.0, GUIDANCE) if guided else (1.0,)
 
     def show(self, model, folder):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import checkpoints
 import draw
 import judge as judges
 import streams
@@ -58,7 +59,7 @@ class Show:
         quality_pictures = 0 if own_names else run.options.quality_pictures
         self.per_class = quality_pictures // len(self.classes)
         # a model that never, or always, saw labels has nothing to be guided by, nor has one of a single class
-        guided = 0 < run.config.label_drop < 1 and len(self.classes) > 1
+        guided = len(self.classes) > 1 and any(0 < share < 1 for share in checkpoints.label_drops(run))
         self.guidance = 2.0 if guided else 1.0
         length, vocab = modalities["rgb"]["length"], modalities["rgb"]["vocab"]
         decoder = modalities["rgb"].get("decoder")
@@ -94,7 +95,9 @@ class Show:
         self.judge = judges.load(run.device)
 
     def show(self, model, folder):
-        tasks = len(TEXT_STEPS) + 2 if self.is_text else 3 + (2 + len(STEPS)) * bool(self.per_class)
+        tasks = len(TEXT_STEPS) + 2 if self.is_text else 3
+        if not self.is_text and self.per_class:
+            tasks += 2 + len(STEPS)
         with tqdm(total=tasks, desc="samples", unit="task", dynamic_ncols=True) as bar:
             self.bar = bar
             if self.is_text:
@@ -115,7 +118,7 @@ class Show:
 
     def text(self, model, folder):
         """Rows from nothing in ever more steps and validation rows with gaps filled in, in a file and on the console;
-        and a plot of the order in which a model that draws one token a step, the surest, goes through a text."""
+        and a plot of the order in which a model that draws one token per step, the surest, goes through a text."""
         tokens, labels, masked = (part[:FIRST_ROWS] for part in (self.tokens, self.labels, self.masked))
         lines = []
         for steps in TEXT_STEPS:
@@ -130,7 +133,7 @@ class Show:
         tqdm.write("\n".join(lines))
         many = self.labels[:1].expand(TEXT_ROWS)
         settings = {"steps": model.length, "cosine": False, "noise": 0, "return_history": True}
-        _, history = self.generate(model, "one token a step", many, **settings)
+        _, history = self.generate(model, "one token per step", many, **settings)
         draw.order_of_places(sum(hidden.long() for _, hidden in history) + 1, folder / "maskgit_order.png")
 
     def as_text(self, row):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoints
+import runs
 import sharding
 import train_4m
 
@@ -87,6 +88,12 @@ def seed_weights(script):
         torch.manual_seed(0)
         init(model)
     script.init_weights = seeded
+
+
+def keep_states(script):
+    """Have a script draw the same weights, and keep every state that it saves."""
+    seed_weights(script)
+    runs.keep_states(setattr)
 
 
 def divided_weights(path):

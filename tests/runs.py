@@ -217,6 +217,20 @@ def step_gradients(monkeypatch, script, model, take_step):
     return loss.item(), torch.cat(found)
 
 
+def keep_states(set_attribute):
+    """Have every state that is saved from here on kept as <step>.pt beside the latest one: that is of the last step."""
+    checkpoints = importlib.import_module("checkpoints")
+    plain = checkpoints.Saver.save
+
+    def save(saver, *rest):
+        plain(saver, *rest)
+        folder = saver.run.script.ROOT / "checkpoints"
+        if saver.run.rank == 0:
+            for path in folder.glob("*.state.pt"):
+                shutil.copy(path, folder / f"{saver.run.step}.pt")
+    set_attribute(checkpoints.Saver, "save", save)
+
+
 def losses(root):
     """Every validation loss, in order, that the one log in a folder has, to the four digits that are shown."""
     log, = (root / "logs").iterdir()

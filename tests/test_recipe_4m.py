@@ -295,9 +295,9 @@ def test_the_loss_falls(tiny, tmp_path, monkeypatch):  # noqa: F811
 def test_resumed_run_is_the_whole_run(tiny, tmp_path, monkeypatch):  # noqa: F811
     root = make_root(tmp_path)
     argv = [*SMALL, *tiny[1], "--num_steps=20", "--save_every=15", "--lr=1e-4"]
+    runs.keep_states(monkeypatch.setattr)
     runs.run_here("4m_course", monkeypatch, root, argv)
-    state, = (root / "checkpoints").iterdir()
-    runs.run_here("4m_course", monkeypatch, root, [*argv, f"--resume={state}"])
+    runs.run_here("4m_course", monkeypatch, root, [*argv, f"--resume={root}/checkpoints/15.pt"])
     whole, resumed = runs.footers(root)
     assert resumed["val_loss"] == whole["val_loss"] and resumed["tokens"] == whole["tokens"]
 

@@ -139,6 +139,15 @@ def test_sigterm_of_two_processes_resumed_by_one(uninterrupted, tmp_path):
     assert resumed(argv, state, tmp_path)[0]["val_loss"] == pytest.approx(expected[0]["val_loss"], abs=1e-4)
 
 
+def test_two_processes_resumed_by_two(uninterrupted, tmp_path):
+    """On the same number of processes it is the same run, bit by bit."""
+    argv = [*uninterrupted[0], "--num_steps=20"]
+    roots = [make_root(tmp_path / name) for name in ("whole", "resumed")]
+    runs.run("4m", [*argv, "--save_every=10"], roots[0], 2, ranks.keep_states)
+    runs.run("4m", [*argv, f"--resume={roots[0]}/checkpoints/10.pt"], roots[1], 2, ranks.seed_weights)
+    assert_same(result(roots[1]), result(roots[0]))
+
+
 def test_torchrun_passes_sigterm_on(tiny_4m, tmp_path):
     root, out = make_root(tmp_path / "root"), tmp_path / "out"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_4m.py"]
@@ -174,7 +183,7 @@ def test_a_full_disk_keeps_the_state_before(tiny_4m, tmp_path, monkeypatch, caps
         kept.append(path.read_bytes())
     monkeypatch.setattr(checkpoints.Saver, "save", save)
     test_train_4m.run_here(monkeypatch, root, [*SMALL, *tiny_4m[1], "--num_steps=12", "--save_every=4"])
-    assert len(kept) == 2 and kept[0] == kept[1], "the first state, and nothing half-written beside it"
+    assert len(kept) == 3 and kept[0] == kept[1] == kept[2], "the first state, and nothing half-written beside it"
     out = capsys.readouterr().out
     assert "could not be written" in out and "what was there before is kept" in out
     assert runs.footers(root)[-1]["steps"] == 12, "the run itself goes on"
@@ -195,12 +204,12 @@ def test_bad_states(tiny_4m, tmp_path, monkeypatch):
         run(f"--resume={state}", "--muon_lr=0.0123")
     with pytest.raises(Fault, match="--resume continues a run"):
         run(f"--resume={state}", "--num_steps=0")
-    with pytest.raises(Fault, match="is at step 4, beyond --num_steps=3"):
+    with pytest.raises(Fault, match="is at step 6, beyond --num_steps=3"):
         run(f"--resume={state}", "--num_steps=3")
 
 
 def test_train_on(tiny_4m, tmp_path, monkeypatch, capsys):
-    """A finished plan may be made longer, and evaluated at other steps: the clock and the steps go on, and it is said."""
+    """A run that has ended may be made longer, and evaluated at other steps: clock and steps go on, and it is said."""
     root = make_root(tmp_path / "root")
     argv = [*SMALL, *tiny_4m[1], "--save_every=4"]
     test_train_4m.run_here(monkeypatch, root, [*argv, "--num_steps=6"])
@@ -208,7 +217,10 @@ def test_train_on(tiny_4m, tmp_path, monkeypatch, capsys):
     before = runs.footers(root)[-1]["train_seconds"]
     again = make_root(tmp_path / "again")
     test_train_4m.run_here(monkeypatch, again, [*argv, "--num_steps=10", "--eval_every=5", f"--resume={state}"])
-    assert "6 steps were planned, 10 are now: from step 4 on the learning rates are those of the longer run" in \
+    assert "6 steps were planned, 10 are now: from step 6 on the learning rates are those of the longer run" in \
         capsys.readouterr().out
     assert runs.footers(again)[-1]["steps"] == 10 and 0 < runs.footers(again)[-1]["train_seconds"]
-    assert len(runs.losses(again)) == 2 and before > 0
+    assert len(runs.losses(again)) == 1 and before > 0
+    capsys.readouterr()
+    test_train_4m.run_here(monkeypatch, make_root(tmp_path / "plain"), [*argv[:-1], "--num_steps=6"])
+    assert "state of" not in capsys.readouterr().out and not list((tmp_path / "plain/checkpoints").iterdir())

@@ -327,7 +327,10 @@ def test_quality_numbers(model, frozen, tmp_path, monkeypatch):
     """One picture of each class, by number of steps; and what the judge or the tokenizer does not know."""
     def show(modalities=ABOUT, **fields):
         run = runs.fake_run()
-        run.config = dataclasses.replace(train_maskgit.CONFIGS["cpu"], label_drop=fields.pop("label_drop", 0.1))
+        run.config = dataclasses.replace(train_maskgit.CONFIGS["cpu"], label_drop=fields.pop("label_drop", 0.1),
+                                         num_steps=fields.pop("num_steps", 1))
+        run.script = train_maskgit
+        run.weights = checkpoints.Weights({}, {"label_drop": fields.pop("loaded", 0)}, False)
         run.options = train_maskgit.Options(**fields)
         return show_maskgit.Show(train_maskgit, run, modalities=modalities, frozen=frozen[:3])
     monkeypatch.setattr(show_maskgit, "STEPS", (1, 2))
@@ -353,14 +356,17 @@ def test_quality_numbers(model, frozen, tmp_path, monkeypatch):
     shown = show(one, quality_pictures=0, label_drop=0.0)
     assert shown.guidance == 1.0 and shown.names == ["class 0"] and show(label_drop=1.0).guidance == 1.0
     assert show().guidance == 2.0, "a model that has learned to do without labels"
+    assert show(load="some", num_steps=0, loaded=0.0).guidance == 1.0, "of a checkpoint its own run decides"
+    assert show(load="some", num_steps=0, label_drop=0.0, loaded=0.1).guidance == 2.0
 
 
 def test_train_on(tiny, tmp_path, monkeypatch, capsys):
     """More steps than planned, evaluated at others, with other samples."""
     argv = [*SMALL, *tiny[1], "--save_every=4"]
     root, again = make_root(tmp_path / "root"), make_root(tmp_path / "again")
+    runs.keep_states(monkeypatch.setattr)
     run_here(monkeypatch, root, [*argv, "--num_steps=6"])
-    state, = (root / "checkpoints").glob("*.state.pt")
+    state = root / "checkpoints/4.pt"
     more = ["--num_steps=10", "--eval_every=5", "--quality_pictures=24", f"--resume={state}"]
     run_here(monkeypatch, again, [*argv, *more])
     assert "6 steps were planned, 10 are now: from step 4 on" in capsys.readouterr().out
@@ -448,7 +454,8 @@ def test_texts_that_cannot_be_used(tmp_path, monkeypatch):
 @pytest.mark.parametrize("argv,message", [
     (["--data=data/nowhere"], "python data/scenes.py --objects"),
     (["--data=nowhere"], "no data in .*nowhere: it should hold"),
-    (["--frozen=none.npz"], "is missing: it belongs to the repository"),
+    (["--frozen=none.npz"], "none.npz is missing: it is no part of the repository"),
+    (["--frozen=data/frozen/none.npz"], "it belongs to the repository .`git checkout data/frozen/none.npz`"),
     (["--batch=301"], "more than the 300 training examples there are"),
     (["--head_dim=24"], "--dim=64 is not a multiple of --head_dim=24"),
     (["--load=none.safetensors"], "is not a checkpoint of this script"),
