@@ -880,7 +880,8 @@ def main(argv):
     side = frozen[0].shape[-1]
     check_config(config, run, side)
     if config.num_steps and config.reflow:  # its data are what the loaded model draws
-        run.data_sha256 = hashlib.sha256((ROOT / run.options.load).read_bytes()).hexdigest()
+        path = import_ours("checkpoints").fetch(run.script, run.options.load)
+        run.data_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     elif config.num_steps:
         *arrays, run.data_sha256 = read_images(config, classes, side)
     T = (side // config.patch) ** 2

@@ -20,6 +20,7 @@ from scipy import stats
 
 import checkpoints
 import checks
+import hub
 import rules
 import ranks
 import reflow
@@ -371,10 +372,14 @@ def test_run_and_load(tiny, tmp_path, monkeypatch):
     assert rules.parse_log(log2)["footer"]["val_loss"] == pytest.approx(log["footer"]["val_loss"], abs=0.005)
 
 
-def show(monkeypatch, model, folder, fields=None, **options):
-    """What show_flow does with a model of the cpu track's images: (numbers, Show)."""
+def show(monkeypatch, model, folder, fields=None, loaded=None, **options):
+    """What show_flow does with a model of the cpu track's images: (numbers, Show). loaded: a checkpoint's label_drop."""
     config = dataclasses.replace(train_flow.CONFIGS["cpu"], **(fields or {}))
-    run = types.SimpleNamespace(config=config, options=train_flow.Options(**options), device=torch.device("cpu"))
+    run = runs.fake_run()
+    run.script, run.config, run.options = train_flow, config, train_flow.Options(**options)
+    if loaded is not None:
+        run.options.load = "some"
+        run.weights = checkpoints.Weights({}, {"label_drop": loaded}, False)
     shown = show_flow.Show(train_flow, run, model.classes)
     return shown.show(model, folder), shown
 
@@ -401,7 +406,8 @@ def test_quality_numbers(frozen, tmp_path, monkeypatch):
 
 
 def test_guidance_is_shown_where_it_was_learned(tmp_path, monkeypatch):
-    """A model trained without --label_drop has never seen an image without a label; one class needs no guidance."""
+    """A model trained without --label_drop has never seen an image without a label, whatever the config of a run that
+    loads it says; one class needs no guidance."""
     asked = []
 
     def made(model, labels, steps, solver, return_trajectory=False, guidance=1.0, **settings):
@@ -411,11 +417,13 @@ def test_guidance_is_shown_where_it_was_learned(tmp_path, monkeypatch):
     monkeypatch.setattr(train_flow, "sample", made)
     about = {"label": {"length": 1, "vocab": 2, "pad": -1}}
     np.savez(tmp_path / "own.npz", modalities=np.frombuffer(json.dumps(about).encode(), np.uint8))
-    for label_drop, load, classes, expected in (
-            (0.0, "", 2, {1.0}), (0.0, "some", 2, {1.0, 1.5}), (0.1, "", 2, {1.0, 1.5}), (0.1, "some", 1, {1.0})):
+    no, both = {1.0}, {1.0, 1.5}
+    for label_drop, loaded, num_steps, classes, expected in (
+            (0.0, None, 9, 2, no), (0.1, None, 9, 2, both), (0.1, 0.1, 0, 1, no),
+            (0.0, 0.1, 0, 2, both), (0.1, 0.0, 0, 2, no), (0.1, 0.0, 9, 2, both), (0.0, 0.1, 9, 2, both)):
         asked.clear()
-        fields = {"label_drop": label_drop, "frozen": str(tmp_path / "own.npz")}
-        _, shown = show(monkeypatch, types.SimpleNamespace(classes=classes), tmp_path, fields, load=load)
+        fields = {"label_drop": label_drop, "num_steps": num_steps, "frozen": str(tmp_path / "own.npz")}
+        _, shown = show(monkeypatch, types.SimpleNamespace(classes=classes), tmp_path, fields, loaded)
         assert set(asked) == expected and shown.names == ["0", "1"][:classes]
 
 
@@ -427,6 +435,17 @@ def test_pairs_of_reflow():
     assert pictures.dtype == torch.uint8 and len(pictures) == len(labels) == len(noise) == 300
     again = sample(model, labels[250:], noise=noise[250:])
     assert (train_flow.to_floats(pictures[250:]) - again).abs().max() <= 1 / 127
+
+
+def test_reflow_of_a_model_of_the_hub(tiny, tmp_path, monkeypatch):
+    """Its images stand for the data: the hash is of the file that came from there."""
+    root = make_root(tmp_path / "root")
+    argv = [*SMALL, *tiny[1], "--num_steps=2", "--save=true"]
+    run_here(monkeypatch, root, argv)
+    path, = (root / "checkpoints").iterdir()
+    monkeypatch.setattr(hub, "fetch_model", {"owner/name": path}.__getitem__)
+    run_here(monkeypatch, root, [*argv, "--seed=1", "--load=hf:owner/name", "--reflow=16", "--data=nowhere"])
+    assert runs.footers(root)[1]["data_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_reflow_straightens(tiny, tmp_path, monkeypatch):
@@ -593,9 +612,10 @@ def test_a_result_outlives_its_samples(tiny, monkeypatch, tmp_path, capsys):
 def test_train_on(tiny, monkeypatch, tmp_path):
     """A saved state goes on for more steps than planned, evaluated more often; the same steps are the same run."""
     argv, root = [*SMALL, *tiny[1], "--batch=100"], make_root(tmp_path / "root")
+    runs.keep_states(monkeypatch.setattr)
     run_here(monkeypatch, root, [*argv, "--num_steps=4", "--eval_every=4", "--save_every=2", "--save=true"])
-    state, = (root / "checkpoints").glob("*.state.pt")
-    weights, = set((root / "checkpoints").iterdir()) - {state}
+    state = root / "checkpoints/2.pt"
+    weights, = (root / "checkpoints").glob("*.safetensors")
     again = make_root(tmp_path / "again")
     run_here(monkeypatch, again, [*argv, "--num_steps=4", "--eval_every=1", f"--resume={state}"])
     assert len(runs.losses(again)) == 3 and runs.losses(again)[-1] == runs.losses(root)[-1]
