@@ -70,6 +70,9 @@ class Show:
             raise script.Fault(f"the encoding {meta['encoding']!r} of samples cannot be opened ({reason})") from None
         if not self.is_pictures and max(self.prompt) >= meta["vocab"]:
             raise script.Fault(f"--prompt={run.options.prompt} has characters that {run.config.data} does not")
+        if run.options.quality_tokens and not self.is_pictures and not list(self.folder.glob("train*.bin")):
+            raise script.Fault(f"quality numbers count the words of {self.folder}/train*.bin, and there are none: pass "
+                               "--quality_tokens=0")
         if run.options.draft and not self.is_pictures:
             self.draft = speculate.load_draft(script, run.options.draft, run.config, meta, run.device)
 

@@ -609,12 +609,13 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same_run(tiny, tmp_path, monk
 
 
 def test_training_on(tiny, tmp_path, monkeypatch, capsys):
-    """A state of step 4 of 6 goes on to step 12, with the learning rates of 12 steps from there on."""
+    """A run that has ended after 6 steps goes on to step 12, with the learning rates of 12 steps from there on."""
     argv = [*SMALL, f"--data={tiny}", "--save_every=4"]
     first, longer = make_root(tmp_path / "first"), make_root(tmp_path / "longer")
     run_here(monkeypatch, first, [*argv, "--num_steps=6"])
     state, = (first / "checkpoints").iterdir()
     state = state.rename(tmp_path / "state.pt")
+    assert torch.load(state, weights_only=True)["counters"]["step"] == 6
     run_here(monkeypatch, longer, [*argv, "--num_steps=12", f"--resume={state}"])
     run, = runs.footers(longer)
     assert run["steps"] == 12 and run["tokens"] == 12 * 8 * 32
@@ -623,6 +624,17 @@ def test_training_on(tiny, tmp_path, monkeypatch, capsys):
                           (["--num_steps=6", "--micro_batch=4"], "is of a run with --micro_batch=512: pass the same")):
         with pytest.raises(Fault, match=message):
             run_here(monkeypatch, longer, [*argv, *more, f"--resume={state}"])
+
+
+@pytest.mark.skipif(not (runs.ROOT / "data/shakespeare/val.bin").exists(), reason="python data/shakespeare.py makes it")
+@pytest.mark.parametrize("name", ["gpt", "gpt_draft"])
+def test_ready_weights_read_english(name, tmp_path, monkeypatch):
+    """They load, and give what they should: the first bytes are harder than all, on which a record has to reach 1.5."""
+    root = make_root(tmp_path / "root")
+    argv = ["--track=cpu", f"--load={runs.ROOT}/data/frozen/{name}.safetensors", "--num_steps=0", "--eval_tokens=8192"]
+    run_here(monkeypatch, root, argv)
+    run, = runs.footers(root)
+    assert run["val_loss"] < 1.65
 
 
 def test_samples_that_fail_leave_the_result(tiny, tmp_path, monkeypatch, capsys):
@@ -635,6 +647,30 @@ def test_samples_that_fail_leave_the_result(tiny, tmp_path, monkeypatch, capsys)
         run_here(monkeypatch, root, [*SMALL, f"--data={tiny}", "--num_steps=2", "--save=true"], samples=True)
     assert caught.value.code == 1 and result(root)[0]["steps"] == 2
     assert "no samples (OSError: no space left); the result above is filed" in capsys.readouterr().out
+
+
+def test_what_was_drawn_before_a_fault_stays(tiny, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise ValueError("no words\nin many lines")
+
+    monkeypatch.setattr(show_gpt.Show, "quality", fails)
+    root = make_root(tmp_path / "root")
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, root, [*SMALL, f"--data={tiny}", "--num_steps=2", "--quality_tokens=80"], samples=True)
+    assert (root / "samples/gpt.txt").exists()
+    assert "samples end here (ValueError: no words); the result above is filed\n" in capsys.readouterr().out
+
+
+def test_quality_needs_the_training_text(tiny, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny, tmp_path / "val only")
+    for path in folder.glob("train*.bin"):
+        path.unlink()
+    argv, root = [*SMALL, f"--data={folder}", "--num_steps=0"], make_root(tmp_path / "root")
+    with pytest.raises(Fault, match="train.*.bin, and there are none: pass --quality_tokens=0"):
+        run_here(monkeypatch, root, [*argv, "--quality_tokens=80"], samples=True)
+    assert not (root / "logs").exists()
+    run_here(monkeypatch, root, argv, samples=True)
+    assert (root / "samples/gpt.txt").exists()
 
 
 def test_pictures_of_labels(tmp_path, monkeypatch):
