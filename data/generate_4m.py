@@ -1,6 +1,8 @@
 """Any modalities of a scene from any others, with a trained nano4M: one output after another, images in few steps,
 texts token by token. script is the module of the training script that the model is of.
 """
+import math
+
 import torch
 
 
@@ -29,13 +31,26 @@ def generate_ar(script, model, layout, tokens, known, output, rng):
         known[:, span] = ~ended
 
 
+def check_output(script, output, scheme):
+    """Raises script.Fault for settings that nothing can be drawn with."""
+    if scheme not in ("roar", "maskgit", "ar") or output.steps < 1:
+        raise script.Fault(f"scheme {scheme!r}, {output.steps} steps: schemes are roar, maskgit and ar, steps at "
+                           "least 1")
+    if not 0 <= output.temperature < math.inf:
+        raise script.Fault(f"a temperature of {output.temperature}: it is a number of at least 0")
+    if output.top_k < 0:
+        raise script.Fault(f"the {output.top_k} likeliest tokens: top_k is at least 0, which is all of them")
+    if not 0 < output.top_p <= 1:
+        raise script.Fault(f"the likeliest tokens with {output.top_p} of the probability: top_p is above 0, at most 1")
+
+
 @torch.no_grad()
 def generate(script, model, layout, tokens, known, outputs, seed=0):
     """Fill the modalities of outputs one after another; each result is an input of the next.
 
     tokens int64 (B, size), known bool (B, size): what is given, any places of each row. A given part of an output
-    modality stays as it is. Returns new tokens and known. Raises script.Fault for a modality or scheme there is not, or
-    when a row has nothing known.
+    modality stays as it is. Returns new tokens and known. Raises script.Fault for a modality or setting there is not,
+    or when a row has nothing known.
     """
     tokens, known = tokens.clone(), known.clone()
     if not bool(known.any(1).all()):
@@ -45,9 +60,7 @@ def generate(script, model, layout, tokens, known, outputs, seed=0):
         if output.modality not in layout.span:
             raise script.Fault(f"there is no modality {output.modality!r}; there are {', '.join(layout.span)}")
         scheme = output.scheme or ("maskgit" if output.modality in script.IMAGES else "ar")
-        if scheme not in ("roar", "maskgit", "ar") or output.steps < 1:
-            raise script.Fault(f"scheme {scheme!r}, {output.steps} steps: schemes are roar, maskgit and ar, steps at "
-                               "least 1")
+        check_output(script, output, scheme)
         if scheme == "ar":
             generate_ar(script, model, layout, tokens, known, output, rng)
         else:

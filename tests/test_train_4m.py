@@ -27,6 +27,7 @@ import ranks
 import runs
 import scenes
 import show_4m
+import studio
 import texts
 import tokenizer
 import train_4m
@@ -638,6 +639,15 @@ def test_generation_fills_a_modality(model, layout, frozen, scheme, steps):
             assert seen[:, span].all() and not torch.equal(out[0, span], out[1, span])
 
 
+def test_temperature_comes_before_top_k_and_that_before_top_p():
+    """In any other order two tokens would be left of these."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    sharp = train_4m.sharpen(logits, temperature=0.5, top_k=3, top_p=0.54)
+    assert sharp.isfinite().tolist() == [True, False, False, False] and sharp[0] == logits[0] / 0.5
+    assert train_4m.sharpen(logits, 0.5, 0, 0.54).isfinite().sum() == 2, "top_p of all four"
+    assert train_4m.sharpen(logits, 1.0, 3, 0.54).isfinite().sum() == 2, "as if it were not sharpened yet"
+
+
 def test_cold_sampling_leaves_one_choice(model, layout, frozen):
     for modality in ("bbox", "edge"):
         cold = generate(model, layout, frozen, Output(modality, "ar", temperature=0))[0]
@@ -839,7 +849,10 @@ def test_texts_end(layout, frozen, monkeypatch, modality):
 
 def test_generate_refuses(model, layout, frozen):
     for output, message in ((Output("audio"), "no modality 'audio'"), (Output("rgb", "best"), "scheme 'best'"),
-                            (Output("rgb", steps=0), "0 steps")):
+                            (Output("rgb", steps=0), "0 steps"), (Output("rgb", top_k=-1), "top_k is at least 0"),
+                            (Output("rgb", temperature=-0.5), "a temperature of -0.5: it is a number of at least 0"),
+                            (Output("rgb", temperature=math.nan), "a temperature of nan"),
+                            (Output("desc", top_p=0), "top_p is above 0"), (Output("rgb", top_p=1.5), "at most 1")):
         with pytest.raises(Fault, match=message):
             generate(model, layout, frozen, output, source="depth")
     tokens = frozen[0][:2]
@@ -847,6 +860,19 @@ def test_generate_refuses(model, layout, frozen):
     known[1] = False
     with pytest.raises(Fault, match="at least one known"):
         generate_4m.generate(train_4m, model, layout, tokens, known, [Output("depth")])
+
+
+def test_true_pictures_are_rendered_as_they_are(monkeypatch):
+    """Compiling the ray caster takes longer than what it saves."""
+    asked, render = [], studio.render
+
+    def spy(scenes, size, compile=True):
+        asked.append((size, compile))
+        return render(scenes, size, compile)
+    monkeypatch.setattr(studio, "render", spy)
+    true = studio.Studio().truth(64, 3)
+    assert asked == [(64, False)]
+    assert {name: picture.shape for name, picture in true.items()} == {name: (3, 3, 64, 64) for name in IMAGES}
 
 
 class Oracle:
@@ -1032,7 +1058,13 @@ def test_a_checkpoint_of_other_code_is_named(finished, tiny, tmp_path, monkeypat
     checkpoint, = (finished[0] / "checkpoints").iterdir()
     monkeypatch.setattr(checkpoints, "model_sha256", lambda script: "another")
     run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, *tiny[1], f"--load={checkpoint}", "--num_steps=0"])
-    assert "was written by another Model section than this one" in capsys.readouterr().out
+    said = "was written by another Model section than this one"
+    assert capsys.readouterr().out.count(said) == 1
+    log, = (tmp_path / "root/logs").iterdir()
+    assert said in log.read_text().split(rules.RULE + "\n")[-1]
+    monkeypatch.setenv("RANK", "1")
+    checkpoints.read_checkpoint(train_4m, checkpoint, train_4m.CONFIGS["cpu"])
+    assert capsys.readouterr().out == "", "one process says it"
 
 
 def test_a_batch_in_parts_is_the_same_run(tiny, tmp_path, monkeypatch):
