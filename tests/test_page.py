@@ -324,6 +324,10 @@ def test_in_a_browser(tmp_path):
         assert any("ERR_FILE_NOT_FOUND" in error for error in browser.errors)
 
 
+def test_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 10_240
+
+
 def test_readme_says_what_the_log_says():
     log = rules.parse_log(ROOT / "docs" / "4m.log")
     footer, text = log["footer"], " ".join((ROOT / "README.md").read_text().split())
