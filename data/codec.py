@@ -35,7 +35,7 @@ from tokenizer import DIGITS, LEVELS, digits_of, ids_of
 
 WEIGHTS = FROZEN / "audio.safetensors"
 VERSION = 1  # of what scenes sound like, beside the weights
-WINDOW, HOP = 512, 160  # samples, of the spectra that are drawn again: four a token
+WINDOW, HOP = 512, 160  # samples, of the spectra that are drawn again: four per token
 BINS = WINDOW // 2 + 1
 FASTEST = 2.5  # times the normal speed of speech, for the longest captions
 DRAWN_FLOOR = 0.03  # added to the magnitudes whose logarithms are drawn: what is quieter is silence

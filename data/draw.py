@@ -80,6 +80,6 @@ def order_of_places(steps, path):
     edges = torch.arange(L + 1).numpy() + 0.5
     ax.hist2d((1 + torch.arange(L)).repeat(B).numpy(), steps.flatten().numpy(), bins=(edges, edges), cmap="Blues")
     ax.plot(1 + torch.arange(L).numpy(), steps.float().mean(0).numpy(), color="#c44e52", label=f"mean of {B} rows")
-    ax.set(xlabel="place", ylabel="step at which it is filled in", title="one token a step, the surest first")
+    ax.set(xlabel="place", ylabel="step at which it is filled in", title="one token per step, the surest first")
     ax.legend(loc="upper center")
     write(path, figure.savefig, format="png", dpi=130)

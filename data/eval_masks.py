@@ -6,9 +6,9 @@ modalities by a Dirichlet(1) draw, places uniform without replacement, disjoint)
 way that the vectorised masking of the training scripts is tested against; in odd rows one to three modalities are inputs
 as a whole, and up to 16 places of every other one are targets, as in generation. MaskGIT's are a uniform number of the 64 rgb tokens at
 uniform places, so that every stage of its sampling counts, from all tokens hidden to one. The flow's are one time and
-the seed of one noise a picture. Logits of times are normal around 0.5, where objects take their shapes and colours, as
-evenly spread as that allows: of uniform times the last sixteenth, which the eye does not see, would decide, and models
-that draw better had higher losses (records/NEGATIVE.md).
+the seed of one noise per picture. Logits of times are normal around 0.5, where objects take their shapes and colours,
+as evenly spread as that allows: of uniform times the last sixteenth, which the eye does not see, would decide, and
+models that draw better had higher losses (records/NEGATIVE.md).
 
     python data/eval_masks.py   # maintainers only -> data/frozen/eval_{4m_64,4m_128,maskgit_64,maskgit_128,flow}.npz
 """
@@ -93,13 +93,13 @@ if __name__ == "__main__":
         roles = np.stack([draws[i % 2](row != pad[kind], kind, rng) for i, row in enumerate(tokens)])
         path = FROZEN / f"eval_4m_{size}.npz"
         np.savez_compressed(path, roles=roles)
-        print(f"{path}: {(roles == 1).sum(1).mean():.1f} inputs and {(roles == 2).sum(1).mean():.1f} targets a scene, "
-              f"{path.stat().st_size / 1e6:.2f} MB")
+        inputs, targets = ((roles == role).sum(1).mean() for role in (1, 2))
+        print(f"{path}: {inputs:.1f} inputs and {targets:.1f} targets per scene, {path.stat().st_size / 1e6:.2f} MB")
         with np.load(FROZEN / f"objects{size}.npz", allow_pickle=False) as arrays:
             masked = draw_masked(*arrays["rgb"].shape, np.random.default_rng(0))
         path = FROZEN / f"eval_maskgit_{size}.npz"
         np.savez_compressed(path, masked=masked)
-        print(f"{path}: {masked.sum(1).mean():.1f} masked tokens a scene, {path.stat().st_size / 1e6:.2f} MB")
+        print(f"{path}: {masked.sum(1).mean():.1f} masked tokens per picture, {path.stat().st_size / 1e6:.2f} MB")
     rng, n = np.random.default_rng(0), len(masked)
     times = expit(0.5 + ndtri((rng.permutation(n) + rng.random(n)) / n))
     path = FROZEN / "eval_flow.npz"

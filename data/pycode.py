@@ -125,7 +125,7 @@ def main():
         write_bin(folder / name, tokens)
         check(folder / name)
         print(f"{name}: {len(part):,} documents, {len(tokens):,} tokens, "
-              f"{sum(len(text.encode()) for text in part) / len(tokens):.2f} bytes a token")
+              f"{sum(len(text.encode()) for text in part) / len(tokens):.2f} bytes per token")
     finish(folder, IDENTITY, VOCAB, document_start=DOCUMENT_START, encoding="pycode")
 
 

@@ -94,7 +94,12 @@ def propose(template, q, scene):
     """Words to fill a template with, at random, and the answer: (dict of slots, answer), or None if none is clear.
     q: the attribute to ask about, where the template asks about one."""
     rng, objects = scene.rng, scene.objects
-    tell = lambda n: str(n) if template.startswith("count") else "yes" if n else "no"
+
+    def tell(n):
+        if template.startswith("count"):
+            return str(n)
+        return "yes" if n else "no"
+
     if template in ("count", "exist"):
         a = scene.group(least=template == "exist")
         return {"a": a}, tell(scene.count(a))
@@ -131,7 +136,11 @@ def propose(template, q, scene):
 def phrase(family, template, slots, rng):
     """The question as text."""
     thing = rng.choice(("object", "thing"))
-    say = lambda words: " ".join([*sorted(words, key=list(KIND).index), *[thing] * words.isdisjoint(SHAPES)])
+
+    def say(words):
+        spoken = sorted(words, key=list(KIND).index)
+        return " ".join([*spoken, thing] if words.isdisjoint(SHAPES) else spoken)
+
     slots = {slot: value if slot in "qr" else say(value) for slot, value in slots.items()}
     if slots.get("r") in ("left of", "right of"):
         slots["r"] = rng.choice(("", "to the ")) + slots["r"]
@@ -228,7 +237,10 @@ def blind(known, turns):
     template, to the same words. Words that it does not have are guessed by template, and those by family.
     """
     template = functools.partial(re.compile(rf"\b({'|'.join(KIND)})(?=s?\b)").sub, lambda match: f"[{KIND[match[1]]}]")
-    keys = lambda family, question: (family, (family, template(question)), (family, question))
+
+    def keys(family, question):
+        return family, (family, template(question)), (family, question)
+
     seen, right = defaultdict(Counter), defaultdict(list)
     for family, question, answer in known:
         for key in keys(family, question):

@@ -2,7 +2,7 @@
 
 Every scene of a batch is traced at once; compiled, the whole picture is a handful of fused loops. A scene is the dict
 of tensors that sample_scenes returns. World frame: x right, y away from the camera, z up, ground at z = 0. Camera
-frame: x right, y up, z towards the viewer. Vectors are tuples of three (B, P) tensors, P rays a scene: separate
+frame: x right, y up, z towards the viewer. Vectors are tuples of three (B, P) tensors, P rays per scene: separate
 components fuse better than a last dimension of three.
 """
 import functools
@@ -300,7 +300,7 @@ def average_samples(scenes, size, rgb, z, normals, ids, edge):
 
 
 def render_batch(scenes, size, part=as_it_is):
-    """Pictures in [0, 1] from 2x2 samples a pixel, each (B, 3, size, size), and the object index (B, size, size)."""
+    """Pictures in [0, 1] from 2x2 samples per pixel, each (B, 3, size, size), and the object index (B, size, size)."""
     rgb, z, normals, ids = render_samples(scenes, 2 * size, part)
     edge = canny(rgb.unflatten(2, (2 * size, 2 * size)), part)
     return part(average_samples)(scenes, size, rgb, z, normals, ids, edge)

@@ -59,7 +59,9 @@ class Show:
 
     def show(self, model, folder):
         numbers = {}
-        total = len(self.wanted[0]) + (len(self.pixels) + 2) * bool(len(self.pixels))
+        total = len(self.wanted[0])
+        if len(self.pixels):
+            total += len(self.pixels) + 2
         with tqdm(total=total, desc="samples", unit="picture", dynamic_ncols=True) as bar:
             if len(self.wanted[0]):
                 numbers |= self.quality(model, bar)

@@ -208,7 +208,7 @@ def build(root=ROOT):
     plot, scaling = root / "docs" / "scaling.png", ""
     if plot.is_file():
         scaling = '<h2 id="scaling">More processes</h2>\n' + picture(
-            plot, plot.name, "milliseconds a step against processes: measured, and by formula",
+            plot, plot.name, "milliseconds per step against processes: measured, and by formula",
             'A training step of nano4M on more processes (<a href="SCALING.md">what was measured</a>).') + "\n"
     text = PAGE.format(scaling=scaling, commands=commands(readme), race=commands(readme, "Hacking"),
                        summary=convert(leaderboard.summary(tracks), "", root),

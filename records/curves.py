@@ -4,7 +4,7 @@
     python records/curves.py --plot              # draw the plots again from what is there
 
 Trains the scripts one after another and measures the numbers that a track has floors for at every evaluation, while
-the clock stands still. Writes docs/curves/<script>.json and, for all scripts of one task, docs/curves/<task>.png. The
+the clock is paused. Writes docs/curves/<script>.json and, for all scripts of one task, docs/curves/<task>.png. The
 fields go to all of them. A run like that is no record: it is evaluated more often, and nothing is filed.
 """
 import argparse

@@ -69,7 +69,7 @@ def parse_steps(lines):
 
 def parse_log(path):
     """One training log -> {"path", "source": str, "config": str, "steps": [(step, train seconds, val_loss)],
-    "averages": [milliseconds a step], "footer": dict}.
+    "averages": [milliseconds per step], "footer": dict}.
     The script printed on top may itself hold rules and footers, so the log is split at its last two rules.
     ValueError says what is wrong with a file that is not the log of a finished run.
     """

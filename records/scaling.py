@@ -42,7 +42,7 @@ REPLICATED = {"loader": "the loader's global batch", "masking": "its inputs and 
 # One H100 and its neighbours as the maker's data sheets have them, per direction.
 GPU = dict(flops=989e12, memory=3.35e12, nvlink=450e9, card=50e9, per_machine=8)
 GPUS = (1, 8, 64)
-GPU_LOG = ROOT / "docs" / "gpu" / "4m.txt"  # what one H100 has shown: ways to compile the gpu track, 512 scenes a step
+GPU_LOG = ROOT / "docs" / "gpu" / "4m.txt"  # of one H100: ways to compile the gpu track, 512 scenes per step
 COMPILED = "blocks any length, 128 scenes at a time,"  # the way that came closest to main's
 GPU_STEP = re.compile(rf"(?m)^{COMPILED} (.*), (\S+)\) compile \S+ step (\S+)ms (\S+) TF/s$")
 WHOLE_MEMORY = re.compile(r"(?m)^blocks static muon .* mem (\d+)$")  # MiB at most, all 512 scenes at a time
@@ -51,7 +51,7 @@ SIZES = {"gpu": (512, 6, False), "4M-B": (768, 12, False), "4M-L, gpu-l": (1024,
          "4M-XL, gpu-xl": (2048, 24, True)}
 TIMED = "<!-- timed -->"  # in docs/SCALING.md before what only a whole run of this script may change
 ADAM_PASSES = 7  # over a parameter: reads it, its gradient and two moments, writes all but the gradient
-# over the global batch, 8 bytes a place: random numbers, sorts and comparisons of a course step, counted roughly
+# over the global batch, 8 bytes per place: random numbers, sorts and comparisons of a course step, counted roughly
 MASKING_PASSES = 100
 POLAR_STEPS = 5
 
@@ -172,17 +172,25 @@ def work(out, argv):
         for counter in (seconds, sent, calls):
             counter.clear()
         start_clock(*arguments)
+
+    def evaluate(*_):  # the clock is paused there, and nothing here is about the loss
+        return 0.0, {}
+
+    def prepare_show(*_, **__):
+        """No samples."""
     train_4m.Loader.__init__ = begin
-    train_4m.evaluate = lambda *_: (0.0, {})  # the clock is paused there, and nothing here is about the loss
-    train_4m.Run.prepare_show = lambda *_, **__: None
+    train_4m.evaluate = evaluate
+    train_4m.Run.prepare_show = prepare_show
     train_4m.main(argv)
     if int(os.environ["RANK"]) == 0:
         steps = calls["loader"]
-        per_step = lambda counter: {part: value / steps for part, value in counter.items()}
-        Path(out).write_text(json.dumps({"steps": steps, "seconds": per_step(seconds), "sent": per_step(sent)}))
+        found = {"steps": steps}
+        for name, counter in (("seconds", seconds), ("sent", sent)):
+            found[name] = {part: value / steps for part, value in counter.items()}
+        Path(out).write_text(json.dumps(found))
 
 def measure(folder, world, threads, argv):
-    """One run of `world` processes in a folder with train_4m.py and its data: seconds a step, of its parts, bytes."""
+    """One run of `world` processes in a folder with train_4m.py and its data: seconds per step, of its parts, bytes."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     out, before = Path(folder, "parts.json"), set(Path(folder).glob("logs/*.txt"))
     out.unlink(missing_ok=True)
@@ -219,7 +227,7 @@ def median(runs, read):
     return statistics.median(map(read, runs))
 
 def part(name):
-    """Reads the seconds a step of one part from a run's results."""
+    """Reads the seconds per step of one part from a run's results."""
     return lambda run: run["seconds"].get(name, 0.0)
 
 def fit(runs, stacks, rest, sharded, cores):
@@ -234,12 +242,12 @@ def fit(runs, stacks, rest, sharded, cores):
     return {"replicated": replicated, "compute": compute, "sent": sent, "bandwidth": bandwidth, "line": line}
 
 def draw_scaling(ax, points, line, cores):
-    """Measured step times, a point a run, over the formula's line. points: [(processes, milliseconds)]."""
+    """Measured step times, one point per run, over the formula's line. points: [(processes, milliseconds)]."""
     ax.plot(*zip(*line), color=COLOURS[1], label="formula")
-    ax.scatter(*zip(*points), color=COLOURS[0], zorder=3, label="measured, one thread a process")
+    ax.scatter(*zip(*points), color=COLOURS[0], zorder=3, label="measured, one thread per process")
     if cores < line[-1][0]:
         ax.axvspan(cores + 0.5, line[-1][0] + 0.5, color=GREY, alpha=0.12, linewidth=0, label="processes share cores")
-    ax.set(xlabel="processes", ylabel="milliseconds a step", title="one step of train_4m.py, the same global batch",
+    ax.set(xlabel="processes", ylabel="milliseconds per step", title="one step of train_4m.py, the same global batch",
            xticks=[world for world, _ in line], ylim=(0, None), xlim=(line[0][0] - 0.5, line[-1][0] + 0.5))
 
 def measured_table(runs, found):
@@ -343,7 +351,7 @@ that is gathered, and buffers of messages, come on top.
 
 ## Measured on one H100
 
-The `gpu` track, {gpu_batch} scenes a step, blocks compiled for any length, 128 scenes at a time (the track takes 256
+The `gpu` track, {gpu_batch} scenes per step, blocks compiled for any length, 128 scenes at a time (the track takes 256
 now): milliseconds of a step by what it teaches, and TFLOP/s of its matrix products ([log](gpu/4m.txt)).
 
 {steps}
@@ -352,7 +360,7 @@ now): milliseconds of a step by what it teaches, and TFLOP/s of its matrix produ
 
 The same track on more GPUs by the formula below: **nobody has run this table**. It assumes {flops:.0f} TFLOP/s in
 bfloat16, of which {reached:.1f} % are reached, the median of the steps above, and {memory:.2f} TB/s of memory;
-{per_machine} GPUs a machine with {nvlink:.0f} GB/s of NVLink each and direction; between machines an InfiniBand
+{per_machine} GPUs per machine with {nvlink:.0f} GB/s of NVLink each and direction; between machines an InfiniBand
 card of {card:.0f} GB/s for each GPU, over all of which the rings are spread. Replicated is the memory traffic of Adam
 ({adam} passes over its parameters) and of masking (some {masking} over the batch). Left out are the start of kernels
 and of messages, and that a GPU with few scenes reaches less of its peak: with many GPUs the truth is slower than the
@@ -381,10 +389,10 @@ process 0; waiting for the others counts as messages.
 
 {measured}
 
-![milliseconds a step against processes: measured, and by formula](scaling.png)
+![milliseconds per step against processes: measured, and by formula](scaling.png)
 
-Data: {scenes} scenes were rendered and coded in {scene_seconds:.1f} s, start included, {scene_rate:.0f} a second. The
-loader gives {loader_rate:,.0f} rows a second, and training takes {train_rate:.0f}.
+Data: {scenes} scenes were rendered and coded in {scene_seconds:.1f} s, start included, {scene_rate:.0f} per second. The
+loader gives {loader_rate:,.0f} rows per second, and training takes {train_rate:.0f}.
 
 ## Formula
 
@@ -429,7 +437,6 @@ def report(runs, cores, scenes, scene_seconds, model):
     stacks, rest, sharded, _, _, _ = model
     found, some = fit(runs, stacks, rest, sharded, cores), runs[1, 1][0]
     batch = int(dict(word.split("=") for word in ARGV)["--batch"])
-    count = lambda stacks: sum(number * math.prod(shape) for shape, number in stacks.items())
     shared, crowd = [str(world) for world in WORLDS if world > cores], ""
     if shared:
         crowd = (f"With {cores} cores, {' and '.join(shared)} processes share them: those rows show what crowding "
@@ -443,7 +450,8 @@ def report(runs, cores, scenes, scene_seconds, model):
         loader_rate=batch / found["replicated"]["loader"], train_rate=batch / found["line"][1],
         compute=1000 * found["compute"], replicated=1000 * sum(found["replicated"].values()),
         parts=", ".join(f"{what} ({1000 * found['replicated'][name]:.1f})" for name, what in REPLICATED.items()),
-        matrices=count(stacks), rest=rest, bandwidth=found["bandwidth"] / 1e9)
+        matrices=sum(number * math.prod(shape) for shape, number in stacks.items()), rest=rest,
+        bandwidth=found["bandwidth"] / 1e9)
     points = [(world, round(1000 * run["step"], 3)) for world in WORLDS for run in runs[world, 1]]
     line = [(world, round(1000 * seconds, 3)) for world, seconds in found["line"].items()]
     return text, (draw_scaling, points, line, cores)
@@ -496,7 +504,7 @@ def main(argv):
         path.write_text(counted_report(read_model("gpu")) + "\n" + marker + timed, encoding="utf-8")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # one thread a process, so that a process is a core; and, to compare, one process with a thread on every core
+    # one thread per process, so that a process is a core; and, to compare, one process with a thread on every core
     settings = [(world, 1) for world in WORLDS] + [(1, cores)] * (cores > 1)
     runs = {setting: [] for setting in settings}
     with tempfile.TemporaryDirectory() as folder:
@@ -506,7 +514,7 @@ def main(argv):
                 words = [*ARGV, f"--num_steps={options.steps}", "--eval_every=1000000"]
                 run = measure(folder, world, threads, words)
                 runs[world, threads].append(run)
-                print(f"processes: {world}, threads each: {threads}, {1000 * run['step']:.1f} ms a step", flush=True)
+                print(f"processes: {world}, threads each: {threads}, {1000 * run['step']:.1f} ms per step", flush=True)
     text, plot = report(runs, cores, options.scenes, seconds, read_model("cpu"))
     path.write_text(counted_report(read_model("gpu")) + f"\n{TIMED}\n" + text, encoding="utf-8")
     save_plot(ROOT / "docs" / "scaling.png", *plot)

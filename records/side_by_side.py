@@ -3,7 +3,7 @@
     python records/side_by_side.py baselines/train_4m_course.py train_4m.py [--at=10,60,300] [--seed=1 ...]
 
 Trains the scripts one after another, each until the last of these seconds or its own end, draws samples whenever one
-of them has passed, while the clock stands still, and writes docs/side_by_side/<task>.png. The fields go to all scripts.
+of them has passed, while the clock is paused, and writes docs/side_by_side/<task>.png. The fields go to all scripts.
 """
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""The objects set (one object a scene), MaskGIT's masks, and the judge of generated pictures."""
+"""The objects set (one object per scene), MaskGIT's masks, and the judge of generated pictures."""
 import functools
 import hashlib
 import json

@@ -39,7 +39,7 @@ class Config:
     eval_tokens: int = 1000
     parameters: int = 1000
     final: float = 1.0  # loss at the end
-    pace: float = 0.5  # seconds a step
+    pace: float = 0.5  # seconds per step
     f1: float = 0.95  # of quality
     target: float = 1.02
     load: str = ""

@@ -169,7 +169,7 @@ def test_report(tmp_path):
     assert found["line"][1] == pytest.approx(0.221) and found["line"][2] == pytest.approx(0.201 / 2 + 0.02 + 0.05)
     text, plot = scaling.report(runs, 2, 2000, 4.0, model)
     assert "Some CPU, 2 cores" in text and "With 2 cores, 3 and 4 processes share them" in text
-    assert re.search(r"At commit [0-9a-f]{7,}\. ", text) and "500 a second" in text
+    assert re.search(r"At commit [0-9a-f]{7,}\. ", text) and "500 per second" in text
     rows = re.findall(r"(?m)^\| (\d+) \| (\d+) \| (.*) \|$", text)
     assert [row[:2] for row in rows] == [("1", "1"), ("1", "2"), ("2", "1"), ("3", "1"), ("4", "1")]
     assert rows[0][2].startswith("221.0 (220.0 to 222.0) | 221.0 | +0 % | 1.0 | 9.0 | 10.0 | 0.0 | 0.00 | 0.00")
