@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import course
 import pool
 import previews
 import questions
@@ -454,6 +453,7 @@ def main():
             if kind == "objects" and size == 64:
                 write_stream()  # train_gpt.py --data=scenes reads it
             if arguments.course:
+                import course  # here, as it brings the hub's client, which no other kind needs
                 course.export(arguments.course, arguments.num)
     except KeyboardInterrupt:
         stop("interrupted; run the same command to continue")
