@@ -718,7 +718,6 @@ def train_step(step, batch, rng, errors_of, model, muon, adam, config, run):
 # --- copied: sample ---
 GUIDED = (0.3, 0.8)  # the times between which guidance counts (arXiv:2404.07724): nearer to noise it shifts all images
 SHIFT = 3  # of steps towards noise (arXiv:2403.03206), where an object's size and place are decided
-POWER = 1.5  # of steps towards the image, too: the last step makes smooth what is finer than the noise it starts with
 
 
 @torch.no_grad()
@@ -750,8 +749,7 @@ def sample(model, labels, steps=25, solver="heun", guidance=1.0, churn=0.0, nois
 
     z = noise.to(labels.device)
     trajectory = [(1.0, z)]
-    even = [(i / steps) ** POWER for i in range(steps, -1, -1)]
-    times = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in even]
+    times = [SHIFT * i / (steps + (SHIFT - 1) * i) for i in range(steps, -1, -1)]
     for t, next_t in zip(times, times[1:]):
         if churn and 0 < next_t and t < 1:
             start = min(t + churn * (t - next_t), 0.999)
