@@ -29,7 +29,7 @@ SHOWN = {"maskgit.png": "Four draws of every class, and validation pictures of w
          "maskgit_orders.png": "The judge's numbers on samples, by steps and by the order in which places are filled.",
          "4m_showcase.png": "What the ready model, trained for an hour, makes of validation scenes it has never seen.",
          "4m.png": "The same after a run of three minutes, the truth beside it.",
-         "flow.png": "Four draws of every class after a run of two minutes, and the way from noise to picture.",
+         "flow.png": "Four draws of every class after a run of two and a half minutes, and the way from noise to picture.",
          "vlm.png": "Questions about validation pictures and its answers after five minutes, the truth where it errs.",
          "gpt.txt": 'What the ready model says after "ROMEO:".',
          "real/gpt.png": "Real data: handwritten digits of MNIST, of a GPT that learnt them as a stream of tokens.",
