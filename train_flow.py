@@ -690,7 +690,9 @@ def train_step(step, batch, rng, errors_of, model, muon, adam, config, run):
     B, device = config.batch, run.device
     t = torch.randperm(B, generator=rng, device=device) + torch.rand(B, generator=rng, device=device)
     t = t / B  # one time in every B-th
-    if not config.reflow:  # straight paths are learnt evenly along their length
+    if config.reflow:  # straight paths are learnt evenly along their length, and once more where a sample starts
+        t = (1.1 * t).clamp(max=1)
+    else:
         uniform = torch.rand(B, generator=rng, device=device) < config.uniform_times
         t = torch.where(uniform, t, torch.sigmoid(config.times_std * torch.special.ndtri(t)))
     noise = noise[0] if noise else torch.randn(images.shape, generator=rng, device=device)

@@ -101,7 +101,7 @@ def test_micro_batches_share_the_work(monkeypatch, rank, world):
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("reflow_images", [0, 4096])
 def test_times(monkeypatch, share, reflow_images):
-    """A share of them is uniform, of the rest the logits are normal; on straight paths all are uniform."""
+    """A share of them is uniform, of the rest the logits are normal; on straight paths all are uniform, or 1."""
     config = dataclasses.replace(train_flow.CONFIGS["cpu"], **DIMS, batch=4096, reflow=reflow_images,
                                  uniform_times=share)
     model, given, run = small_model(), [], runs.fake_run(0, 1)
@@ -115,9 +115,12 @@ def test_times(monkeypatch, share, reflow_images):
         0, (images, torch.zeros(4096, dtype=torch.long)), torch.Generator().manual_seed(5), errors_of, model, muon,
         adam, config, run))
     t = torch.cat(given).double().numpy()
-    share = 1.0 if reflow_images else share
+    assert len(t) == 4096
+    if reflow_images:
+        assert (t == 1).mean() == pytest.approx(1 / 11, abs=0.002)
+        share, t = 1.0, t[t < 1]
     found = stats.kstest(t, lambda t: share * t + (1 - share) * stats.norm.cdf(np.log(t / (1 - t)))).statistic
-    assert len(t) == 4096 and found < 0.02, "all uniform and all normal are 0.11 apart"
+    assert found < 0.02, "all uniform and all normal are 0.11 apart"
 
 
 @pytest.fixture(scope="module")
