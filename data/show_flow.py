@@ -29,6 +29,11 @@ def class_names(path, classes):
     return about.get("names", [str(i) for i in range(classes)])
 
 
+def churn_of(model, solver):
+    """How much of it a solver's steps have. After reflow an image belongs to its noise, and new noise would mislead."""
+    return CHURN if solver == "heun" and not getattr(model, "straight", False) else 0.0
+
+
 class Show:
     """Opened before the clock starts: the names of the classes, and the judge, if the images are of our objects."""
 
@@ -59,8 +64,7 @@ class Show:
     def sample(self, model, labels, steps, solver="euler", **settings):
         """What the script's sample returns; counted by the bar."""
         self.bar.set_postfix_str(f"{len(labels)} images in {steps} steps")
-        churn = CHURN if solver == "heun" else 0.0
-        made = self.script.sample(model, labels, steps, solver, churn=churn, **settings)
+        made = self.script.sample(model, labels, steps, solver, churn=churn_of(model, solver), **settings)
         self.bar.update(len(labels) * steps)
         return made
 
@@ -107,7 +111,7 @@ class Show:
             numbers |= {f"accuracy_{steps}_steps": accuracy, f"frechet_{steps}_steps": distance}
         accuracy, distance = self.judged(model, SHEET_STEPS, "heun")
         return numbers | {"quality_class_accuracy": accuracy, "quality_frechet": distance,
-                          "quality_steps": SHEET_STEPS, "quality_solver": "heun", "quality_churn": CHURN,
+                          "quality_steps": SHEET_STEPS, "quality_solver": "heun", "quality_churn": churn_of(model, "heun"),
                           "quality_guidance": self.guidances[-1]}
 
     def judged(self, model, steps, solver):

@@ -467,6 +467,8 @@ def test_reflow_straightens(tiny, tmp_path, monkeypatch):
         labels = torch.arange(CLASSES)
         gaps.append((sample(model, labels, 1, "euler") - sample(model, labels, 25)).square().mean().item())
     assert gaps[1] < 0.8 * gaps[0]
+    assert model.straight and show_flow.churn_of(model, "heun") == show_flow.churn_of(small_model(), "euler") == 0
+    assert show_flow.churn_of(small_model(), "heun") > 0
 
 
 @pytest.mark.parametrize("argv,message", [
