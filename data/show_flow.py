@@ -111,8 +111,8 @@ class Show:
             numbers |= {f"accuracy_{steps}_steps": accuracy, f"frechet_{steps}_steps": distance}
         accuracy, distance = self.judged(model, SHEET_STEPS, "heun")
         return numbers | {"quality_class_accuracy": accuracy, "quality_frechet": distance,
-                          "quality_steps": SHEET_STEPS, "quality_solver": "heun", "quality_churn": churn_of(model, "heun"),
-                          "quality_guidance": self.guidances[-1]}
+                          "quality_steps": SHEET_STEPS, "quality_solver": "heun",
+                          "quality_churn": churn_of(model, "heun"), "quality_guidance": self.guidances[-1]}
 
     def judged(self, model, steps, solver):
         """Class accuracy and Frechet distance of the wanted images. Each of a run's seeds has other noise: 1,000 real
