@@ -104,7 +104,8 @@ def check_tables(root, reader):
             for cell, p in zip(row[4].split(", "), (r["p"], r["p_time"])):
                 assert cell == "–" if math.isnan(p) else numbers(cell) == [pytest.approx(p, rel=0.06)]
             for key in track["floors"]:
-                assert f"{key.removeprefix('quality_')} {rules.quality(r['logs'], key):.4g}" in row[5]
+                name = key.removeprefix("quality_").removeprefix("accuracy_")
+                assert f"{name} {rules.quality(r['logs'], key):.4g}" in row[5]
             assert numbers(row[6]) == [r["lines"], *([r["lines"] - before["lines"]] if before else [])]
             assert row[10].split() == ["note", *sorted((log["path"].stem for log in r["logs"]), key=int)]
             seen += 1
