@@ -1,9 +1,8 @@
 """Rectified flow: a Transformer learns the velocity that carries noise into images of one class.
 
 After rectified flow (arXiv:2209.03003), DiT (arXiv:2212.09748) and the nanoFlowMatching of EPFL's course COM-304, made
-fast: a linear predictor in closed form, patches of 4 pixels, rotary rows and columns, logit-normal times, Muon, QK-norm,
-ReLU^2.
-Times against the baseline, record #1, are in records/README.md.
+fast: a linear predictor in closed form, patches of 4 pixels, rotary rows and columns, logit-normal times, Muon,
+QK-norm, ReLU^2.
 
 Time runs from the data, t = 0, to noise, t = 1: z = (1 - t) x + t noise, and the velocity is noise - x.
 

@@ -117,20 +117,20 @@ def tokens_and_labels(train, val):
 
 
 def make_tokens(train, val):
-    """The set data/mnist14, with seeded masks for train_maskgit.py's evaluation."""
+    """The set data/mnist14 of tokens and labels, with seeded masks for train_maskgit.py's evaluation."""
     folder = ROOT / "mnist14"
     folder.mkdir(exist_ok=True)
     kinds = {"rgb": {"length": LENGTH, "vocab": VOCAB, "pad": -1, "decoder": "patches2"}, "label": LABEL}
-    train, val = ({"rgb": tokens, "label": labels} for tokens, labels in tokens_and_labels(train, val))
+    train, val = ({"rgb": tokens, "label": labels} for tokens, labels in (train, val))
     val["masked"] = draw_masked(len(val["label"]), LENGTH, np.random.default_rng(SEED))
     finish(folder, {**identity("mnist14", SIDE), "num": len(train["label"])}, kinds, train, val)
     print(f"{folder}: {len(train['label']):,} crops of digits for training, {len(val['label']):,} for validation")
 
 
 def make_stream(train, val):
-    """The stream data/mnist14; its folder is there."""
+    """The stream data/mnist14 of tokens and labels; its folder is there."""
     folder = ROOT / "mnist14"
-    for name, (tokens, labels) in zip(("train", "val"), tokens_and_labels(train, val)):
+    for name, (tokens, labels) in (("train", train), ("val", val)):
         rows = np.concatenate([labels + VOCAB, tokens], 1)
         streams.write_bin(folder / f"{name}.bin", rows.flatten())
     streams.finish(folder, identity("mnist14", SIDE), VOCAB + CLASSES, document_start=VOCAB, encoding="patches2")
@@ -158,19 +158,23 @@ def is_of_the_hub(folder):
 
 @sentences("mnist.py")
 def main():
-    tokens, pixels, missing = ROOT / "mnist14", ROOT / "mnist", []
+    tokens, pixels, of_tokens, of_pixels = ROOT / "mnist14", ROOT / "mnist", [], []  # what is missing
     if not verified(tokens, identity("mnist14", SIDE)):
-        missing.append(make_tokens)
+        of_tokens.append(make_tokens)
     if not streams.finished(tokens, identity("mnist14", SIDE)):
-        missing.append(make_stream)
+        of_tokens.append(make_stream)
     if is_of_the_hub(pixels):
         print(f"{pixels} stays: it has the digits of the hub")
     elif not verified(pixels, identity("mnist", 32)):
-        missing.append(make_pixels)
-    if not missing:
+        of_pixels.append(make_pixels)
+    if not of_tokens and not of_pixels:
         return
     train, val = split(*read_digits(fetch_digits()))
-    for make in missing:
+    if of_tokens:
+        coded = tokens_and_labels(train, val)
+        for make in of_tokens:
+            make(*coded)
+    for make in of_pixels:
         make(train, val)
 
 
