@@ -5,9 +5,9 @@ Write docs/index.html, a page to look at: leaderboards from the logs, samples fr
     python docs/page.py --check    # write nothing; exit 1 if one on disk is out of date
 
 A family's samples are docs/<task>*.png, .gif, .jpg, .webp and .txt, those that there are, and docs/<task>.log is the
-run that made them; docs/real/<task>.png and .log are those on real data. The plots are copied because a server of docs/
-alone has no ../records. Git keeps equal files once, so a copy costs nothing; inside the page they would be a third
-larger and stored again with every change of it.
+run that made them; docs/real/<task>.png and .log are those on real data, and docs/side_by_side/<task>.png is what
+records/side_by_side.py draws. The plots are copied because a server of docs/ alone has no ../records. Git keeps equal
+files once, so a copy costs nothing; inside the page they would be a third larger and stored again with every change.
 """
 
 import ast
@@ -29,6 +29,7 @@ SHOWN = {"maskgit.png": "Four draws of every class, and validation pictures of w
          "maskgit_orders.png": "The judge's numbers on samples, by steps and by the order in which places are filled.",
          "4m_showcase.png": "What the ready model, trained for an hour, makes of validation scenes it has never seen.",
          "4m.png": "The same after a run of three minutes, the truth beside it.",
+         "flow_steps.png": "The judge's numbers on samples, by Euler's steps, before and after reflow.",
          "flow.png": "Four draws of every class after a run of two and a half minutes, and the way from noise to picture.",
          "vlm.png": "Questions about validation pictures and its answers after five minutes, the truth where it errs.",
          "gpt.txt": 'What the ready model says after "ROMEO:".',
@@ -189,6 +190,9 @@ def family(root, task, tracks):
             text = html.escape(text, quote=False)
             out.append(f'<figure class="sample"><pre tabindex="0">{text}</pre>'
                        f"<figcaption>{what}{origin}</figcaption></figure>")
+    if (path := root / "docs" / "side_by_side" / f"{task}.png").is_file():
+        what = "What a speed-up buys: the public recipe and the record after the same seconds of training."
+        out.append(picture(path, f"side_by_side/{task}.png", what, what))
     link = f"real/{task}.png"
     if (path := root / "docs" / link).is_file():
         what = SHOWN.get(link, f"Samples of {name} on real data.")

@@ -1,6 +1,7 @@
-"""records/orders.py: what it measures of a MaskGIT for every order of places and number of steps, and what it draws."""
+"""records/orders.py and steps.py: what orders of places and numbers of steps give, and what is drawn of it."""
 import contextlib
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "records"), str(ROOT / "data")]
 import orders
+import steps
 import show
 
 
@@ -79,3 +81,19 @@ def test_committed_plot_shows_what_was_measured():
     found = json.loads((orders.DOCS / "maskgit_orders.json").read_text())["orders"]
     digest = orders.leaderboard.plot_digest(orders.draw_orders, found)
     assert digest.encode() in (orders.DOCS / "maskgit_orders.png").read_bytes(), "python records/orders.py --plot"
+
+
+def test_steps_of_a_flow(tmp_path):
+    text = (ROOT / "docs" / "flow.log").read_text()
+    head, _, foot = text.rpartition("=" * 100)
+    again = tmp_path / "again.log"
+    again.write_text(f"{head}{'=' * 100}{re.sub('(?m)^overrides:.*$', 'overrides: --load=x --reflow=4000 --seed=1', foot)}")
+    (name, numbers), (again_name, again_numbers) = steps.read(ROOT / "docs" / "flow.log"), steps.read(again)
+    assert (name, again_name) == ("train_flow.py", "train_flow.py --reflow=4000")
+    assert numbers == again_numbers and [len(pair) for pair in numbers.values()] == [2] * 5
+    for n, (accuracy, distance) in numbers.items():
+        assert f"\naccuracy_{n}_steps: {accuracy}\n" in foot and f"\nfrechet_{n}_steps: {distance}\n" in foot
+    orders.leaderboard.save_plot(tmp_path / "steps.png", orders.draw_orders, {name: numbers}, panels=(1, 2))
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="has no accuracy by steps"):
+        steps.read(ROOT / "docs" / "maskgit.log")
