@@ -712,7 +712,8 @@ def evaluate(model, pictures, times, noise, labels, rank, world):
 
     Whatever a model predicts in training, here model(z (B, 3, S, S), t (B,), labels (B,)) is a velocity, checked by
     predict_velocity. The first batch is predicted again at the end, while every picture and noise is another one but z
-    is not, and must be the same, as must the model's tensors. Ranks share the draws; all get the result.
+    is not: its error must be the same but for rounding, which in bf16 is not always the same, and the model's tensors
+    must be. Ranks share the draws; all get the result.
     """
     before = fingerprint(model)
     errors = torch.zeros(2, len(times), dtype=torch.float64, device=times.device)  # of each draw; how often it was seen
@@ -726,12 +727,13 @@ def evaluate(model, pictures, times, noise, labels, rank, world):
     kept = pictures.clone(), noise.clone()
     pictures.neg_()
     noise.neg_()
-    for part, velocity in zip(parts[:1], velocities):
-        again = predict_velocity(model, z[part], times[part], labels[part])
-        if ((again - velocity).abs() > 1e-3).any():
-            raise Fault("a velocity is another one where z, t and label are the same")
+    again = [predict_velocity(model, z[part], times[part], labels[part]) for part in parts[:1]]
     pictures.copy_(kept[0])
     noise.copy_(kept[1])
+    for part, velocity in zip(parts, again):
+        error, first = (velocity - (noise[part] - pictures[part])).square().mean().item(), errors[0, part].mean().item()
+        if abs(error - first) > 0.002 * first:
+            raise Fault("an error is another one where z, t and label are the same")
     if fingerprint(model) != before:
         raise Fault("the model's parameters or buffers are not what they were before the evaluation")
     if world > 1:

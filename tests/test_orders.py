@@ -96,4 +96,4 @@ def test_steps_of_a_flow(tmp_path):
     orders.leaderboard.save_plot(tmp_path / "steps.png", orders.draw_orders, {name: numbers}, panels=(1, 2))
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="has no accuracy by steps"):
-        steps.read(ROOT / "docs" / "maskgit.log")
+        steps.read(ROOT / "docs" / "gpt.log")
