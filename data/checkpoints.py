@@ -134,12 +134,18 @@ def load_weights(script, model, weights, path):
         raise script.Fault(f"{path} does not fit this model: {str(error)[:200]}") from None
 
 
+def loaded_label_drop(run):
+    """The share of labels that the model of a checkpoint has learned without."""
+    drop = run.weights.config.get("label_drop", run.config.label_drop)
+    return options.parse(run.script, "label_drop", str(drop), float)
+
+
 def label_drops(run):
     """Every share of labels that a run's model has learned without: that of a checkpoint's run and its own."""
     own = run.config.label_drop
     if not run.options.load:
         return {own}
-    loaded = options.parse(run.script, "label_drop", str(run.weights.config.get("label_drop", own)), float)
+    loaded = loaded_label_drop(run)
     return {loaded, own} if run.config.num_steps else {loaded}
 
 

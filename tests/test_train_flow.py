@@ -428,13 +428,16 @@ def test_guidance_is_shown_where_it_was_learned(tmp_path, monkeypatch):
         assert set(asked) == expected and shown.names == ["0", "1"][:classes]
 
 
-def test_pairs_of_reflow():
+@pytest.mark.parametrize("label_drop, guidance", [("0.0", 1.0), ("0.1", 1.5)])
+def test_pairs_of_reflow(label_drop, guidance):
+    """They are drawn as samples are: guided, if the model knows images without a label."""
     model = small_model(std=0.1)
     run = types.SimpleNamespace(script=train_flow, config=train_flow.Config(reflow=300), device=torch.device("cpu"),
-                                autocast=contextlib.nullcontext)
+                                autocast=contextlib.nullcontext,
+                                weights=types.SimpleNamespace(config={"label_drop": label_drop}))
     pictures, labels, noise = reflow.draw_pairs(run, model)
     assert pictures.dtype == torch.uint8 and len(pictures) == len(labels) == len(noise) == 300
-    again = sample(model, labels[250:], noise=noise[250:])
+    again = sample(model, labels[250:], guidance=guidance, noise=noise[250:])
     assert (train_flow.to_floats(pictures[250:]) - again).abs().max() <= 1 / 127
 
 
