@@ -12,8 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "records"), str(ROOT / "data")]
 import orders
-import steps
 import show
+import steps
 
 
 class Show:
@@ -97,3 +97,10 @@ def test_steps_of_a_flow(tmp_path):
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="has no accuracy by steps"):
         steps.read(ROOT / "docs" / "gpt.log")
+
+
+def test_committed_plot_of_steps_is_the_logs():
+    baseline, = ROOT.glob("records/flow-cpu/*_CourseRecipe/0.log")
+    found = dict(steps.read(path) for path in (steps.PLOT.with_name("flow.log"), steps.PLOT.with_name("flow_reflow.log"), baseline))
+    digest = orders.leaderboard.plot_digest(orders.draw_orders, found)
+    assert digest.encode() in steps.PLOT.read_bytes(), "python records/steps.py, as docs/USE.md has it"
