@@ -72,7 +72,7 @@ class Config:
     rope_theta: float = 10000.0  # longest wavelength of the rotary positions, divided by 2 pi
     # optim
     muon_lr: float = 0.015  # of hidden matrices
-    momentum: float = 0.95  # of Muon
+    momentum: float = 0.9  # of Muon
     adam_lr: float = 0.005  # of embeddings, gains and biases
     backbone_lr: float = 1e-5  # AdamW's of both backbones, if any is pretrained
     projector_lr: float = 1e-3  # AdamW's of the projector, then
@@ -81,15 +81,17 @@ class Config:
     grounded_at: int = 2  # blocks of the language model before these states
     related_at: int = 3  # and before those that are asked what stands left of an object, right, behind or in front
     question_weight: float = 5.0  # of an answer's tokens, where those of a description weigh 1
+    described: float = 0.33  # share of conversations that keep their description: without it more of them fit in a step
+    singles: float = 0.4  # share of conversations about a single object that are drawn: they have the least to tell
     # schedule
-    num_steps: int = 1000  # training steps
-    batch: int = 24  # rows per step, over all processes
+    num_steps: int = 750  # training steps
+    batch: int = 40  # rows per step, over all processes
     micro_batch: int = 512  # of them that a process computes at a time
-    seq_len: int = 256  # tokens per row, of several conversations
+    seq_len: int = 128  # tokens per row, of several conversations
     cooldown: float = 0.7  # share of the steps over which the learning rates fall to 0
     # eval
     target: float = 0.06  # validation loss to reach; 0: the track has not been opened
-    eval_every: int = 100  # steps between evaluations; the clock is paused
+    eval_every: int = 150  # steps between evaluations; the clock is paused
 
 
 @dataclass
@@ -123,6 +125,7 @@ LIMITS = {  # what a field may be: least and most, or choices; data/options.py h
     "vit_mlp": (1, 65536), "shuffle": (1, 64), "lm_dim": (2, 8192), "lm_depth": (1, 96), "lm_heads": (1, 256),
     "lm_kv_heads": (1, 256), "lm_mlp": (1, 65536), "rope_theta": (1, math.inf), "lora": (0, 1024), "batch": (1, 4096),
     "grounding": (0, 1000), "grounded_at": (1, 96), "related_at": (1, 96), "question_weight": (0.001, 1000),
+    "described": (0, 1), "singles": (0.01, 1),
     "seq_len": (1, 65536), "max_tokens": (1, 4096), "temperature": (0, 100), "top_p": (0.001, 1),
     "quality_pictures": (0, 2000),
 }
@@ -433,8 +436,8 @@ def read_words():
 def find_referents(tokens, answer, words, image_tokens):
     """What is referred to in conversations of tokens (N, L), each a word or a part of one, with answer marks (N,
     L), as their own descriptions tell: objects (N, 3, 6), the values, column and row of each; refers (N,
-    image_tokens + L, len(ASKED)), 0 where a place is not asked, else REFERS and a bit for each object; described (N,
-    image_tokens + L), the answer tokens of descriptions.
+    image_tokens + L, len(ASKED)), 0 where a place is not asked, else REFERS and a bit for each object; described (N,),
+    the number of the turn that is a description, 0 where there is none or no other.
 
     An image token refers to the object that stands there and is asked for all four sides of it; a word of a phrase
     such as "left of the large red cube" refers to all objects that fit the phrase so far, and if that is one, the last
@@ -443,7 +446,7 @@ def find_referents(tokens, answer, words, image_tokens):
     across = math.isqrt(image_tokens)
     objects = np.zeros((len(tokens), OBJECTS, 6), np.int64)
     refers = np.zeros((len(tokens), image_tokens + tokens.size(1), len(ASKED)), np.uint8)
-    described = np.zeros(refers.shape[:2], bool)
+    described = np.zeros(len(tokens), np.int64)
     for row, (ids, marks) in enumerate(zip(tokens.tolist(), answer.tolist())):
         said = [words.get(i, "") for i in ids]
         ends = [i for i in range(5, len(said))
@@ -461,7 +464,7 @@ def find_referents(tokens, answer, words, image_tokens):
             here = refers[row, y * across // 100 * across + x * across // 100]
             here[0] |= REFERS | 1 << k
             here[1:-1] = [beside(k, *side) for side in SIDES.values()]
-            described[row, image_tokens:] = np.array(marks) == marks[i]
+            described[row] = marks[i] * (len({0, *marks}) > 2)
         phrase, side = set(), None
         for here, word, mark in zip(refers[row, image_tokens:], said if known else (), marks):
             word = word.removesuffix("s")
@@ -493,37 +496,49 @@ class Loader:
     """
 
     def __init__(self, pixels, tokens, answer, pad, config, run):
-        self.lengths = measure(tokens, pad, config)
         self.batch, self.seq_len, self.rows = config.batch, config.seq_len, run.slice(config.batch)
         self.micro_batch = config.micro_batch
         self.pad, self.device = pad, run.device
-        image_tokens = self.lengths[0] - int((tokens[0] != pad).sum())
+        lengths = measure(tokens, pad, config)
+        image_tokens = lengths[0] - int((tokens[0] != pad).sum())
         self.pixels = pixels.to(run.device)
-        self.tokens = F.pad(tokens, (image_tokens, 0), value=IMAGE).numpy()
-        self.answer = F.pad(answer, (image_tokens, 0)).numpy()
         words = {} if config.lm else read_words()  # a pretrained model's tokens are not ours
         self.objects, self.refers, described = find_referents(tokens, answer, words, image_tokens)
-        self.weights = np.where(described, 1, config.question_weight).astype(np.float32) * (self.answer > 0)
-        self.weight_sums = self.weights.sum(1).tolist()
-        self.asked = (self.refers > 0).sum(1)  # (N, len(ASKED)), how often
+        self.tokens = F.pad(tokens, (image_tokens, 0), value=IMAGE).numpy()
+        self.answer = F.pad(answer, (image_tokens, 0)).numpy()
+        answered = (self.answer[:, :-1] > 0) & (self.answer[:, 1:] != self.answer[:, :-1])
+        turn = 1 + np.pad(answered.cumsum(1), ((0, 0), (1, 0)))  # (N, image_tokens + L), that a place belongs to
+        describes = turn == described[:, None]
+        describes[:, :image_tokens] = False
+        self.weights = np.where(describes, 1, config.question_weight).astype(np.float32) * (self.answer > 0)
+        kept = np.concatenate([np.ones_like(describes), ~describes])  # (2 N, ..), all, then all without descriptions
+        self.places = [np.flatnonzero(row[:length]) for row, length in zip(kept, 2 * lengths)]
+        self.weight_sums = (np.tile(self.weights, (2, 1)) * kept).sum(1)
+        self.asked = (np.tile(self.refers > 0, (2, 1, 1)) & kept[..., None]).sum(1)  # (2 N, len(ASKED)), how often
+        single = (self.objects > 0).any(2).sum(1) == 1
+        self.drawn = torch.from_numpy(np.where(single, config.singles, 1))
+        self.described = config.described
         self.rng = torch.Generator().manual_seed(config.seed)
         self.pending = []  # conversations to come, the next one last
         self.pictures = 0  # so far
 
     def plan(self):
         """Conversations of a step and where they begin, [(conversation, row, start)]: of the next 16 always the longest
-        that fits."""
+        that fits. From N on they are those without their description."""
         plan = []
         row, start = 0, 0
         while row < self.batch:
             while len(self.pending) < 16:
-                self.pending = torch.randperm(len(self.lengths), generator=self.rng).tolist() + self.pending
-            fits = [i for i in range(-16, 0) if start + self.lengths[self.pending[i]] <= self.seq_len]
+                order = torch.randperm(len(self.tokens), generator=self.rng)
+                order = order[torch.rand(len(order), generator=self.rng) < self.drawn[order]]
+                order += len(self.tokens) * (torch.rand(len(order), generator=self.rng) >= self.described)
+                self.pending = order.tolist() + self.pending
+            fits = [i for i in range(-16, 0) if start + len(self.places[self.pending[i]]) <= self.seq_len]
             if fits:
-                longest = max(fits, key=lambda i: self.lengths[self.pending[i]])
+                longest = max(fits, key=lambda i: len(self.places[self.pending[i]]))
                 chosen = self.pending.pop(longest)
                 plan.append((chosen, row, start))
-                start += self.lengths[chosen]
+                start += len(self.places[chosen])
             else:
                 row += 1
                 start = 0
@@ -545,21 +560,23 @@ class Loader:
         weights = np.zeros(packed.shape[1:], np.float32)
         refers = np.zeros((*packed.shape[1:], len(ASKED)), np.uint8)
         for i, (chosen, row, start) in enumerate(own):
-            length = self.lengths[chosen]
-            inside = row - self.rows.start, slice(start, start + length)
-            packed[0][inside] = self.tokens[chosen, :length]
-            packed[1][inside] = self.answer[chosen, :length]
+            kept = self.places[chosen]
+            inside = row - self.rows.start, slice(start, start + len(kept))
+            taken = chosen % len(self.tokens), kept
+            packed[0][inside] = self.tokens[taken]
+            packed[1][inside] = self.answer[taken]
             packed[2][inside] = i
-            refers[inside] = self.refers[chosen, :length]
-            weights[inside] = self.weights[chosen, :length]
+            refers[inside] = self.refers[taken]
+            weights[inside] = self.weights[taken]
         tokens, answer, document = packed
         (part, places), (grounded_part, grounded) = (
             np.divmod(np.flatnonzero(marked), self.micro_batch * marked[0].size) for marked in (answer, refers))
         picture_part = [(row - self.rows.start) // self.micro_batch for _, row, _ in own]
         parts = -(-len(tokens) // self.micro_batch)
-        chosen = np.array([chosen for chosen, _, _ in own])
+        chosen = np.array([chosen for chosen, _, _ in own]) % len(self.tokens)
         row, place, asked = refers.nonzero()
-        shares = ASKED / self.asked[[chosen for chosen, _, _ in plan]].sum(0).clip(1)
+        whole = [chosen for chosen, _, _ in plan]
+        shares = ASKED / self.asked[whole].sum(0).clip(1)
         arrays = {"tokens": tokens, "answer": answer, "document": document, "places": places,
                   "weights": weights[answer > 0], "grounded": grounded, "refers": refers[row, place, asked],
                   "objects": self.objects[chosen[document[row, place]]], "shares": shares[asked].astype(np.float32)}
@@ -568,7 +585,7 @@ class Loader:
                 "part_answers": np.bincount(part, minlength=parts).tolist(),
                 "part_grounded": np.bincount(grounded_part, minlength=parts).tolist(),
                 "part_pictures": np.bincount(picture_part, minlength=parts).tolist(),
-                "weight": sum(self.weight_sums[chosen] for chosen, _, _ in plan), "pictures": len(plan)}
+                "weight": self.weight_sums[whole].sum().item(), "pictures": len(plan)}
 
     def state_dict(self):
         return {"rng": self.rng.get_state(), "pending": list(self.pending), "pictures": self.pictures}

@@ -165,7 +165,7 @@ def test_long_conversations(root, chats, capsys):
     assert "1 too long (line 2)" in said and "shortened to --length=64 tokens: 1 with more turns (line 1)\n" in said
     make(chats, name="longer", length=1024)
     said, length = capsys.readouterr().out, load(root / "longer")["qa"].shape[1]
-    assert 192 < length < 1024 and f"val.npz --seq_len={length + 64}\n" in said and "shortened" not in said
+    assert 112 < length < 1024 and f"val.npz --seq_len={length + 64}\n" in said and "shortened" not in said
     assert load(root / "longer")["answer"].max() == 3
 
 
