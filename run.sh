@@ -65,7 +65,12 @@ prepare() {  # prepare TASK TRACK [--field=value ...]: the data a script trains 
     # a set is named by its folder as well: of data/mnist/train, where that is not there, the script is data/mnist.py
     if [ ! -d "$data" ]; then data=${data#data/}; data=${data%/train}; fi
     case "$task $data" in
-        "4m ") case $track in gpu*) set -- scenes --size=128;; course) return;; *) set -- scenes;; esac;;
+        "4m ") case $track in
+            gpu*) set -- scenes --size=128;;
+            course) return;;
+            cpu-*) $PY -u data/scenes.py; $PY -u data/scenes.py "--${track#cpu-}"; set -- join scenes64 "${track#cpu-}64";;
+            *) set -- scenes;;
+        esac;;
         "gpt ") if [[ $track = gpu* ]]; then set -- fineweb; else set -- shakespeare; fi;;
         "maskgit text") set -- shakespeare;;
         "flow "|"maskgit ") if [[ $track = gpu* ]]; then set -- scenes --objects --size=128; else set -- scenes --objects; fi;;

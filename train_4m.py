@@ -91,6 +91,11 @@ CONFIGS = {
     "gpu": Config(track="gpu", data="data/scenes128/train", frozen="data/frozen/scenes128.npz",
                   frozen_masks="data/frozen/eval_4m_128.npz", dim=512, enc_depth=6, dec_depth=6, batch=512,
                   micro_batch=256, adam_lr=0.005, target=0.0, eval_every=250),
+    # more modalities of the same scenes, joined by data/join.py
+    "cpu-rich": Config(track="cpu-rich", data="data/scenes64-rich64/train", frozen="data/scenes64-rich64/val.npz",
+                       frozen_masks="data/scenes64-rich64/val.npz", num_steps=3000, target=0.0, eval_every=500),
+    "cpu-audio": Config(track="cpu-audio", data="data/scenes64-audio64/train", frozen="data/scenes64-audio64/val.npz",
+                        frozen_masks="data/scenes64-audio64/val.npz", num_steps=3000, target=0.0, eval_every=500),
     # the course's own data, of data/course.py; links to texts ask for 512 of 50,304 words per scene: few at a time
     "course": Config(track="course", data="data/course/train", frozen="data/course/val.npz",
                      frozen_masks="data/course/val.npz", pads=True, dim=512, head_dim=64, enc_depth=6, dec_depth=6,
@@ -102,7 +107,12 @@ CONFIGS = {
 # beside normals and depth, which teach where objects are, nothing teaches hue.
 LINKS = ((("rgb",), ("desc", "bbox", "caption")), (("desc",), ("rgb",)), (("caption",), ("rgb",)),
          (("rgb",), ("normal", "depth")), (("caption",), ("desc", "bbox")), ((), ("rgb",)), (("rgb",), ("seg", "edge")),
-         (("caption",), ("rgb",)), (("rgb",), ("normal", "depth")), None)
+         (("caption",), ("rgb",)), (("rgb",), ("normal", "depth")),
+         # more modalities, where a set has them
+         (("rgb",), ("inst",)), (("rgb",), ("pose", "polygon")), (("rgb",), ("palette", "metadata")),
+         (("pose",), ("rgb",)), (("palette",), ("rgb",)), (("metadata",), ("rgb",)),
+         (("speech",), ("caption", "desc")), (("caption",), ("speech",)), (("speech",), ("rgb",)),
+         (("rgb",), ("sound",)), (("desc",), ("sound",)), (("sound",), ("desc",)), (("rgb",), ("speech",)), None)
 WORD_LINKS = 3
 # 4M's L and XL, for which weights, gradients and momentum are divided among the GPUs; scenes at a time as many as leave
 # dim x blocks x scenes, and with it the memory of activations, what it is for gpu
@@ -120,7 +130,7 @@ LIMITS = {  # what a field may be: least and most, or choices; data/options.py h
 def check_config(config, run, layout, valid_scenes):
     """What fields may be together. Raises Fault for what they may not."""
     run.slice(config.batch)  # can it be divided among the processes?
-    images, texts = layout.span["desc"].start, layout.size - layout.span["desc"].start
+    images, texts = layout.first_text, layout.size - layout.first_text
     if config.dim % config.head_dim:
         raise Fault(f"--dim={config.dim} is not a multiple of --head_dim={config.head_dim}")
     if config.budget > images or config.budget % 16:
@@ -362,23 +372,25 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
-IMAGES, TEXTS = ("rgb", "depth", "normal", "seg", "edge"), ("desc", "caption", "bbox")
-MODALITIES = IMAGES + TEXTS
+# pictures share a grid and the tokenizer, sounds have tokens of two digits like these; of all of them a set has some
+IMAGES, SOUNDS = ("rgb", "depth", "normal", "seg", "edge", "inst"), ("speech", "sound")
+TEXTS = ("desc", "caption", "bbox", "polygon", "pose", "palette", "metadata")
+MODALITIES = IMAGES + SOUNDS + TEXTS
+FACTS = {"desc": 5, "bbox": 5, "polygon": 8, "pose": 8}  # tokens per object; of the others every place is its own
 PLACES = 8  # rows and columns of the grid that texts name places of
-FACTS = 5  # tokens per object in desc and bbox
 
 
 # --- copied: layout ---
 class Layout:
-    """All of a scene's tokens side by side in one row of `size` places, a span per modality.
+    """All of a scene's tokens side by side in one row of `size` places, a span per modality that the data have.
 
-    kind (size,): modality of a place; offset (size,): its place inside the modality; end: id that ends a text. What the
-    data lack has no places.
+    kind (size,): modality of a place; offset (size,): its place inside the modality; end: id that ends a text;
+    first_text: where texts begin.
     """
 
     def __init__(self, modalities, device="cpu"):
-        absent = {"length": 0, "vocab": 0, "pad": -1}
-        self.modalities = {m: modalities.get(m, absent) for m in MODALITIES}
+        self.modalities = {m: modalities[m] for m in MODALITIES if m in modalities}
+        self.names = list(self.modalities)
         self.span, start = {}, 0
         for m, about in self.modalities.items():
             self.span[m] = slice(start, start + about["length"])
@@ -391,6 +403,7 @@ class Layout:
         self.pads = torch.tensor([about["pad"] for about in self.modalities.values()]).to(device)
         self.end = {m: about.get("end", about["vocab"] - 2) for m, about in self.modalities.items() if m in TEXTS}
         self.end["bbox"] = 1
+        self.first_text = min(self.span[m].start for m in TEXTS if m in self.span)
 
     def valid(self, tokens):
         """True where a row holds a token and not padding: (B, size)."""
@@ -450,7 +463,7 @@ def course_positions(tokens, layout, inputs, config, rng):
     Targets, image tokens first, are drawn from the rest, every modality as likely; where too few are left, one is
     padding.
     """
-    B, K, device = tokens.shape[0], len(MODALITIES), tokens.device
+    B, K, device = tokens.shape[0], len(layout.names), tokens.device
     valid = layout.valid(tokens)
     available = torch.zeros(B, K, device=device).index_add_(1, layout.kind, valid.float())
     share = -uniform((B, K), rng).log() * (available > 0)  # normalised: Dirichlet(1) of the modalities there are
@@ -465,11 +478,10 @@ def course_positions(tokens, layout, inputs, config, rng):
     left = available.scatter_add(1, layout.kind[enc_pos], -torch.ones(enc_pos.shape, device=device))
     race = -uniform((B, layout.size), rng).log() * left[:, layout.kind]
     race = race.masked_fill(~valid, math.inf).scatter(1, enc_pos, math.inf)
-    first_text = layout.span["desc"].start
-    image = race[:, :first_text].topk(config.image_targets, 1, largest=False)
-    text = race[:, first_text:].topk(config.text_targets, 1, largest=False)
+    image = race[:, :layout.first_text].topk(config.image_targets, 1, largest=False)
+    text = race[:, layout.first_text:].topk(config.text_targets, 1, largest=False)
     counted = torch.cat([image.values, text.values], 1) < math.inf
-    return enc_pos, None, torch.cat([image.indices, text.indices + first_text], 1), counted
+    return enc_pos, None, torch.cat([image.indices, text.indices + layout.first_text], 1), counted
 
 
 def link_positions(tokens, layout, given, asked, share, rng):
@@ -481,7 +493,7 @@ def link_positions(tokens, layout, given, asked, share, rng):
     places = torch.arange(layout.size, device=tokens.device).expand(len(tokens), -1)
     whole = [places[:, layout.span[m]] for m in given]
     first, *others = [places[:, layout.span[m]] for m in asked]
-    if asked[0] in IMAGES:
+    if asked[0] not in TEXTS:
         first = first.gather(1, uniform(first.shape, rng).argsort(1))
     known = int(share * first.size(1))
     enc_pos = torch.cat([*whole, first[:, :known]], 1)
@@ -591,17 +603,18 @@ def schedule(step, config):
 
 
 def known_links(layout):
-    """The links to modalities that the data have."""
-    return [link for link in LINKS if link is None or layout.modalities[link[1][0]]["length"]]
+    """The links between modalities that the data have."""
+    there = [link and tuple(tuple(m for m in part if m in layout.span) for part in link) for link in LINKS]
+    return [link for link, whole in zip(there, LINKS) if link is None or link[0] == whole[0] and link[1]]
 
 
-def step_shape(step, config, links=LINKS):
+def step_shape(step, config, layout):
     """The link of a step and how much is known: of what it asks first 0, 1/4, 1/2 or 3/4, mostly 0, or 1/4 where
     nothing else is given; without a link 1/8, 2/8 .. 8/8 of the budget.
 
     In the golden-ratio order, which is even at every length. Few lengths stand for all: a CPU builds kernels for each.
     """
-    links = links[:WORD_LINKS] if step < config.word_steps else links
+    links = known_links(layout)[:WORD_LINKS if step < config.word_steps else None]
     link = links[step % len(links)]
     eighth = int((step * 0.618034 + 0.5) % 1 * 8)
     if link is None:
@@ -699,18 +712,42 @@ class Block(nn.Module):
 def split_positions(layout):
     """Places of a scene as pairs of numbers, major and minor (size,), and how many there are of each.
 
-    Row and column of a picture's grid; object and fact of desc and bbox, so that what is learned of one object holds of
-    all; for captions the place alone.
+    Row and column of a picture's grid; object and fact, so that what is learned of one object holds of all; otherwise
+    the place alone.
     """
     side = math.isqrt(layout.modalities["rgb"]["length"])
-    objects = -(-layout.modalities["desc"]["length"] // FACTS)
-    is_image = layout.kind < len(IMAGES)
-    is_caption = layout.kind == MODALITIES.index("caption")
-    major = torch.where(is_image, layout.offset // side, side + layout.offset // FACTS)
-    minor = torch.where(is_image, layout.offset % side, side + layout.offset % FACTS)
-    major = torch.where(is_caption, side + objects + layout.offset, major)
-    minor = torch.where(is_caption, side + FACTS, minor)
-    return major, minor, int(major.max()) + 1, side + FACTS + 1
+    facts = {m: FACTS[m] for m in layout.names if m in FACTS}
+    rest = side + max(facts.values())  # the minor number of a place alone
+    num_major = side + max(-(-layout.modalities[m]["length"] // n) for m, n in facts.items())
+    major, minor = [], []
+    for m, about in layout.modalities.items():
+        place = torch.arange(about["length"])
+        if m in IMAGES:
+            major.append(place // side)
+            minor.append(place % side)
+        elif m in facts:
+            major.append(side + place // facts[m])
+            minor.append(side + place % facts[m])
+        else:
+            major.append(num_major + place)
+            minor.append(torch.full_like(place, rest))
+            num_major += len(place)
+    device = layout.kind.device
+    return torch.cat(major).to(device), torch.cat(minor).to(device), num_major, rest + 1
+
+
+def split_words(layout):
+    """Where the words of each text and sound, (first, last + 1), are in one table of all: texts' first, and a caption's
+    are the description's. And how many words texts have."""
+    spans, end, of_texts = {}, 0, 0
+    for m in (*TEXTS, *SOUNDS):
+        if m == "caption" and "desc" in spans:
+            spans[m] = spans["desc"]
+        elif m in layout.span:
+            spans[m] = end, end + layout.modalities[m]["vocab"]
+            end = spans[m][1]
+            of_texts = end if m in TEXTS else of_texts
+    return {m: span for m, span in spans.items() if m in layout.span}, of_texts
 
 
 class Nano4M(nn.Module):
@@ -729,13 +766,14 @@ class Nano4M(nn.Module):
         C = config.dim
         device = layout.kind.device
         self.num_cells = layout.modalities["rgb"]["length"]
-        self.kind, self.vocab = layout.kind, layout.vocab
-        self.num_image_positions = layout.span["desc"].start
+        self.kind, self.vocab, self.first_text = layout.kind, layout.vocab, layout.first_text
         root = math.isqrt(layout.vocab)
         self.base, num_b = layout.modalities["rgb"].get("digits", (root, root))  # how many a and b there are
         assert self.base * num_b == layout.vocab
-        self.text_vocab = layout.modalities["desc"]["vocab"]
-        words = self.text_vocab + layout.modalities["bbox"]["vocab"]
+        words, text_words = split_words(layout)
+        self.text_columns = sorted({words[m] for m in layout.names if m in TEXTS})
+        self.words = torch.tensor([words.get(m, (0, 0)) for m in layout.names], device=device)  # (names, 2)
+        num_words = int(self.words.max())
         self.major, self.minor, num_major, num_minor = split_positions(layout)
         # words that name a cell of the grid share its embedding
         side = math.isqrt(self.num_cells)
@@ -744,21 +782,21 @@ class Nano4M(nn.Module):
         self.place_words = layout.vocab + named[:, 0]
         self.place_cells = named[:, 1:] * side // PLACES
         # the cell of a place and of a word; num_cells: none
-        self.cell = torch.where(layout.kind < len(IMAGES), layout.offset, self.num_cells)
-        self.word_cell = torch.full((layout.vocab + words,), self.num_cells, device=device)
+        pictures = sum(m in IMAGES for m in layout.names)
+        self.cell = torch.where(layout.kind < pictures, layout.offset, self.num_cells)
+        self.word_cell = torch.full((layout.vocab + num_words,), self.num_cells, device=device)
         self.word_cell[self.place_words] = self.place_cells[:, 0] * side + self.place_cells[:, 1]
-        # one token table: image tokens, words of desc and caption, bbox tokens
-        is_text, is_box = layout.kind >= len(IMAGES), layout.kind == MODALITIES.index("bbox")
-        self.token_offset = is_text * layout.vocab + is_box * self.text_vocab
+        # one token table: image tokens, then words
+        self.token_offset = (self.words[:, 0] + layout.vocab * (self.words[:, 1] > 0))[layout.kind]
         self.embed_a, self.embed_b = nn.Embedding(self.base, C), nn.Embedding(num_b, C)
-        self.embed_pair, self.embed_word = nn.Embedding(layout.vocab, C), nn.Embedding(words, C)
+        self.embed_pair, self.embed_word = nn.Embedding(layout.vocab, C), nn.Embedding(num_words, C)
         self.embed_major, self.embed_minor = nn.Embedding(num_major, C), nn.Embedding(num_minor, C)
-        self.embed_enc_kind, self.embed_dec_kind = nn.Embedding(len(MODALITIES), C), nn.Embedding(len(MODALITIES), C)
+        self.embed_enc_kind, self.embed_dec_kind = (nn.Embedding(len(layout.names), C) for _ in range(2))
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.enc_depth))
         self.local = Linear(C, C)
         self.decoder = nn.ModuleList(Block(config, config.dec_self) for _ in range(config.dec_depth))
         self.dec_self = config.dec_self
-        self.head_a, self.head_b, self.head_word = Linear(C, self.base), Linear(C, num_b), Linear(C, words)
+        self.head_a, self.head_b, self.head_word = Linear(C, self.base), Linear(C, num_b), Linear(C, text_words)
         self.embed_first, self.mix = nn.Embedding(self.base, C), Linear(C, C)  # p(b | a) is a small MLP of both
 
     def position(self, places):
@@ -816,19 +854,17 @@ class Nano4M(nn.Module):
         return first + F.cross_entropy(self.logits_b(self.mix(y), a).float(), b, reduction="none")
 
     def word_nll(self, y, places, ids):
-        """Cross-entropy (N,) of text and bbox tokens ids (N,), each among those of its kind, given states y (N, C)."""
-        is_box = self.token_offset[places] > self.vocab
+        """Cross-entropy (N,) of texts' tokens ids (N,), each among those of its kind, given states y (N, C)."""
+        first, end = self.words[self.kind[places]].unbind(1)
         column = torch.arange(self.head_word.out_features, device=y.device)
-        other_kind = (column < self.text_vocab) == is_box[:, None]
+        other_kind = (column < first[:, None]) | (column >= end[:, None])
         logits = self.head_word(y).float().masked_fill(other_kind, -math.inf)
-        return F.cross_entropy(logits, ids + self.token_offset[places] - self.vocab, reduction="none")
+        return F.cross_entropy(logits, ids + first, reduction="none")
 
     def forward(self, tokens, enc_pos, visible, dec_pos, counted=None):
         """Log-probabilities (B, M, vocab) of all tokens at the places dec_pos (B, M); no target's token is seen."""
         y = self.hidden(tokens, enc_pos, visible, dec_pos, counted)
-        is_image = dec_pos < self.num_image_positions
-        is_box = self.token_offset[dec_pos] > self.vocab
-        is_text = ~is_image & ~is_box
+        is_image = dec_pos < self.first_text  # or sound
         out = torch.full((*dec_pos.shape, self.vocab), -math.inf, device=y.device)
         images, a, joint = y[is_image], torch.arange(self.base, device=y.device), []
         for rows, mixed in zip(images.split(512), self.mix(images).split(512)):
@@ -837,8 +873,9 @@ class Nano4M(nn.Module):
             joint.append(log_b.transpose(1, 2) + log_a[:, None])  # (rows, b, a)
         out[is_image] = torch.cat(joint).flatten(1)
         words = self.head_word(y).float()
-        for chosen, columns in ((is_text, slice(self.text_vocab)), (is_box, slice(self.text_vocab, None))):
-            log_probs = words[chosen][:, columns].log_softmax(-1)
+        for first, end in self.text_columns:
+            chosen = ~is_image & (self.words[self.kind[dec_pos], 0] == first)
+            log_probs = words[chosen][:, first:end].log_softmax(-1)
             out[chosen] = F.pad(log_probs, (0, self.vocab - log_probs.size(1)), value=-math.inf)
         return out
 
@@ -878,7 +915,7 @@ def target_weights(dec_pos, counted, layout):
     on padding.
     """
     kind = layout.kind[dec_pos]
-    count = torch.zeros(len(MODALITIES), device=dec_pos.device)
+    count = torch.zeros(len(layout.names), device=dec_pos.device)
     count.index_add_(0, kind.flatten(), counted.flatten().float())
     share = 1 / count.clamp(min=1) / (count > 0).sum()
     return share[kind] * counted
@@ -886,11 +923,11 @@ def target_weights(dec_pos, counted, layout):
 
 def train_step(step, batch, rng, model, muon, adam, layout, config, run):
     """One step on a global batch (B, size): this rank's part of its loss, how many tokens it had, and its FLOPs."""
-    link, share = step_shape(step, config, known_links(layout))
+    link, share = step_shape(step, config, layout)
     if link:
         enc_pos, visible, dec_pos, counted = link_positions(batch, layout, *link, share, rng)
-        _, asked = link  # either pictures or texts
-        images = dec_pos.size(1) if asked[0] in IMAGES else 0
+        _, asked = link  # either texts or none
+        images = 0 if asked[0] in TEXTS else dec_pos.size(1)
     else:
         inputs = int(share * config.budget)
         images = config.image_targets
@@ -961,7 +998,7 @@ def draw_tokens(model, layout, tokens, known, dec_pos, output, rng):
     """Sample ids (B, M) of a modality at dec_pos (B, M) given what is known (B, size), with their log-probabilities."""
     about = layout.modalities[output.modality]
     logits = predict(model, tokens, known, dec_pos)
-    own = known & (layout.kind == MODALITIES.index(output.modality))
+    own = known & (layout.kind == layout.names.index(output.modality))
     if output.guidance != 1 and bool(own.any(1).all()):
         base = predict(model, tokens, own, dec_pos)
         logits = base + output.guidance * (logits - base)
@@ -984,7 +1021,7 @@ def fill(tokens, known, places, ids, chosen):
 
 def generate_masked(model, layout, tokens, known, output, scheme, rng):
     """Fill a modality in random order (roar) or the most confident tokens first (maskgit); changes tokens and known."""
-    in_modality = layout.kind == MODALITIES.index(output.modality)
+    in_modality = layout.kind == layout.names.index(output.modality)
     priority = torch.rand(tokens.shape, generator=rng, device=tokens.device)
     total = (~known & in_modality).sum(1, keepdim=True)
     steps = min(output.steps, int(total.max()))
@@ -1166,7 +1203,7 @@ def main(argv):
             muon, adam = make_optimizers(model, config, run)
             rng = torch.Generator(run.device).manual_seed(0)
             dummy = torch.zeros(config.batch, layout.size, dtype=torch.long, device=run.device)
-            shapes = {step_shape(step, config, known_links(layout)): step for step in range(config.num_steps)}
+            shapes = {step_shape(step, config, layout): step for step in range(config.num_steps)}
             for step in shapes.values():
                 train_step(step, dummy, rng, model, muon, adam, layout, config, run)
             if run.device.type == "cuda":  # without gradients its graphs are others

@@ -360,15 +360,15 @@ MODALITIES = IMAGES + TEXTS
 
 # --- copied: layout ---
 class Layout:
-    """All of a scene's tokens side by side in one row of `size` places, a span per modality.
+    """All of a scene's tokens side by side in one row of `size` places, a span per modality that the data have.
 
-    kind (size,): modality of a place; offset (size,): its place inside the modality; end: id that ends a text. What the
-    data lack has no places.
+    kind (size,): modality of a place; offset (size,): its place inside the modality; end: id that ends a text;
+    first_text: where texts begin.
     """
 
     def __init__(self, modalities, device="cpu"):
-        absent = {"length": 0, "vocab": 0, "pad": -1}
-        self.modalities = {m: modalities.get(m, absent) for m in MODALITIES}
+        self.modalities = {m: modalities[m] for m in MODALITIES if m in modalities}
+        self.names = list(self.modalities)
         self.span, start = {}, 0
         for m, about in self.modalities.items():
             self.span[m] = slice(start, start + about["length"])
@@ -381,6 +381,7 @@ class Layout:
         self.pads = torch.tensor([about["pad"] for about in self.modalities.values()]).to(device)
         self.end = {m: about.get("end", about["vocab"] - 2) for m, about in self.modalities.items() if m in TEXTS}
         self.end["bbox"] = 1
+        self.first_text = min(self.span[m].start for m in TEXTS if m in self.span)
 
     def valid(self, tokens):
         """True where a row holds a token and not padding: (B, size)."""
@@ -761,7 +762,7 @@ def draw_tokens(model, layout, tokens, known, dec_pos, output, rng):
     """Sample ids (B, M) of a modality at dec_pos (B, M) given what is known (B, size), with their log-probabilities."""
     about = layout.modalities[output.modality]
     logits = predict(model, tokens, known, dec_pos)
-    own = known & (layout.kind == MODALITIES.index(output.modality))
+    own = known & (layout.kind == layout.names.index(output.modality))
     if output.guidance != 1 and bool(own.any(1).all()):
         base = predict(model, tokens, own, dec_pos)
         logits = base + output.guidance * (logits - base)
@@ -784,7 +785,7 @@ def fill(tokens, known, places, ids, chosen):
 
 def generate_masked(model, layout, tokens, known, output, scheme, rng):
     """Fill a modality in random order (roar) or the most confident tokens first (maskgit); changes tokens and known."""
-    in_modality = layout.kind == MODALITIES.index(output.modality)
+    in_modality = layout.kind == layout.names.index(output.modality)
     priority = torch.rand(tokens.shape, generator=rng, device=tokens.device)
     total = (~known & in_modality).sum(1, keepdim=True)
     steps = min(output.steps, int(total.max()))

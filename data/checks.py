@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from shards import check_file, command_for, open_array, printable, read_json
+from shards import EXACT, check_file, command_for, open_array, printable, read_json
 from streams import read_bin
 
 
@@ -40,7 +40,8 @@ def content_sha256(folder, texts, pictures):
     """One hash of the arrays that are read. Of a rendered set its scenes stand for pictures, which machines round."""
     rendered = (folder / "scene.npy").exists()
     digest = hashlib.sha256()
-    for name in (*texts, "scene") if rendered else (*texts, *pictures):
+    exact = [name for name in texts if name in EXACT]
+    for name in (*exact, "scene") if rendered else (*texts, *pictures):
         array = load(folder, name)
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array))
@@ -86,8 +87,9 @@ def check_scenes(script, config, modalities):
     make = "python data/scenes.py" if side == 8 else f"python data/scenes.py --size={8 * side}"
     if "digits" in modalities["rgb"]:
         make = "python data/course.py ROOT"
-    texts, pictures = ([m for m in part if m in modalities] for part in (script.TEXTS, script.IMAGES))
-    return check_tokens(script, config, texts, pictures, modalities, make, "scenes")
+    texts = [m for m in modalities if m in script.TEXTS]
+    others = [m for m in modalities if m not in script.TEXTS]
+    return check_tokens(script, config, texts, others, modalities, make, "scenes")
 
 
 def check_objects(script, config, modalities):

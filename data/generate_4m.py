@@ -11,7 +11,7 @@ def generate_ar(script, model, layout, tokens, known, output, rng):
     given = known.clone()
     span = layout.span[output.modality]
     end = layout.end.get(output.modality)
-    in_modality = layout.kind == script.MODALITIES.index(output.modality)
+    in_modality = layout.kind == layout.names.index(output.modality)
     places, is_unknown = script.gather_places(~known & in_modality)  # in order
     running = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # no end token yet
     for i in range(places.size(1)):
@@ -59,7 +59,7 @@ def generate(script, model, layout, tokens, known, outputs, seed=0):
     for output in outputs:
         if output.modality not in layout.span:
             raise script.Fault(f"there is no modality {output.modality!r}; there are {', '.join(layout.span)}")
-        scheme = output.scheme or ("maskgit" if output.modality in script.IMAGES else "ar")
+        scheme = output.scheme or ("ar" if output.modality in script.TEXTS else "maskgit")
         check_output(script, output, scheme)
         if scheme == "ar":
             generate_ar(script, model, layout, tokens, known, output, rng)

@@ -7,6 +7,7 @@ import draw
 import generate_4m
 import judge as judges
 import show_course
+import show_more
 import studio as metrics
 import tokenizer
 from texts import parse_desc
@@ -32,6 +33,7 @@ class Show:
         self.script, self.layout, self.device = script, layout, run.device
         self.studio, self.judge = metrics.Studio(run.device), judges.load(run.device)
         self.tokens, self.quality_scenes = tokens.to(run.device), run.options.quality_scenes
+        self.drawing = script.Output(**DRAWING)
         self.size = 8 * int(layout.modalities["rgb"]["length"] ** 0.5)
 
     def show(self, model, folder):
@@ -80,9 +82,8 @@ class Show:
         depth = self.generate(model, few, shown[:len(few)], [Output("depth", steps=CHAIN_STEPS, temperature=0.3)])
         normal = self.generate(model, few, shown[:len(few)], [Output("normal", steps=CHAIN_STEPS, temperature=0.3)])
         told = self.described(self.generate(model, tokens, shown, [Output("desc", temperature=0)]))
-        drawing = [Output(**DRAWING)]
-        from_desc = self.pictures(self.generate(model, tokens, self.only(tokens, "desc"), drawing), "rgb")
-        from_caption = self.pictures(self.generate(model, tokens, self.only(tokens, "caption"), drawing), "rgb")
+        from_desc = self.pictures(self.generate(model, tokens, self.only(tokens, "desc"), [self.drawing]), "rgb")
+        from_caption = self.pictures(self.generate(model, tokens, self.only(tokens, "caption"), [self.drawing]), "rgb")
         meant = self.described(tokens)
         numbers = {
             "depth_l1": metrics.standardised_l1(self.pictures(depth, "depth"), true["depth"]),
@@ -90,13 +91,14 @@ class Show:
             "desc_f1": judges.attribute_f1(told, meant), "desc_object_f1": judges.object_f1(told, meant),
             "rgb_from_desc_f1": judges.object_f1(self.judged(from_desc), meant),
             "rgb_from_caption_f1": judges.caption_f1(self.judged(from_caption), meant),
-            "fidelity": self.judge.fidelity(F.avg_pool2d(from_desc, self.size // judges.SIDE), meant)}
+            "fidelity": self.judge.fidelity(F.avg_pool2d(from_desc, self.size // judges.SIDE), meant),
+            **show_more.measure(self, model)}
         return {f"quality_{name}": round(value, 4) for name, value in numbers.items()}
 
     def glimpse(self, model):
         """Cells of a sheet: what it draws from the descriptions of eight validation scenes."""
         tokens = self.tokens[:SHEET_SCENES]
-        drawn = self.generate(model, tokens, self.only(tokens, "desc"), [self.script.Output(**DRAWING)])
+        drawn = self.generate(model, tokens, self.only(tokens, "desc"), [self.drawing])
         made = self.pictures(drawn, "rgb")
         return list(zip(made, self.labels(judges.object_f1, made, tokens)))
 
@@ -111,7 +113,7 @@ class Show:
         draw.sheet(rows, path)
 
     def from_rgb(self, model, tokens, true):
-        Output, images = self.script.Output, self.script.IMAGES[1:]
+        Output, images = self.script.Output, ("depth", "normal", "seg", "edge")
         chain = [Output("desc", temperature=0), *(Output(m, temperature=0.4) for m in images)]
         out = self.generate(model, tokens, self.only(tokens, "rgb"), chain)
         made, rows = {m: self.pictures(out, m) for m in images}, []
@@ -123,7 +125,7 @@ class Show:
 
     def from_desc(self, model, tokens, true, scenes=slice(4, 7)):
         Output, some = self.script.Output, tokens[scenes]
-        chain = [Output(**DRAWING), Output("depth", temperature=0.4), Output("normal", temperature=0.4)]
+        chain = [self.drawing, Output("depth", temperature=0.4), Output("normal", temperature=0.4)]
         out = self.generate(model, some, self.only(some, "desc"), chain)
         made = {m: self.pictures(out, m) for m in ("rgb", "depth", "normal")}
         labels = self.labels(judges.object_f1, made["rgb"], some)
@@ -132,7 +134,7 @@ class Show:
                 for b, text in enumerate(self.texts(some, "desc"))]
 
     def from_caption(self, model, tokens, true, scenes=(7, 1)):
-        chain = [self.script.Output("desc", temperature=0.5), self.script.Output(**DRAWING)]
+        chain = [self.script.Output("desc", temperature=0.5), self.drawing]
         same = tokens[list(scenes)].repeat_interleave(4, 0)
         made = self.pictures(self.generate(model, same, self.only(same, "caption"), chain), "rgb")
         labels = self.labels(judges.caption_f1, made, same)

@@ -127,3 +127,13 @@ def parse_boxes(row):
             corners = [(v - 2) % BBOX_BINS for v in row[i:i + 4]]
             boxes.append((*corners, SHAPES[row[i + 4] - 2 - 4 * BBOX_BINS]))
     return boxes
+
+
+def edits(heard, told):
+    """The least number of words inserted, left out or replaced between two lists (Levenshtein)."""
+    row = list(range(len(told) + 1))
+    for i, word in enumerate(heard, 1):
+        above, row = row, [i]
+        for j, other in enumerate(told, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (word != other)))
+    return row[-1]

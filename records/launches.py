@@ -72,7 +72,7 @@ def report(script, layout, tokens):
     bare = dataclasses.replace(config, enc_depth=0, dec_depth=0)
     rows, links = [], {}
     for step in range(config.num_steps):
-        links.setdefault(script.step_shape(step, config)[0], step)
+        links.setdefault(script.step_shape(step, config, layout)[0], step)
     for link, step in links.items():
         found = count(script, config, layout, tokens, step)
         found["rest of the model"] = count(script, bare, layout, tokens, step)["model"]

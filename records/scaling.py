@@ -459,12 +459,12 @@ def report(runs, cores, scenes, scene_seconds, model):
 def step_sizes(script, step, tokens, layout, config):
     """Inputs, image targets and text targets per scene of a step of train_4m.py; tokens (B, size): of any scenes."""
     import torch
-    link, share = script.step_shape(step, config)
+    link, share = script.step_shape(step, config, layout)
     if link is None:
         return int(share * config.budget), config.image_targets, config.text_targets
     enc_pos, _, dec_pos, _ = script.link_positions(tokens, layout, *link, share, torch.Generator())
     inputs, targets = enc_pos.size(1), dec_pos.size(1)
-    return (inputs, targets, 0) if link[1][0] in script.IMAGES else (inputs, 0, targets)
+    return (inputs, 0, targets) if link[1][0] in script.TEXTS else (inputs, targets, 0)
 
 def open_script(track):
     """train_4m.py as a module, and the layout of a track's scenes."""

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+from texts import edits  # noqa: E402
+
 GRAMMAR = """#JSGF V1.0; grammar caption;
 <noun> = a (small | large) (gray | red | blue | green | brown | purple | cyan | yellow) (rubber | metal)
     (cube | sphere | cylinder);
@@ -44,18 +47,7 @@ def hear(decoder, wave):
     return re.findall("[a-z]+", hypothesis.hypstr) if hypothesis else []
 
 
-def edits(heard, told):
-    """The least number of words inserted, left out or replaced between two lists (Levenshtein)."""
-    row = list(range(len(told) + 1))
-    for i, word in enumerate(heard, 1):
-        above, row = row, [i]
-        for j, other in enumerate(told, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (word != other)))
-    return row[-1]
-
-
 def main(count=60):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
     import codec
     import impacts
     import scenes

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 
 import checkpoints
 import runs
+import scenes
 import train_4m
 from test_train_4m import DIMS, SMALL, make_root, run_here, small_model, tiny, write_shards  # noqa: F401
-from train_4m import MODALITIES, Fault
+from train_4m import Fault
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_shards(monkeypatch, root, tiny, tmp_path, damage):
     spoil, message = DAMAGE[damage]
-    write_shards(tmp_path / "shards", {m: np.load(tiny[0] / "train" / f"{m}.npy") for m in MODALITIES})
+    write_shards(tmp_path / "shards", {m: np.load(tiny[0] / "train" / f"{m}.npy") for m in scenes.modalities(64)})
     config = dataclasses.replace(train_4m.CONFIGS["cpu"], data=str(tmp_path / "shards"))
     train_4m.read_shards(config, train_4m.read_frozen(config)[2])  # all is well so far
     spoil(tmp_path / "shards")

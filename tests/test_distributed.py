@@ -138,7 +138,7 @@ def test_the_blocks_of_4m_are_two_graphs_for_all_shapes(layout, frozen):
     config = train_4m.dataclasses.replace(train_4m.CONFIGS["cpu"], **test_train_4m.DIMS, batch=4, word_steps=3)
     run, rng, rng2 = runs.fake_run(), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     run.slice, run.autocast = lambda batch: slice(0, batch), contextlib.nullcontext
-    warm_up = {train_4m.step_shape(step, config): step for step in range(config.num_steps)}  # as main has it
+    warm_up = {train_4m.step_shape(step, config, layout): step for step in range(config.num_steps)}  # as main has it
     before = compile_blocks((*model.encoder, *model.decoder), True)
     optimizers, others = (train_4m.make_optimizers(each, config, run) for each in (model, plain))
     for i, step in enumerate([*warm_up.values(), *range(60)]):

@@ -126,7 +126,7 @@ def test_step_sizes():
     layout, made = train_4m.Layout(modalities), {}
     for step in range(config.num_steps):
         sizes = scaling.step_sizes(train_4m, step, tokens[:1], layout, config)
-        made.setdefault(train_4m.step_shape(step, config), set()).add(sizes)
+        made.setdefault(train_4m.step_shape(step, config, layout), set()).add(sizes)
     assert all(len(sizes) == 1 for sizes in made.values()), "a shape says it all"
     found = {shape: sizes.pop() for shape, sizes in made.items()}  # by hand: pictures 64, texts 16, 40 and 16
     assert found[(("rgb",), ("desc", "bbox", "caption")), 0] == (64, 0, 72)

@@ -31,9 +31,11 @@ import studio
 import texts
 import tokenizer
 import train_4m
-from train_4m import IMAGES, LINKS, MODALITIES, TEXTS, Fault, Output
+from train_4m import TEXTS, Fault, Output
 
 ROOT = Path(__file__).resolve().parent.parent
+IMAGES, MODALITIES = scenes.IMAGES, [*scenes.modalities(64)]
+LINKS = train_4m.known_links(train_4m.Layout(scenes.modalities(64)))
 DIMS = {"dim": 64, "head_dim": 32, "enc_depth": 1, "dec_depth": 1}
 SMALL = ["--track=cpu", *(f"--{key}={value}" for key, value in DIMS.items()), "--batch=8",
          "--quality_scenes=0", "--precision=fp32", "--word_steps=0"]  # a short run would have no others
@@ -234,15 +236,15 @@ def test_a_link_gives_one_modality_and_asks_for_others(frozen, layout, given, as
 
 def test_links_are_of_pictures_or_of_texts():
     """As the loss has it, in which the first targets are pictures' and all others texts'."""
-    for given, asked in filter(None, LINKS):
-        assert not {*given} & {*asked} and len({m in IMAGES for m in asked}) == 1
-    asked = {m for link in LINKS if link for m in link[1]}
-    assert asked == set(MODALITIES) and None in LINKS, "everything is learned, and any from any"
+    for given, asked in filter(None, train_4m.LINKS):
+        assert not {*given} & {*asked} and len({m in TEXTS for m in asked}) == 1
+    asked = {m for link in train_4m.LINKS if link for m in link[1]}
+    assert asked == set(train_4m.MODALITIES) and None in LINKS, "everything is learned, and any from any"
 
 
-def test_links_take_turns():
+def test_links_take_turns(layout):
     config = dataclasses.replace(train_4m.CONFIGS["cpu"], word_steps=600)
-    shapes = [train_4m.step_shape(step, config) for step in range(600 + 7200)]
+    shapes = [train_4m.step_shape(step, config, layout) for step in range(600 + 7200)]
     words, mixed = shapes[:600], shapes[600:]
     for steps, links in ((words, LINKS[:train_4m.WORD_LINKS]), (mixed, LINKS)):
         for i in range(0, len(steps) - len(links), 7):  # each once in any row of so many steps
@@ -259,7 +261,7 @@ def test_links_take_turns():
 
 
 @pytest.mark.parametrize("word_steps, num_steps", [(0, 5), (5, 5), (30, 200)])
-def test_the_warm_up_meets_every_shape(tiny, tmp_path, monkeypatch, word_steps, num_steps):
+def test_the_warm_up_meets_every_shape(tiny, layout, tmp_path, monkeypatch, word_steps, num_steps):
     """What a shape costs the first time, kernels on a CPU and graphs on a GPU, it costs before the clock runs."""
     warm_up, training = [], []
 
@@ -273,7 +275,7 @@ def test_the_warm_up_meets_every_shape(tiny, tmp_path, monkeypatch, word_steps, 
     run_here(monkeypatch, make_root(tmp_path / "root"), argv)
     assert len(training) == num_steps and set(warm_up) == set(training)
     config = dataclasses.replace(train_4m.CONFIGS["cpu"], word_steps=word_steps)
-    assert len(warm_up) == len({train_4m.step_shape(step, config) for step in range(num_steps)}), "each once"
+    assert len(warm_up) == len({train_4m.step_shape(step, config, layout) for step in range(num_steps)}), "each once"
     assert num_steps < 200 or (len(warm_up) == 35 and len(set(warm_up)) == 31), "all there are; two links are alike"
 
 
@@ -298,7 +300,7 @@ def test_a_step_is_what_its_shape_says(layout, frozen, monkeypatch, dec_self):
     monkeypatch.setattr(train_4m, "masked_loss", counted)
     rng = torch.Generator().manual_seed(0)
     for step in range(21):
-        link, share = train_4m.step_shape(step, config)
+        link, share = train_4m.step_shape(step, config, layout)
         loss, count, flops = train_4m.train_step(step, tokens, rng, model, *optimizers, layout, config, run)
         batch, enc_pos, visible, dec_pos, weight, images, forward_flops = asked[-1]
         links.add(link)

@@ -1,0 +1,86 @@
+"""Sets about the same scenes as one, of whose modalities train_4m.py learns any from any others.
+
+    python data/scenes.py && python data/scenes.py --rich
+    python data/join.py scenes64 rich64      # -> data/scenes64-rich64; what it says then trains on it
+
+scene.npy of every set has to say that row i is about the same scene in all of them. val.npz has the validation scenes
+of the sets, and roles, which of their tokens are inputs and targets, drawn as data/eval_masks.py does.
+"""
+import argparse
+import json
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+import eval_masks
+import shards
+from hub import finish, sentences, verified
+from shards import ROOT, Fault
+
+sys.path.insert(0, str(ROOT.parent))
+from train_4m import MODALITIES  # noqa: E402  their order
+
+VERSION, SEED = 1, 0
+
+
+def read_frozen(name):
+    """The validation scenes of a set: {array: (n, ...)}, and its modalities."""
+    path = shards.FROZEN / f"{name}.npz"
+    if not path.exists():
+        raise Fault(f"{name} has no validation scenes in {shards.FROZEN}")
+    with np.load(path, allow_pickle=False) as arrays:
+        arrays = dict(arrays)
+    return arrays, json.loads(bytes(arrays.pop("modalities")))
+
+
+def join(names, parts):
+    """Arrays of sets [{array: (n, ...)}] as those of one: all their modalities in order, and the scenes."""
+    for name, part in zip(names, parts):
+        if not np.array_equal(part["scene"], parts[0]["scene"]):
+            raise Fault(f"{name} is not about the scenes of {names[0]}: make both with the same --num and --seed")
+    joined = {m: part[m] for part in parts for m in part}
+    return {m: joined[m] for m in (*MODALITIES, "scene") if m in joined}
+
+
+def draw_roles(arrays, kinds):
+    """Roles (n, tokens) of scenes as evaluations have them: in even rows as the course masks, in odd ones of whole
+    modalities."""
+    tokens = np.concatenate([arrays[m] for m in kinds], 1)
+    kind = np.repeat(np.arange(len(kinds)), [about["length"] for about in kinds.values()])
+    valid = tokens != np.array([about["pad"] for about in kinds.values()])[kind]
+    rng, draws = np.random.default_rng(SEED), (eval_masks.draw_roles, eval_masks.draw_whole)
+    return np.stack([draws[i % 2](row, kind, rng) for i, row in enumerate(tqdm(valid, "masks", unit=" scenes"))])
+
+
+@sentences("join.py")
+def main(names):
+    if len(set(names)) < len(names) or len(names) < 2:
+        raise Fault(f"join takes two sets or more, each once, not {' '.join(names)}")
+    folder = ROOT / "-".join(names)
+    kinds, sets, val = {}, [], []
+    for name in names:
+        frozen, about = read_frozen(name)
+        arrays, meta = shards.read(ROOT / name / "train", [*about, "scene"], about)
+        kinds |= about
+        sets.append(arrays)
+        val.append({m: frozen[m] for m in (*about, "scene")})
+    if unknown := kinds.keys() - set(MODALITIES):
+        raise Fault(f"train_4m.py knows no modality {', '.join(sorted(unknown))}")
+    kinds = {m: kinds[m] for m in MODALITIES if m in kinds}
+    content = [shards.read_meta(ROOT / name / "train").get("content_sha256") for name in names]
+    identity = {"name": folder.name, "version": VERSION, "seed": SEED, "content": content}
+    if not verified(folder, identity):
+        folder.mkdir(exist_ok=True)
+        train, val = join(names, sets), join(names, val)
+        val["roles"] = draw_roles(val, kinds)
+        finish(folder, {**identity, "num": len(train["scene"])}, kinds, train, val)
+        print(f"{folder}: {len(train['scene']):,} scenes with {', '.join(kinds)}")
+    place = f"data/{folder.name}"
+    print(f"python train_4m.py --data={place}/train --frozen={place}/val.npz --frozen_masks={place}/val.npz")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", metavar="SET", help="of a folder in data/, such as scenes64")
+    main(parser.parse_args().names)

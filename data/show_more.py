@@ -1,0 +1,102 @@
+"""How well a nano4M tells and draws the modalities that sets have beside the scenes' eight: those of the rich set, of
+which rgb is given, and what is heard."""
+import torch
+
+import codec
+import impacts
+import judge as judges
+import raycaster
+import rich
+import rich_report
+import world
+from rich import DRAWN
+from texts import edits
+
+RICH = (*DRAWN, "pose")
+SCENES = 250  # that each number is of
+CAREFUL = {"steps": 8, "temperature": 0.3}  # how what has one right answer is filled in
+LISTENING = {"steps": 16, "temperature": 0.3}
+
+
+class Truth:
+    """What is known of the first n validation scenes of 64 px, beside their tokens."""
+
+    def __init__(self, n):
+        self.scenes = world.load_frozen_scenes(64, n)
+        images, self.index = raycaster.render(self.scenes, compile=False)
+        self.exact = {name: values.double() if values.is_floating_point() else values
+                      for name, values in self.scenes.items()}
+        self.values = rich.metadata_of(self.scenes, images["rgb"], self.index)
+
+    def report(self, modality, rows, true_rows, studio):
+        """{what: value} of a modality's rows (n, L), as a model tells them."""
+        if modality == "inst":
+            return rich_report.inst(studio.pictures(rows), self.index)
+        rows, true_rows = rows.cpu().numpy(), true_rows.cpu().numpy()
+        truth = {"polygon": self.index, "pose": self.exact, "palette": true_rows, "metadata": self.values}[modality]
+        return getattr(rich_report, modality)(rows, truth)
+
+
+def measure(show, model):
+    """Numbers of the modalities that the set has beside the eight: {name: value}. show: a show_4m.Show."""
+    names, numbers = show.layout.names, {}
+    if "inst" in names:
+        numbers |= seen(show, model)
+    if "sound" in names:
+        numbers |= heard(show, model)
+    return numbers
+
+
+def seen(show, model):
+    """What it tells of the rich set's modalities, rgb given; and the palettes that pictures drawn from these have."""
+    tokens, Output = show.tokens[:SCENES], show.script.Output
+    show.bar.total += len(RICH) + 1
+    truth, known, numbers = Truth(len(tokens)), show.only(tokens, "rgb"), {}
+    for m in RICH:
+        how = Output(m, **CAREFUL) if m == "inst" else Output(m, temperature=0)
+        span = show.layout.span[m]
+        told = show.generate(model, tokens, known, [how])[:, span]
+        report = truth.report(m, told, tokens[:, span], show.studio)
+        if m == "metadata":
+            report = {"accuracy": sum(report.values()) / len(report)}
+        numbers |= {f"{m}_{what}": value for what, value in report.items()}
+    drawn = show.pictures(show.generate(model, tokens, show.only(tokens, "pose"), [show.drawing]), "rgb")
+    return numbers | {"rgb_from_pose_f1": judges.object_f1(show.judged(drawn), show.described(tokens))}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sound
+
+def word_errors(heard, told):
+    """Share of the words of texts told that another list of texts has wrong."""
+    pairs = [(a.split(), b.split()) for a, b in zip(heard, told)]
+    return sum(edits(*pair) for pair in pairs) / max(1, sum(len(b) for _, b in pairs))
+
+
+def in_turn(objects):
+    """What can be heard of a described scene's objects, which are struck from left to right."""
+    return [(o["shape"], o["material"]) for o in sorted(objects, key=lambda o: o["x"])]
+
+
+def share_right(told, meant):
+    """Share of what is in lists that others have in the same place."""
+    right = sum(a == b for pair in zip(told, meant) for a, b in zip(*pair))
+    return right / max(1, sum(map(len, meant)))
+
+
+def heard(show, model):
+    """What it understands of speech, what it takes an impact for, and the impacts that it foretells of a picture."""
+    tokens, Output, span = show.tokens[:SCENES], show.script.Output, show.layout.span
+    show.bar.total += 4
+    understood = show.generate(model, tokens, show.only(tokens, "speech"), [Output("caption", temperature=0)])
+    named = show.generate(model, tokens, show.only(tokens, "sound"), [Output("desc", temperature=0)])
+    struck = show.generate(model, tokens, show.only(tokens, "rgb"), [Output("sound", **LISTENING)])[:, span["sound"]]
+    drawn = show.pictures(show.generate(model, tokens, show.only(tokens, "speech"), [show.drawing]), "rgb")
+    coder = codec.load()
+    rung, true = ([impacts.read(coder.sound(row)) for row in rows.cpu()] for rows in (struck, tokens[:, span["sound"]]))
+    captions = show.texts(understood, "caption"), show.texts(tokens, "caption")
+    objects = show.described(tokens)
+    return {"caption_from_speech_word_errors": word_errors(*captions),
+            "desc_from_sound_impacts": share_right(map(in_turn, show.described(named)), list(map(in_turn, objects))),
+            "sound_from_rgb_impacts": share_right(rung, true),
+            "rgb_from_speech_f1": judges.caption_f1(show.judged(drawn), objects)}

@@ -1,0 +1,198 @@
+"""Sets joined to one, and nano4M on all modalities that there are."""
+import functools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tqdm import tqdm
+
+import hub
+import join
+import runs
+import shards
+import show_4m
+import show_more
+import train_4m
+from eval_masks import draw_roles
+from test_train_4m import SMALL, make_root, run_here, small_model
+
+SETS = "scenes64", "rich64", "audio64"
+ROWS = 120
+
+
+def frozen_arrays(name):
+    return join.read_frozen(name)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A data folder with training sets of validation scenes."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in SETS:
+        arrays, kinds = frozen_arrays(name)
+        (folder / name).mkdir()
+        train = {m: arrays[m][:ROWS] for m in (*kinds, "scene")}
+        hub.finish(folder / name, {"name": name, "num": ROWS, "content_sha256": name}, kinds, train, {})
+    return folder
+
+
+@pytest.fixture
+def make(root, monkeypatch):
+    monkeypatch.setattr(join, "ROOT", root)
+    return lambda *names: join.main(list(names))
+
+
+@pytest.fixture(scope="module")
+def joined(root):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(join, "ROOT", root)
+        join.main(list(SETS))
+    folder = root / "-".join(SETS)
+    path = f"{folder}/val.npz"
+    return SimpleNamespace(folder=folder, argv=[f"--data={folder}/train", f"--frozen={path}", f"--frozen_masks={path}"],
+                           frozen=train_4m.read_frozen(SimpleNamespace(frozen=path, frozen_masks=path)))
+
+
+def test_all_is_kept(joined):
+    tokens, roles, kinds, _ = joined.frozen
+    assert list(kinds) == list(train_4m.MODALITIES), "all there are, in the script's order"
+    layout = train_4m.Layout(kinds)
+    meta = shards.read_meta(joined.folder / "train")
+    assert meta["modalities"] == kinds and meta["num"] == ROWS
+    for name in SETS:
+        arrays, about = frozen_arrays(name)
+        for m in about:
+            assert np.array_equal(tokens[:, layout.span[m]], arrays[m]), m
+            assert np.array_equal(np.load(joined.folder / "train" / f"{m}.npy"), arrays[m][:ROWS])
+    valid, kind = layout.valid(tokens).numpy(), layout.kind.numpy()
+    assert not valid[roles.numpy() > 0].all() or not roles[~torch.from_numpy(valid)].any(), "no role for padding"
+    assert np.array_equal(roles[0], draw_roles(valid[0], kind, np.random.default_rng(join.SEED)))
+    whole = roles[1::2]
+    for k, m in enumerate(layout.names):
+        part, there = whole[:, layout.span[m]], layout.valid(tokens)[1::2][:, layout.span[m]]
+        given = (part == 1).any(1)
+        assert torch.equal(part[given] == 1, there[given]) and ((part == 2).sum(1) <= 16).all(), m
+
+
+def test_what_cannot_be_joined(root, make, capsys, tmp_path):
+    for names, said in ((["scenes64"], "takes two sets or more"), (["rich64", "rich64"], "each once"),
+                        (["scenes64", "elsewhere64"], "no validation scenes"),
+                        (["scenes64", "objects64"], "there is no")):
+        with pytest.raises(SystemExit) as stop:
+            make(*names)
+        assert said in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_other_scenes_are_noticed(root, make, monkeypatch, tmp_path):
+    other = tmp_path / "data"
+    for name in ("scenes64", "rich64"):
+        arrays, kinds = frozen_arrays(name)
+        (other / name).mkdir(parents=True)
+        rows = slice(0, 20) if name == "scenes64" else slice(1, 21)
+        hub.finish(other / name, {"name": name, "num": 20}, kinds, {m: arrays[m][rows] for m in (*kinds, "scene")}, {})
+    monkeypatch.setattr(join, "ROOT", other)
+    with pytest.raises(SystemExit, match="rich64 is not about the scenes of scenes64"):
+        join.main(["scenes64", "rich64"])
+    assert not (other / "scenes64-rich64/train").exists()
+
+
+def test_once_more(joined, make, capsys):
+    make(*SETS)
+    said = capsys.readouterr().out
+    assert "is there and whole" in said and "--frozen=data/scenes64-rich64-audio64/val.npz" in said
+
+
+@pytest.fixture(scope="module")
+def layout(joined):
+    return train_4m.Layout(joined.frozen[2])
+
+
+def test_loss_is_of_the_probabilities(joined, layout):
+    """Of every modality: what the loss says of its targets is what forward gives them, and a place's sum to 1."""
+    model, tokens = small_model(layout), joined.frozen[0][:3]
+    rng = torch.Generator().manual_seed(0)
+    enc_pos = torch.rand(tokens.shape, generator=rng).argsort(1)[:, :40]
+    digits = (torch.arange(layout.size) < layout.first_text).long()
+    for m in layout.names:
+        places = torch.arange(layout.size)[layout.span[m]][:6].expand(3, -1)
+        log_probs = model(tokens, enc_pos, None, places)
+        assert torch.allclose(log_probs.exp().sum(-1), torch.ones(3, 6), atol=1e-5), m
+        assert (log_probs[..., layout.modalities[m]["vocab"]:] == -torch.inf).all()
+        found = log_probs.gather(2, tokens.gather(1, places)[..., None]).sum()
+        images = 6 * bool(digits[places[0, 0]])
+        loss = train_4m.masked_loss(model, tokens, enc_pos, None, places, torch.ones(3, 6), images)
+        assert loss.item() == pytest.approx(-found.item(), rel=1e-4), m
+
+
+def test_words_have_rows_of_their_own(layout):
+    """Of one table of embeddings: but for descriptions and captions, which have the same words."""
+    model, rows = small_model(layout), {}
+    for m in layout.names:
+        start = model.token_offset[layout.span[m]].unique().item()
+        rows[m] = range(start, start + layout.modalities[m]["vocab"])
+    pictures = {m for m in layout.names if rows[m].start == 0}
+    assert pictures == set(train_4m.IMAGES) and rows["desc"] == rows["caption"]
+    others = sorted((rows[m] for m in layout.names if m not in pictures and m != "caption"), key=lambda r: r.start)
+    assert others[0].start == layout.vocab and others[-1].stop == layout.vocab + len(model.embed_word.weight)
+    assert all(a.stop == b.start for a, b in zip(others, others[1:]))
+    assert model.head_word.out_features == min(rows[m].start for m in train_4m.SOUNDS) - layout.vocab
+
+
+def test_positions_tell_places_apart(layout):
+    """Pairs of numbers are a place's own within its modality; objects of texts share theirs."""
+    major, minor, num_major, num_minor = train_4m.split_positions(layout)
+    assert major.max() == num_major - 1 and minor.max() == num_minor - 1
+    for m in layout.names:
+        pairs = {*zip(major[layout.span[m]].tolist(), minor[layout.span[m]].tolist())}
+        assert len(pairs) == layout.modalities[m]["length"], m
+    second = [major[layout.span[m]][facts].item() for m, facts in train_4m.FACTS.items()]
+    assert len({*second}) == 1, "the second object of each text"
+
+
+def test_every_link_is_trained(joined, layout, tmp_path, monkeypatch):
+    links = train_4m.known_links(layout)
+    assert links == list(train_4m.LINKS)
+    root = make_root(tmp_path / "root")
+    run_here(monkeypatch, root, [*SMALL, *joined.argv, f"--num_steps={len(links)}", "--eval_every=1000"])
+    foot = json.loads((root / "records/runs.jsonl").read_text())
+    assert all(foot[f"val_loss_{half}_{m}"] > 0 for half in ("course", "whole") for m in layout.names)
+
+
+@functools.cache
+def tracks():
+    return [name for name, config in train_4m.CONFIGS.items() if "-" in config.data.split("/")[1]]
+
+
+@pytest.mark.parametrize("track", tracks())
+def test_tracks_of_joined_sets_say_how_to_make_them(track, tmp_path, monkeypatch):
+    config = train_4m.CONFIGS[track]
+    name = config.data.split("/")[1]
+    assert shards.command_for(shards.ROOT / name / "train") == f"python data/join.py {name.replace('-', ' ')}"
+
+
+def test_numbers_of_the_truth_are_the_bounds(joined, layout, monkeypatch):
+    """A model that says what is true of every scene, and one that says what is true of the next one."""
+    monkeypatch.setattr(show_more, "SCENES", 24)
+    run = SimpleNamespace(device=torch.device("cpu"), options=SimpleNamespace(quality_scenes=24))
+    shown = show_4m.Show(train_4m, run, layout, joined.frozen[0][:24])
+    shown.bar = tqdm(disable=True, total=0)
+    found = []
+    for shift in (0, 1):
+        monkeypatch.setattr(shown, "generate", lambda model, tokens, known, outputs: tokens.roll(shift, 0))
+        found.append(show_more.measure(shown, None))
+    right, wrong = found
+    assert right["pose_class"] == right["pose_turn"] == right["metadata_accuracy"] == right["palette_number"] == 1
+    assert right["palette_error"] < 1 and right["pose_corner"] < 0.06
+    assert right["inst_iou"] > 0.94 and right["polygon_iou"] > 0.9 and right["rgb_from_pose_f1"] > 0.95
+    assert right["caption_from_speech_word_errors"] == 0 and right["desc_from_sound_impacts"] == 1
+    assert right["sound_from_rgb_impacts"] > 0.97 and right["rgb_from_speech_f1"] > 0.95
+    for name in right:
+        less = name.endswith(("error", "errors", "corner"))
+        assert wrong[name] > right[name] if less else wrong[name] < right[name], name
+
+
+def test_word_errors():
+    assert show_more.word_errors(["a red cube", "a"], ["a red cube", "a blue cone"]) == pytest.approx(2 / 6)
+    assert show_more.share_right([["a", "b"], []], [["a", "c", "d"], ["e"]]) == 1 / 4
