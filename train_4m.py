@@ -720,8 +720,8 @@ def split_positions(layout):
     rest = side + max(facts.values())  # the minor number of a place alone
     num_major = side + max(-(-layout.modalities[m]["length"] // n) for m, n in facts.items())
     major, minor = [], []
-    for m, about in layout.modalities.items():
-        place = torch.arange(about["length"])
+    for m in layout.names:
+        place = layout.offset[layout.span[m]]
         if m in IMAGES:
             major.append(place // side)
             minor.append(place % side)
@@ -732,8 +732,7 @@ def split_positions(layout):
             major.append(num_major + place)
             minor.append(torch.full_like(place, rest))
             num_major += len(place)
-    device = layout.kind.device
-    return torch.cat(major).to(device), torch.cat(minor).to(device), num_major, rest + 1
+    return torch.cat(major), torch.cat(minor), num_major, rest + 1
 
 
 def split_words(layout):

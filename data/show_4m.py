@@ -71,7 +71,7 @@ class Show:
     def labels(self, f1_of, pictures, tokens):
         """What is written over generated pictures: how much of their scenes the judge sees in them."""
         seen, meant = self.judged(pictures), self.described(tokens)
-        return [f"rgb, judged F1 {f1_of([a], [b]):.2f}" for a, b in zip(seen, meant)]
+        return [f"rgb, judged F1: {f1_of([a], [b]):.2f}" for a, b in zip(seen, meant)]
 
     def quality(self, model):
         """Interpretable metrics on validation scenes: against true renderings, or what was asked for."""
@@ -119,7 +119,7 @@ class Show:
         made, rows = {m: self.pictures(out, m) for m in images}, []
         for b, (said, meant) in enumerate(zip(self.texts(out, "desc"), self.texts(tokens, "desc"))):
             f1 = judges.object_f1([parse_desc(said)], [parse_desc(meant)])
-            rows.append([(true["rgb"][b], "input"), *((made[m][b], m) for m in made), f"{said}\nobject F1 {f1:.2f}"])
+            rows.append([(true["rgb"][b], "input"), *((made[m][b], m) for m in made), f"{said}\nobject F1: {f1:.2f}"])
             rows.append([None, *((true[m][b], f"true {m}") for m in made), "TRUE: " + meant])
         return rows
 

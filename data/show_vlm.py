@@ -131,13 +131,21 @@ class Show:
         said = self.script.generate(model, picture, tokens, self.codec.stop, self.options, cache=cache)
         return self.codec.decode(said).strip()
 
-    def sheet(self, model, path, bar):
-        """Pictures with questions, answers and the truth."""
+    def cells(self, model, most, bar):
+        """Cells of a sheet: some pictures, each with questions, answers and the truth."""
         cells = []
-        for picture, row, marks in zip(self.pixels, self.tokens.tolist(), self.answer.tolist()):
+        for picture, row, marks in zip(self.pixels[:most], self.tokens.tolist(), self.answer.tolist()):
             lines = [self.turn(model, picture, row, marks, turn) for turn in range(1, max(marks) + 1)]
             cells += [picture.float() / 255, "\n".join(lines)]
             bar.update()
+        return cells
+
+    def glimpse(self, model):
+        """Cells of a sheet: three pictures and what it answers."""
+        return self.cells(model, 3, tqdm(disable=True))
+
+    def sheet(self, model, path, bar):
+        cells = self.cells(model, len(self.pixels), bar)
         rows = [cells[i:i + 4] for i in range(0, len(cells), 4)]
         draw.sheet(["questions, the model's answers, and the true ones where it is wrong", *rows], path, SIDE)
 

@@ -371,8 +371,8 @@ def test_inputs_are_shared_among_what_there_is(model_on_rows):
     counts = (kind[..., None] == torch.tensor(own)).sum(1).double()  # (rows, 5)
     assert (counts.sum(1) == 10).all() and (counts.mean(0) - 2).abs().max() < 0.15
     assert counts.std(0).mean() > 1.5, "1.35 if what is not there had a share, 1.67 without"
-    assert counted.all() and (layout.kind[dec_pos[:, :8]] < 5).all() and (layout.kind[dec_pos[:, 8:]] >= 5).all()
-    assert ((tokens.gather(1, enc_pos) == 257) & (kind >= 5)).any()
+    assert counted.all() and (dec_pos[:, :8] < layout.first_text).all() and (dec_pos[:, 8:] >= layout.first_text).all()
+    assert ((tokens.gather(1, enc_pos) == 257) & (enc_pos >= layout.first_text)).any()
 
 
 def paths(data):

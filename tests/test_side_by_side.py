@@ -1,4 +1,5 @@
 """records/side_by_side.py: when it draws samples of a run, and the sheet it makes of several."""
+import importlib
 import sys
 from pathlib import Path
 
@@ -91,3 +92,9 @@ def test_what_cannot_be_compared(toy, tmp_path):
         with pytest.raises(SystemExit, match=sentence):
             side_by_side.main(paths, [20], fields)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("task", ["gpt", "maskgit", "4m", "flow", "vlm"])
+def test_every_task_has_samples_to_draw_in_training(task):
+    """Of the public recipe as well: a Show is the task's, not the script's."""
+    assert callable(importlib.import_module(f"show_{task}").Show.glimpse)

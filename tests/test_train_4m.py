@@ -917,7 +917,7 @@ def test_quality_numbers(layout, frozen, tmp_path, monkeypatch):
     assert asked[:2] == [(5, 0, "depth"), (1, 1, "depth")] and asked[4:7] == [(5, 0, "desc"), (5, 1, "desc"), (2, 2, "desc")]
     assert (tmp_path / "4m.png").exists() and shown.bar.n == shown.bar.total == 9
     shown.judge = Oracle(described[1:] + described[:1])
-    assert shown.labels(judge.object_f1, torch.zeros(2, 3, 64, 64), tokens[:2]) == ["rgb, judged F1 0.00"] * 2
+    assert shown.labels(judge.object_f1, torch.zeros(2, 3, 64, 64), tokens[:2]) == ["rgb, judged F1: 0.00"] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------
