@@ -464,7 +464,8 @@ def find_referents(tokens, answer, words, image_tokens):
             here = refers[row, y * across // 100 * across + x * across // 100]
             here[0] |= REFERS | 1 << k
             here[1:-1] = [beside(k, *side) for side in SIDES.values()]
-            described[row] = marks[i] * (len({0, *marks}) > 2)
+        if ends and len({0, *marks}) > 2:
+            described[row] = marks[ends[0]]
         phrase, side = set(), None
         for here, word, mark in zip(refers[row, image_tokens:], said if known else (), marks):
             word = word.removesuffix("s")

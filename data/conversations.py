@@ -163,7 +163,7 @@ def main(path, name, images, size, length):
         print(f"left out: {told(left_out)}")
     if shortened:
         print(f"shortened to --length={length} tokens: {told({'with more turns': shortened})}")
-    more = f" --seq_len={longest + 64}" if longest > 112 else ""  # 16 tokens of a picture, in the gpu track 64
+    more = f" --seq_len={longest + 64}" if longest > 112 else ""  # of 128 a picture takes 16, in the gpu track 64
     print(f"python train_vlm.py --data=data/{name}/train --frozen=data/{name}/val.npz{more}")
 
 

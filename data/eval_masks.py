@@ -81,16 +81,19 @@ def draw_masked(n, length, rng):
     return ranks < rng.integers(1, length + 1, (n, 1))
 
 
+def draw_all_roles(arrays, modalities):
+    """Roles (n, size) of n scenes, {modality: their tokens}: in even rows by draw_roles, in odd ones by draw_whole."""
+    tokens = np.concatenate([arrays[m] for m in modalities], 1)
+    kind = np.repeat(np.arange(len(modalities)), [about["length"] for about in modalities.values()])
+    valid = tokens != np.array([about["pad"] for about in modalities.values()])[kind]
+    rng, draws = np.random.default_rng(0), (draw_roles, draw_whole)
+    return np.stack([draws[i % 2](row, kind, rng) for i, row in enumerate(valid)])
+
+
 if __name__ == "__main__":
     for size in (64, 128):
         with np.load(FROZEN / f"scenes{size}.npz", allow_pickle=False) as arrays:
-            modalities = json.loads(bytes(arrays["modalities"]))
-            tokens = np.concatenate([arrays[m] for m in modalities], 1)
-        kind = np.repeat(np.arange(len(modalities)), [about["length"] for about in modalities.values()])
-        pad = np.array([about["pad"] for about in modalities.values()])
-        rng = np.random.default_rng(0)
-        draws = draw_roles, draw_whole
-        roles = np.stack([draws[i % 2](row != pad[kind], kind, rng) for i, row in enumerate(tokens)])
+            roles = draw_all_roles(arrays, json.loads(bytes(arrays["modalities"])))
         path = FROZEN / f"eval_4m_{size}.npz"
         np.savez_compressed(path, roles=roles)
         inputs, targets = ((roles == role).sum(1).mean() for role in (1, 2))

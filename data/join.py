@@ -11,17 +11,16 @@ import json
 import sys
 
 import numpy as np
-from tqdm import tqdm
 
-import eval_masks
 import shards
+from eval_masks import draw_all_roles
 from hub import finish, sentences, verified
 from shards import ROOT, Fault
 
 sys.path.insert(0, str(ROOT.parent))
 from train_4m import MODALITIES  # noqa: E402  their order
 
-VERSION, SEED = 1, 0
+VERSION = 1
 
 
 def read_frozen(name):
@@ -43,37 +42,27 @@ def join(names, parts):
     return {m: joined[m] for m in (*MODALITIES, "scene") if m in joined}
 
 
-def draw_roles(arrays, kinds):
-    """Roles (n, tokens) of scenes as evaluations have them: in even rows as the course masks, in odd ones of whole
-    modalities."""
-    tokens = np.concatenate([arrays[m] for m in kinds], 1)
-    kind = np.repeat(np.arange(len(kinds)), [about["length"] for about in kinds.values()])
-    valid = tokens != np.array([about["pad"] for about in kinds.values()])[kind]
-    rng, draws = np.random.default_rng(SEED), (eval_masks.draw_roles, eval_masks.draw_whole)
-    return np.stack([draws[i % 2](row, kind, rng) for i, row in enumerate(tqdm(valid, "masks", unit=" scenes"))])
-
-
 @sentences("join.py")
 def main(names):
     if len(set(names)) < len(names) or len(names) < 2:
         raise Fault(f"join takes two sets or more, each once, not {' '.join(names)}")
     folder = ROOT / "-".join(names)
-    kinds, sets, val = {}, [], []
+    kinds, sets, val, content = {}, [], [], []
     for name in names:
         frozen, about = read_frozen(name)
         arrays, meta = shards.read(ROOT / name / "train", [*about, "scene"], about)
         kinds |= about
         sets.append(arrays)
+        content.append(meta.get("content_sha256"))
         val.append({m: frozen[m] for m in (*about, "scene")})
     if unknown := kinds.keys() - set(MODALITIES):
         raise Fault(f"train_4m.py knows no modality {', '.join(sorted(unknown))}")
     kinds = {m: kinds[m] for m in MODALITIES if m in kinds}
-    content = [shards.read_meta(ROOT / name / "train").get("content_sha256") for name in names]
-    identity = {"name": folder.name, "version": VERSION, "seed": SEED, "content": content}
+    identity = {"name": folder.name, "version": VERSION, "content": content}
     if not verified(folder, identity):
         folder.mkdir(exist_ok=True)
         train, val = join(names, sets), join(names, val)
-        val["roles"] = draw_roles(val, kinds)
+        val["roles"] = draw_all_roles(val, kinds)
         finish(folder, {**identity, "num": len(train["scene"])}, kinds, train, val)
         print(f"{folder}: {len(train['scene']):,} scenes with {', '.join(kinds)}")
     place = f"data/{folder.name}"

@@ -19,14 +19,13 @@ LISTENING = {"steps": 16, "temperature": 0.3}
 
 
 class Truth:
-    """What is known of the first n validation scenes of 64 px, beside their tokens."""
+    """What is known of the first n validation scenes of so many pixels across, beside their tokens."""
 
-    def __init__(self, n):
-        self.scenes = world.load_frozen_scenes(64, n)
-        images, self.index = raycaster.render(self.scenes, compile=False)
-        self.exact = {name: values.double() if values.is_floating_point() else values
-                      for name, values in self.scenes.items()}
-        self.values = rich.metadata_of(self.scenes, images["rgb"], self.index)
+    def __init__(self, size, n):
+        scenes = world.load_frozen_scenes(size, n)
+        images, self.index = raycaster.render(scenes, size, compile=False)
+        self.exact = {name: part.double() if part.is_floating_point() else part for name, part in scenes.items()}
+        self.values = rich.metadata_of(scenes, images["rgb"], self.index)
 
     def report(self, modality, rows, true_rows, studio):
         """{what: value} of a modality's rows (n, L), as a model tells them."""
@@ -48,10 +47,10 @@ def measure(show, model):
 
 
 def seen(show, model):
-    """What it tells of the rich set's modalities, rgb given; and the palettes that pictures drawn from these have."""
+    """What it tells of the rich set's modalities, rgb given, and what the judge sees in pictures drawn from poses."""
     tokens, Output = show.tokens[:SCENES], show.script.Output
     show.bar.total += len(RICH) + 1
-    truth, known, numbers = Truth(len(tokens)), show.only(tokens, "rgb"), {}
+    truth, known, numbers = Truth(show.size, len(tokens)), show.only(tokens, "rgb"), {}
     for m in RICH:
         how = Output(m, **CAREFUL) if m == "inst" else Output(m, temperature=0)
         span = show.layout.span[m]
