@@ -13,7 +13,7 @@ from rich import DRAWN
 from texts import edits
 
 RICH = (*DRAWN, "pose")
-SCENES = 250  # that each number is of
+SCENES = 250  # that each number is of at most
 CAREFUL = {"steps": 8, "temperature": 0.3}  # how what has one right answer is filled in
 LISTENING = {"steps": 16, "temperature": 0.3}
 
@@ -48,7 +48,7 @@ def measure(show, model):
 
 def seen(show, model):
     """What it tells of the rich set's modalities, rgb given, and what the judge sees in pictures drawn from poses."""
-    tokens, Output = show.tokens[:SCENES], show.script.Output
+    tokens, Output = show.tokens[:min(SCENES, show.quality_scenes)], show.script.Output
     show.bar.total += len(RICH) + 1
     truth, known, numbers = Truth(show.size, len(tokens)), show.only(tokens, "rgb"), {}
     for m in RICH:
@@ -85,7 +85,7 @@ def share_right(told, meant):
 
 def heard(show, model):
     """What it understands of speech, what it takes an impact for, and the impacts that it foretells of a picture."""
-    tokens, Output, span = show.tokens[:SCENES], show.script.Output, show.layout.span
+    tokens, Output, span = show.tokens[:min(SCENES, show.quality_scenes)], show.script.Output, show.layout.span
     show.bar.total += 4
     understood = show.generate(model, tokens, show.only(tokens, "speech"), [Output("caption", temperature=0)])
     named = show.generate(model, tokens, show.only(tokens, "sound"), [Output("desc", temperature=0)])

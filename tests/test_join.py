@@ -181,7 +181,6 @@ def test_tracks_of_joined_sets_say_how_to_make_them(track, tmp_path, monkeypatch
 
 def test_numbers_of_the_truth_are_the_bounds(joined, layout, monkeypatch):
     """A model that says what is true of every scene, and one that says what is true of the next one."""
-    monkeypatch.setattr(show_more, "SCENES", 24)
     run = SimpleNamespace(device=torch.device("cpu"), options=SimpleNamespace(quality_scenes=24))
     shown = show_4m.Show(train_4m, run, layout, joined.frozen[0][:24])
     shown.bar = tqdm(disable=True, total=0)
