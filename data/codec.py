@@ -37,7 +37,7 @@ WEIGHTS = FROZEN / "audio.safetensors"
 VERSION = 1  # of what scenes sound like, beside the weights
 WINDOW, HOP = 512, 160  # samples, of the spectra that are drawn again: four per token
 BINS = WINDOW // 2 + 1
-FASTEST = 2.5  # times the normal speed of speech, for the longest captions
+FASTEST = 2.7  # times the normal speed of speech: the longest caption there can be takes 2.63
 DRAWN_FLOOR = 0.03  # added to the magnitudes whose logarithms are drawn: what is quieter is silence
 MIDDLE, SPREAD = -2.0, 4.0  # nats, about the mean and deviation of log-mel spectra
 

@@ -1,4 +1,6 @@
 """The codec: tokens one at a time, Griffin-Lim against closed forms, and speech that is understood from its tokens."""
+import itertools
+import random
 import sys
 
 import numpy as np
@@ -10,7 +12,9 @@ import impacts
 import mel
 import pocket
 import speech
+import texts
 import wav
+from raycaster import COLORS, MATERIALS, SHAPES, SIZES
 
 CAPTIONS = ("A large red metal cube on the left and a small cyan rubber sphere at the back right.",
             "Two objects on the floor: a small gray metal cylinder in the middle and a large red metal cube on the left.",
@@ -69,6 +73,18 @@ def test_what_is_said_fits_and_too_much_is_told():
     assert codec.speak(CAPTIONS[0], 0, 0).shape == (96 * 640,)
     with pytest.raises(ValueError, match="does not fit 3.84 s"):
         codec.speak("a large red metal cube and " * 20, 0, 0)
+
+
+def test_the_longest_caption_there_can_be_fits():
+    places = [{"x": x, "y": y} for x, y in itertools.product((10, 50, 90), (10, 50, 90))]
+    kinds = [dict(zip(("shape", "color", "material", "size"), kind))
+             for kind in itertools.product(SHAPES, COLORS, MATERIALS, SIZES)]
+    longest = max((kind | place for kind in kinds for place in places),
+                  key=lambda o: speech.seconds(f"{texts.noun(o)} {texts.place(o)}"))
+    captions = {texts.caption([longest] * 3, random.Random(seed)) for seed in range(50)}
+    assert len(captions) == 5, "every template"
+    for caption in captions:
+        assert codec.speak(caption, 0, 0).shape == (96 * 640,)
 
 
 def test_impacts_are_told_apart_by_their_tokens(model):
