@@ -109,8 +109,9 @@ LINKS = ((("rgb",), ("desc", "bbox", "caption")), (("desc",), ("rgb",)), (("capt
          (("rgb",), ("normal", "depth")), (("caption",), ("desc", "bbox")), ((), ("rgb",)), (("rgb",), ("seg", "edge")),
          (("caption",), ("rgb",)), (("rgb",), ("normal", "depth")),
          # more modalities, where a set has them
-         (("rgb",), ("inst",)), (("rgb",), ("pose", "polygon")), (("rgb",), ("palette", "metadata")),
-         (("pose",), ("rgb",)), (("palette",), ("rgb",)), (("metadata",), ("rgb",)),
+         (("rgb",), ("inst",)), (("rgb",), ("feat", "feat_global")), (("rgb",), ("pose", "polygon")),
+         (("rgb",), ("palette", "metadata")), (("pose",), ("rgb",)), (("palette",), ("rgb",)), (("metadata",), ("rgb",)),
+         (("feat_global",), ("rgb",)), (("caption",), ("feat_global",)), (("depth",), ("feat_global",)),
          (("speech",), ("caption", "desc")), (("caption",), ("speech",)), (("speech",), ("rgb",)),
          (("rgb",), ("sound",)), (("desc",), ("sound",)), (("sound",), ("desc",)), (("rgb",), ("speech",)), None)
 WORD_LINKS = 3
@@ -372,10 +373,10 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
-# pictures share a grid and the tokenizer, sounds have tokens of two digits like these; of all of them a set has some
-IMAGES, SOUNDS = ("rgb", "depth", "normal", "seg", "edge", "inst"), ("speech", "sound")
+# pictures share a grid and the tokenizer; codes are tokens of two digits like theirs. Of all of them a set has some
+IMAGES, CODES = ("rgb", "depth", "normal", "seg", "edge", "inst"), ("feat", "feat_global", "speech", "sound")
 TEXTS = ("desc", "caption", "bbox", "polygon", "pose", "palette", "metadata")
-MODALITIES = IMAGES + SOUNDS + TEXTS
+MODALITIES = IMAGES + CODES + TEXTS
 FACTS = {"desc": 5, "bbox": 5, "polygon": 8, "pose": 8}  # tokens per object; of the others every place is its own
 PLACES = 8  # rows and columns of the grid that texts name places of
 
@@ -709,6 +710,12 @@ class Block(nn.Module):
         return x + self.down(F.relu(self.up(norm(x))).square())
 
 
+def on_grid(layout):
+    """The modalities that have a token for each cell of the pictures' grid."""
+    cells = layout.modalities["rgb"]["length"]
+    return [m for m in layout.names if m not in TEXTS and layout.modalities[m]["length"] == cells]
+
+
 def split_positions(layout):
     """Places of a scene as pairs of numbers, major and minor (size,), and how many there are of each.
 
@@ -722,7 +729,7 @@ def split_positions(layout):
     major, minor = [], []
     for m in layout.names:
         place = layout.offset[layout.span[m]]
-        if m in IMAGES:
+        if m in on_grid(layout):
             major.append(place // side)
             minor.append(place % side)
         elif m in facts:
@@ -736,10 +743,10 @@ def split_positions(layout):
 
 
 def split_words(layout):
-    """Where the words of each text and sound, (first, last + 1), are in one table of all: texts' first, and a caption's
+    """Where the words of each text and code, (first, last + 1), are in one table of all: texts' first, and a caption's
     are the description's. And how many words texts have."""
     spans, end, of_texts = {}, 0, 0
-    for m in (*TEXTS, *SOUNDS):
+    for m in (*TEXTS, *CODES):
         if m == "caption" and "desc" in spans:
             spans[m] = spans["desc"]
         elif m in layout.span:
@@ -781,8 +788,8 @@ class Nano4M(nn.Module):
         self.place_words = layout.vocab + named[:, 0]
         self.place_cells = named[:, 1:] * side // PLACES
         # the cell of a place and of a word; num_cells: none
-        pictures = sum(m in IMAGES for m in layout.names)
-        self.cell = torch.where(layout.kind < pictures, layout.offset, self.num_cells)
+        grid = torch.tensor([m in on_grid(layout) for m in layout.names], device=device)
+        self.cell = torch.where(grid[layout.kind], layout.offset, self.num_cells)
         self.word_cell = torch.full((layout.vocab + num_words,), self.num_cells, device=device)
         self.word_cell[self.place_words] = self.place_cells[:, 0] * side + self.place_cells[:, 1]
         # one token table: image tokens, then words
@@ -863,7 +870,7 @@ class Nano4M(nn.Module):
     def forward(self, tokens, enc_pos, visible, dec_pos, counted=None):
         """Log-probabilities (B, M, vocab) of all tokens at the places dec_pos (B, M); no target's token is seen."""
         y = self.hidden(tokens, enc_pos, visible, dec_pos, counted)
-        is_image = dec_pos < self.first_text  # or sound
+        is_image = dec_pos < self.first_text  # or code
         out = torch.full((*dec_pos.shape, self.vocab), -math.inf, device=y.device)
         images, a, joint = y[is_image], torch.arange(self.base, device=y.device), []
         for rows, mixed in zip(images.split(512), self.mix(images).split(512)):

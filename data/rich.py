@@ -1,18 +1,22 @@
-"""The rich set: instances, outlines, poses, palettes and metadata of the scenes set's scenes, as tokens and back.
+"""The rich set: instances, features, outlines, poses, palettes and metadata of the scenes set's scenes, as tokens and
+back.
 
 All of it is known exactly, because the world is ours. Objects are numbered nearest first, as in desc and bbox.
 
     inst      the object index as a picture of the shared tokenizer, one colour per number
+    feat      what the judge's net makes of each of 8 x 8 cells, see features.py
+    feat_global    the mean of these
     polygon   per object its box in 64 bins across, and which cells of an 8 x 8 grid in this box show it
     pose      per object shape, color, material and size, its place in the camera's frame, and how a cube is turned
     palette   how many colours there are, then red, green and blue of each as it is in white light, largest area first
     metadata  pairs of a type and its value in 32 bins, see META
 
-Rows but inst's end with END and are filled up with PAD. The camera and the lamp are the same in every scene: no token
+Texts end with END and are filled up with PAD. The camera and the lamp are the same in every scene: no token
 tells them. rich_report.py compares predictions with the truth.
 
     python data/scenes.py --rich                     # the scenes set's scenes -> data/rich64
 """
+import functools
 import itertools
 import math
 
@@ -20,6 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import features
+import judge
 import raycaster
 import tokenizer
 import world
@@ -27,8 +33,8 @@ from raycaster import COLORS, FOV, HALF, MATERIALS, MAX_OBJECTS, SEG_PALETTE, SH
 from shards import Fault
 from texts import BBOX_BINS, pixel_boxes
 
-VERSION = 1  # of everything that decides the content of these arrays
-DRAWN = ("inst", "polygon", "palette", "metadata")  # what is made from pictures, which machines round differently
+VERSION = 2  # of everything that decides the content of these arrays
+DRAWN = ("inst", "feat", "feat_global", "polygon", "palette", "metadata")  # what is made from pictures, which machines round differently
 PAD, END = 0, 1
 GRID = 8  # cells across an object's box, and down it
 # in 99 of 100 of its rows the cells that show the object follow each other: all such runs, and none
@@ -110,16 +116,24 @@ def modalities(size):
     kinds = {records.name: {"length": records.length, "vocab": records.vocab, "pad": PAD, "end": END}
              for records in (POLYGON, POSE, PALETTE, METADATA)}
     kinds["metadata"]["pair"] = 2
-    return {"inst": {"length": (size // 8) ** 2, "vocab": tokenizer.VOCAB, "pad": -1}, **kinds}
+    codes = {"inst": (size // 8) ** 2, **features.LENGTHS}
+    return {**{m: {"length": length, "vocab": tokenizer.VOCAB, "pad": -1} for m, length in codes.items()}, **kinds}
+
+
+@functools.cache  # a worker process loads it once
+def feature_coder(device):
+    return features.load(device)
 
 
 def drawn(scenes, images, index, coder):
     """The arrays that are made from pictures, uint16 (n, length), of scenes as raycaster.render returns these."""
     values = metadata_of(scenes, images["rgb"], index).cpu()
     inst, index = coder.encode_flat(inst_picture(index)), index.cpu()
+    shown = F.adaptive_avg_pool2d(images["rgb"], judge.SIDE)
     rows = {"polygon": polygon_tokens(index), "palette": palette_tokens(scenes["color"].cpu(), index),
             "metadata": metadata_tokens(values)}
-    return {"inst": inst, **{name: ids.numpy().astype(np.uint16) for name, ids in rows.items()}}
+    codes = feature_coder(str(shown.device)).encode(shown)
+    return {"inst": inst, **codes, **{name: ids.numpy().astype(np.uint16) for name, ids in rows.items()}}
 
 
 def to_bins(values, low, high, bins):

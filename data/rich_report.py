@@ -9,16 +9,18 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import raycaster
 import rich
 import tokenizer
 import world
-from raycaster import MAX_OBJECTS
+from raycaster import COLORS, MAX_OBJECTS, SHAPES
 
 THRESHOLDS = torch.arange(10) * 0.05 + 0.5  # of IoU, as in COCO
 PAIRINGS = torch.tensor(list(itertools.permutations(range(MAX_OBJECTS))))  # (6, 3)
 LOOKS = ("shape", "color", "material", "size")
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of kNN, as DINO (arXiv:2104.14294) has them
 
 
 def masks(told, true):
@@ -86,6 +88,40 @@ def metadata(rows, values):
     return dict(zip(rich.META, right.tolist()))
 
 
+def feat(rows, cells):
+    """{"cosine"} of rows (B, 64) with whitened features (B, 64, 80) as the pictures' are, mean over cells."""
+    told = rich.feature_coder("cpu").cells(as_ids(rows))
+    return {"cosine": F.cosine_similarity(told, cells, dim=-1).mean().item()}
+
+
+def feat_global(rows, bank, words):
+    """Rows (B, 8) against the features (N, 80) of N pictures, the first B of which are those that are meant.
+
+    cosine: with what is meant; recall: share of rows to which it is the nearest of all N; words_f1: of the shapes and
+    colours (N, 11) in a picture, as the NEIGHBOURS nearest others say by a vote, each as weighty as e ** (cosine /
+    TEMPERATURE).
+    """
+    told = rich.feature_coder("cpu").whole(as_ids(rows))
+    alike = F.normalize(told, dim=1) @ F.normalize(bank, dim=1).T
+    own = torch.arange(len(told))
+    cosine, first = alike[own, own], alike.argmax(1)
+    nearest, which = alike.index_put((own, own), torch.tensor(-math.inf)).topk(min(NEIGHBOURS, len(bank) - 1), 1)
+    vote = (nearest / TEMPERATURE).softmax(1)[..., None] * words[which].float()
+    named, true = vote.sum(1) > 0.5, words[:len(told)]
+    f1 = 2 * (named & true).sum() / (named.sum() + true.sum()).clamp(min=1)
+    return {"cosine": cosine.mean().item(), "recall": (first == own).double().mean().item(), "words_f1": f1.item()}
+
+
+def as_ids(rows):
+    return torch.from_numpy(np.asarray(rows).astype(np.int64))
+
+
+def words_of(scenes):
+    """Which shapes, then colours, the objects of scenes have: (B, 11) bool."""
+    parts = [("shape", len(SHAPES)), ("color", len(COLORS))]
+    return torch.cat([(scenes[name][..., None] == torch.arange(n)).any(1) for name, n in parts], 1)
+
+
 def bounds(num):
     """{modality: its report} of the truth's own rows, of num validation scenes of 64 px."""
     coder, scenes = tokenizer.load_tokenizer(), world.load_frozen_scenes(64, num)
@@ -93,8 +129,10 @@ def bounds(num):
     rows = rich.drawn(scenes, images, index, coder)
     exact = {name: value.double() if value.is_floating_point() else value for name, value in scenes.items()}
     values = rich.metadata_of(scenes, images["rgb"], index)
+    cells, whole = rich.feature_coder("cpu").see(images["rgb"])
     away = (rich.metadata_values(rows["metadata"]) - values).abs().mean(0)
     return {"inst": inst(coder.decode(torch.from_numpy(rows["inst"].astype(np.int64)).view(num, 8, 8)), index),
+            "feat": feat(rows["feat"], cells), "feat_global": feat_global(rows["feat_global"], whole, words_of(scenes)),
             "polygon": polygon(rows["polygon"], index), "pose": pose(rich.pose_tokens(exact), exact),
             "palette": palette(rows["palette"], rows["palette"]), "metadata": metadata(rows["metadata"], values),
             "metadata, mean distance": dict(zip(rich.META, away.tolist()))}

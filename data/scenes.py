@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import features
 import pool
 import previews
 import questions
@@ -214,7 +215,8 @@ def identity_of(size, num, seed, kind):
         import codec
         return {**identity, "sounds": codec.VERSION, "codec": sha256(codec.WEIGHTS)}
     if kind == "rich":
-        return {**identity, "rich": rich.VERSION, "tokenizer": sha256(tokenizer.WEIGHTS)}
+        return {**identity, "rich": rich.VERSION, "tokenizer": sha256(tokenizer.WEIGHTS),
+                "features": sha256(features.WEIGHTS)}
     return {**identity, "tokenizer": sha256(tokenizer.WEIGHTS), "text": sha256(tokenizer.TEXT)}
 
 
@@ -420,7 +422,7 @@ def main():
     kinds = parser.add_mutually_exclusive_group()
     for option, about in (("objects", "scenes with one object and its class, 64 px"), ("qa", "scenes with questions"),
                           ("audio", "captions read aloud and the sounds of objects that are struck"),
-                          ("rich", "instances, outlines, poses, palettes and metadata")):
+                          ("rich", "instances, features, outlines, poses, palettes and metadata")):
         kinds.add_argument(f"--{option}", dest="kind", action="store_const", const=option, default="scenes", help=about)
     kinds.add_argument("--course", type=Path, metavar="DIR", help="write scenes at 128 px as the course's folder")
     parser.add_argument("--preview", action="store_true", help="draw a contact sheet instead")

@@ -1,6 +1,7 @@
 """How well a nano4M tells and draws the modalities that sets have beside the scenes' eight: those of the rich set, of
 which rgb is given, and what is heard."""
 import torch
+import torch.nn.functional as F
 
 import codec
 import impacts
@@ -13,17 +14,24 @@ from rich import DRAWN
 from texts import edits
 
 RICH = (*DRAWN, "pose")
+CODED = ("inst", "feat", "feat_global")  # of which any place may come first
 SCENES = 250  # that each number is of at most
 CAREFUL = {"steps": 8, "temperature": 0.3}  # how what has one right answer is filled in
 LISTENING = {"steps": 16, "temperature": 0.3}
 
 
 class Truth:
-    """What is known of the first n validation scenes of so many pixels across, beside their tokens."""
+    """What is known of the first n validation scenes of so many pixels across, beside their tokens.
 
-    def __init__(self, size, n):
-        scenes = world.load_frozen_scenes(size, n)
+    features: the tokens (N, 8) of all validation scenes' feat_global, among which a scene's is looked for.
+    """
+
+    def __init__(self, size, n, features):
+        scenes, everything = world.load_frozen_scenes(size, n), world.load_frozen_scenes(size, len(features))
         images, self.index = raycaster.render(scenes, size, compile=False)
+        coder = rich.feature_coder("cpu")
+        self.cells = coder.see(F.adaptive_avg_pool2d(images["rgb"], judges.SIDE))[0]
+        self.bank = coder.whole(features.cpu()), rich_report.words_of(everything)
         self.exact = {name: part.double() if part.is_floating_point() else part for name, part in scenes.items()}
         self.values = rich.metadata_of(scenes, images["rgb"], self.index)
 
@@ -32,7 +40,9 @@ class Truth:
         if modality == "inst":
             return rich_report.inst(studio.pictures(rows), self.index)
         rows, true_rows = rows.cpu().numpy(), true_rows.cpu().numpy()
-        truth = {"polygon": self.index, "pose": self.exact, "palette": true_rows, "metadata": self.values}[modality]
+        if modality == "feat_global":
+            return rich_report.feat_global(rows, *self.bank)
+        truth = {"feat": self.cells, "polygon": self.index, "pose": self.exact, "palette": true_rows, "metadata": self.values}[modality]
         return getattr(rich_report, modality)(rows, truth)
 
 
@@ -50,9 +60,10 @@ def seen(show, model):
     """What it tells of the rich set's modalities, rgb given, and what the judge sees in pictures drawn from poses."""
     tokens, Output = show.tokens[:min(SCENES, show.quality_scenes)], show.script.Output
     show.bar.total += len(RICH) + 1
-    truth, known, numbers = Truth(show.size, len(tokens)), show.only(tokens, "rgb"), {}
+    features = show.tokens[:, show.layout.span["feat_global"]]
+    truth, known, numbers = Truth(show.size, len(tokens), features), show.only(tokens, "rgb"), {}
     for m in RICH:
-        how = Output(m, **CAREFUL) if m == "inst" else Output(m, temperature=0)
+        how = Output(m, **CAREFUL) if m in CODED else Output(m, temperature=0)
         span = show.layout.span[m]
         told = show.generate(model, tokens, known, [how])[:, span]
         report = truth.report(m, told, tokens[:, span], show.studio)

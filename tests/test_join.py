@@ -144,7 +144,7 @@ def test_words_have_rows_of_their_own(layout):
     others = sorted((rows[m] for m in layout.names if m not in pictures and m != "caption"), key=lambda r: r.start)
     assert others[0].start == layout.vocab and others[-1].stop == layout.vocab + len(model.embed_word.weight)
     assert all(a.stop == b.start for a, b in zip(others, others[1:]))
-    assert model.head_word.out_features == min(rows[m].start for m in train_4m.SOUNDS) - layout.vocab
+    assert model.head_word.out_features == min(rows[m].start for m in train_4m.CODES) - layout.vocab
 
 
 def test_positions_tell_places_apart(layout):

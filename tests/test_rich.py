@@ -43,13 +43,14 @@ def test_it_is_the_scenes_set(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "render", lambda scenes, size=64: raycaster.render(scenes, size, compile=False))
     maker.make_shards(64, NUM, 1, "cpu", "rich")
     assert "inst 100.00 %" in maker.check_shards(64, NUM, 1, "cpu", "rich")
-    folder, names = tmp_path / "rich64" / "train", ["scene", "inst", "polygon", "pose", "palette", "metadata"]
+    folder, names = tmp_path / "rich64" / "train", ["scene", *maker.modalities(64, "rich")]
     arrays, meta = read(folder, names, maker.modalities(64, "rich"))
     assert {path.name for path in folder.iterdir()} == {"meta.json", *(f"{name}.npy" for name in arrays)}
     assert meta["content_sha256"] == content_sha256(folder) and meta["rich"] == rich.VERSION
     rows = {"pad": 0, "end": 1}
     assert meta["modalities"] == {
-        "inst": {"length": 64, "vocab": 4096, "pad": -1},
+        "inst": {"length": 64, "vocab": 4096, "pad": -1}, "feat": {"length": 64, "vocab": 4096, "pad": -1},
+        "feat_global": {"length": 8, "vocab": 4096, "pad": -1},
         "polygon": {"length": 25, "vocab": 2 + 4 * 64 + 37 ** 2, **rows},
         "pose": {"length": 25, "vocab": 2 + 3 + 8 + 2 + 2 + 3 * 64 + 5, **rows},
         "palette": {"length": 14, "vocab": 2 + 3 * 256 + 4, **rows},
@@ -80,6 +81,42 @@ def test_frozen_set(frozen):
         assert set(drawn) == set(rich.DRAWN)
         for name, rows in drawn.items():
             assert (rows == arrays[name][:20]).mean() >= maker.SAME_TOKENS - 0.01, name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Features
+
+def test_features_are_those_of_the_judge(frozen):
+    _, images, _ = frozen
+    coder, pictures = rich.feature_coder("cpu"), images["rgb"]
+    cells, whole = coder.see(pictures)
+    inner = coder.judge[0].look(pictures)[0]
+    assert torch.allclose(whole * coder.mean_deviation + coder.mean_mean, inner, atol=1e-4)
+    plain = cells * coder.cell_deviation + coder.cell_mean
+    assert torch.allclose(plain.mean(1), inner, atol=1e-3), "the mean of the cells"
+    assert cells.mean((0, 1)).abs().max() < 0.1 and whole.std(0).sub(1).abs().median() < 0.1, "whitened"
+    words, ids = rich_report.words_of(frozen[0]), coder.encode(pictures)
+    assert rich_report.feat(ids["feat"], cells)["cosine"] > 0.78
+    told = rich_report.feat_global(ids["feat_global"], whole, words)
+    assert told["cosine"] > 0.96 and told["recall"] > 0.97
+    wrong = rich_report.feat_global(np.roll(ids["feat_global"], 1, 0), whole, words)
+    assert wrong["cosine"] < 0.3 and wrong["recall"] < 0.03 and wrong["words_f1"] < told["words_f1"] - 0.1
+
+
+def test_vote_of_neighbours():
+    """Of five pictures the first two and the last three are alike: each is told the others' words."""
+    bank = torch.zeros(5, 80)
+    bank[:2, 0] = bank[2:, 1] = 1
+    words = torch.zeros(5, 11, dtype=torch.bool)
+    words[:2, 0] = words[2:, 1] = True
+
+    class Coder:
+        def whole(self, ids):
+            return bank
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rich, "feature_coder", lambda device: Coder())
+        told = rich_report.feat_global(np.zeros((5, 8)), bank, words)
+    assert told == {"cosine": 1.0, "recall": 2 / 5, "words_f1": 1.0}, "the nearest of equals is the first"
 
 
 # ------------------------------------------------------------------------------------------------------------
