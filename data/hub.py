@@ -186,6 +186,10 @@ def told(left_out, most=3):
     return "; ".join(parts)
 
 
+def write_val(path, arrays, kinds):
+    np.savez_compressed(path, **arrays, modalities=np.frombuffer(json.dumps(kinds).encode(), np.uint8))
+
+
 def finish(folder, meta, kinds, train, val):
     """Write a set: the arrays of train and val, and meta.json with meta and the modalities `kinds`. Where that fails,
     as on a full disk, nothing of it is left."""
@@ -195,7 +199,7 @@ def finish(folder, meta, kinds, train, val):
     try:
         for name, array in train.items():
             np.save(part / f"{name}.npy", array)
-        np.savez_compressed(part / "val.npz", **val, modalities=np.frombuffer(json.dumps(kinds).encode(), np.uint8))
+        write_val(part / "val.npz", val, kinds)
         hashes = {path.name: sha256(path) for path in sorted(part.glob("*.npy"))}
         meta = {**meta, "modalities": kinds, "sha256": {**hashes, "../val.npz": sha256(part / "val.npz")}}
         (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

@@ -83,13 +83,16 @@ def test_frozen_roles_are_drawn_again():
         assert np.array_equal(draw_all_roles(arrays, kinds), frozen["roles"])
 
 
-def test_what_cannot_be_joined(root, make, capsys, tmp_path):
+def test_what_cannot_be_joined(root, make, monkeypatch, tmp_path):
     for names, said in ((["scenes64"], "takes two sets or more"), (["rich64", "rich64"], "each once"),
                         (["scenes64", "elsewhere64"], "no validation scenes"),
-                        (["scenes64", "objects64"], "there is no")):
+                        (["scenes64", "objects64"], "no modality label")):
         with pytest.raises(SystemExit) as stop:
             make(*names)
         assert said in str(stop.value) and "\n" not in str(stop.value)
+    monkeypatch.setattr(join, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="there is no .*scenes64"):
+        join.main(["scenes64", "rich64"])
 
 
 def test_other_scenes_are_noticed(root, make, monkeypatch, tmp_path):
@@ -103,6 +106,15 @@ def test_other_scenes_are_noticed(root, make, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="rich64 is not about the scenes of scenes64"):
         join.main(["scenes64", "rich64"])
     assert not (other / "scenes64-rich64/train").exists()
+
+
+def test_validation_scenes_alone(joined, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(join, "ROOT", tmp_path)
+    join.main(list(SETS), val_only=True)
+    assert "--frozen=data/scenes64-rich64-audio64/val.npz" in capsys.readouterr().out
+    name = f"{tmp_path}/scenes64-rich64-audio64/val.npz"
+    again = train_4m.read_frozen(SimpleNamespace(frozen=name, frozen_masks=name))
+    assert all(torch.equal(a, b) for a, b in zip(again[:2], joined.frozen)) and again[2] == joined.frozen[2]
 
 
 def test_once_more(joined, make, capsys):
