@@ -1,5 +1,8 @@
 """How well a nano4M tells and draws the modalities that sets have beside the scenes' eight: those of the rich set, of
 which rgb is given, and what is heard."""
+import re
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 
@@ -7,8 +10,10 @@ import codec
 import impacts
 import judge as judges
 import raycaster
+import recogniser
 import rich
 import rich_report
+import texts
 import world
 from rich import DRAWN
 from texts import edits
@@ -18,6 +23,8 @@ CODED = ("inst", "feat", "feat_global")  # of which any place may come first
 SCENES = 250  # that each number is of at most
 CAREFUL = {"steps": 8, "temperature": 0.3}  # how what has one right answer is filled in
 LISTENING = {"steps": 16, "temperature": 0.3}
+SPOKEN = 100  # sounds that are made of tokens and listened to
+NAMED = re.compile("({}) ({}) ({})".format(*("|".join(texts.WORDS[k]) for k in ("color", "material", "shape"))))
 
 
 class Truth:
@@ -77,10 +84,21 @@ def seen(show, model):
 # ------------------------------------------------------------------------------------------------------------
 # Sound
 
+def words(text):
+    return re.findall("[a-z]+", text.lower())
+
+
 def word_errors(heard, told):
-    """Share of the words of texts told that another list of texts has wrong."""
-    pairs = [(a.split(), b.split()) for a, b in zip(heard, told)]
-    return sum(edits(*pair) for pair in pairs) / max(1, sum(len(b) for _, b in pairs))
+    """Share of the words told, lists per text, that another list has wrong: insertions, omissions and others."""
+    return sum(map(edits, heard, told)) / max(1, sum(map(len, told)))
+
+
+def named_f1(heard, objects):
+    """F1 of the objects that lists of words name, `a small red metal cube`, by colour, material and shape."""
+    named = [Counter(NAMED.findall(" ".join(row))) for row in heard]
+    meant = [Counter((o["color"], o["material"], o["shape"]) for o in some) for some in objects]
+    right = sum((a & b).total() for a, b in zip(named, meant))
+    return 2 * right / max(1, sum(counts.total() for counts in (*named, *meant)))
 
 
 def in_turn(objects):
@@ -95,18 +113,25 @@ def share_right(told, meant):
 
 
 def heard(show, model):
-    """What it understands of speech, what it takes an impact for, and the impacts that it foretells of a picture."""
+    """What it understands of speech and says of captions and pictures, what it takes an impact for, and the impacts that
+    it foretells of a picture."""
     tokens, Output, span = show.tokens[:min(SCENES, show.quality_scenes)], show.script.Output, show.layout.span
-    show.bar.total += 4
+    show.bar.total += 6
     understood = show.generate(model, tokens, show.only(tokens, "speech"), [Output("caption", temperature=0)])
     named = show.generate(model, tokens, show.only(tokens, "sound"), [Output("desc", temperature=0)])
     struck = show.generate(model, tokens, show.only(tokens, "rgb"), [Output("sound", **LISTENING)])[:, span["sound"]]
     drawn = show.pictures(show.generate(model, tokens, show.only(tokens, "speech"), [show.drawing]), "rgb")
-    coder = codec.load()
+    coder, listener = codec.load(), recogniser.load()
+    spoken = {}
+    for given in ("caption", "rgb"):
+        rows = show.generate(model, tokens, show.only(tokens, given), [Output("speech", **LISTENING)])
+        spoken[given] = [listener.hear(coder.sound(row)) for row in rows[:SPOKEN, span["speech"]].cpu()]
     rung, true = ([impacts.read(coder.sound(row)) for row in rows.cpu()] for rows in (struck, tokens[:, span["sound"]]))
-    captions = show.texts(understood, "caption"), show.texts(tokens, "caption")
+    heard, told = ([words(text) for text in show.texts(part, "caption")] for part in (understood, tokens))
     objects = show.described(tokens)
-    return {"caption_from_speech_word_errors": word_errors(*captions),
+    return {"caption_from_speech_word_errors": word_errors(heard, told),
+            "speech_from_caption_word_errors": word_errors(spoken["caption"], told[:SPOKEN]),
+            "speech_from_rgb_f1": named_f1(spoken["rgb"], objects),
             "desc_from_sound_impacts": share_right(map(in_turn, show.described(named)), list(map(in_turn, objects))),
             "sound_from_rgb_impacts": share_right(rung, true),
             "rgb_from_speech_f1": judges.caption_f1(show.judged(drawn), objects)}

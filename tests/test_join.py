@@ -205,6 +205,7 @@ def test_numbers_of_the_truth_are_the_bounds(joined, layout, monkeypatch):
     assert right["palette_error"] < 1 and right["pose_corner"] < 0.06
     assert right["inst_iou"] > 0.94 and right["polygon_iou"] > 0.9 and right["rgb_from_pose_f1"] > 0.95
     assert right["caption_from_speech_word_errors"] == 0 and right["desc_from_sound_impacts"] == 1
+    assert right["speech_from_caption_word_errors"] < 0.05 and right["speech_from_rgb_f1"] > 0.93
     assert right["sound_from_rgb_impacts"] > 0.97 and right["rgb_from_speech_f1"] > 0.95
     for name in right:
         less = name.endswith(("error", "errors", "corner"))
@@ -212,5 +213,9 @@ def test_numbers_of_the_truth_are_the_bounds(joined, layout, monkeypatch):
 
 
 def test_word_errors():
-    assert show_more.word_errors(["a red cube", "a"], ["a red cube", "a blue cone"]) == pytest.approx(2 / 6)
+    rows = [text.split() for text in ("a red cube", "a", "a red cube", "a blue cone")]
+    assert show_more.word_errors(rows[:2], rows[2:]) == pytest.approx(2 / 6)
+    objects = [[{"color": "red", "material": "metal", "shape": "cube"}], []]
+    heard = [show_more.words(text) for text in ("A small red metal cube and a red metal cube.", "blue metal sphere")]
+    assert show_more.named_f1(heard, objects) == pytest.approx(2 * 1 / (3 + 1))
     assert show_more.share_right([["a", "b"], []], [["a", "c", "d"], ["e"]]) == 1 / 4

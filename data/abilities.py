@@ -1,0 +1,285 @@
+"""What nano4M is for, measured on validation scenes: the tasks of 4M-21's table, retrieval, guidance by several
+conditions, search at test time, chains, and what follows when a word is changed. capabilities.py writes it down.
+
+Every function takes a ready.Ready and gives plain numbers by name.
+"""
+import torch
+import torch.nn.functional as F
+
+import judge as judges
+import raycaster
+import rich
+import rich_report
+import show_4m
+import show_more
+import studio
+import texts
+import tokenizer
+import world
+from guidance import Guided
+from texts import parse_boxes, parse_desc
+
+PICTURES = ("normal", "depth", "seg", "inst")
+ROWS = ("bbox", "desc", "pose", "feat_global")
+DRAWS = 10  # of an ensemble
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What can be told of a picture
+
+class Truth:
+    """The first n validation scenes as they are, and what tasks with rgb given are measured against."""
+
+    def __init__(self, ready, n):
+        self.tokens, self.layout, self.studio = ready.tokens[:n], ready.layout, ready.show.studio
+        scenes = world.load_frozen_scenes(64, n)
+        self.images, self.index = raycaster.render(scenes, compile=False)
+        self.images["inst"] = rich.inst_picture(self.index)
+        self.told = show_more.Truth(64, n, ready.tokens[:, ready.layout.span["feat_global"]])
+
+    def rows(self, m):
+        return self.tokens[:, self.layout.span[m]]
+
+    def measure(self, made):
+        """made: {modality: pictures (n, 3, 64, 64) of PICTURES, token rows (n, L) of ROWS} -> {task: number}."""
+        true = self.images
+        described, meant = ([parse_desc(text) for text in self.studio.texts(rows)]
+                            for rows in (made["desc"], self.rows("desc")))
+        pose = self.told.report("pose", made["pose"], self.rows("pose"), self.studio)
+        features = self.told.report("feat_global", made["feat_global"], self.rows("feat_global"), self.studio)
+        return {"normal, degrees": studio.mean_angle(made["normal"], true["normal"]),
+                "depth, L1": studio.standardised_l1(made["depth"], true["depth"]),
+                "seg, mIoU": mean_iou(made["seg"], true["seg"]), "boxes, AP50": ap50(made["bbox"], self.rows("bbox")),
+                "inst, AP": rich_report.inst(made["inst"], self.index)["ap"],
+                "desc, F1": judges.attribute_f1(described, meant), "pose, corner": pose["corner"],
+                "words by kNN, F1": features["words_f1"], "retrieval, R@1": features["recall"]}
+
+
+def mean_iou(pictures, true):
+    """Mean IoU of the ground and the three shapes, of seg pictures (B, 3, S, S), over all of their pixels."""
+    told, meant = rich.inst_index(pictures), rich.inst_index(true)  # the same colours
+    ious = []
+    for label in range(-1, len(raycaster.SHAPES)):
+        a, b = told == label, meant == label
+        ious.append(((a & b).sum() / (a | b).sum().clamp(min=1)).item())
+    return sum(ious) / len(ious)
+
+
+def box_iou(a, b):
+    """IoU of two boxes (xmin, ymin, xmax, ymax) of whole bins, the last ones inside."""
+    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) + 1 for i in (0, 1))
+    both = max(0, width) * max(0, height)
+    return both / (sum((c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (a, b)) - both)
+
+
+def ap50(rows, true_rows):
+    """Average precision of boxes that are all as sure, precision x recall, right with their shape and an IoU of 1/2."""
+    right = told = meant = 0
+    for row, true_row in zip(rows.tolist(), true_rows.tolist()):
+        boxes, left = parse_boxes(row), parse_boxes(true_row)
+        told, meant = told + len(boxes), meant + len(left)
+        for box in boxes:
+            best = max(left, key=lambda other: (other[4] == box[4], box_iou(box, other)), default=None)
+            if best and best[4] == box[4] and box_iou(box, best) >= 0.5:
+                left.remove(best)
+                right += 1
+    return right / max(1, told) * right / max(1, meant)
+
+
+def told_of_rgb(ready, truth, steps, temperature, guidance=1.0, seed=0):
+    """What the model makes of rgb: pictures of PICTURES and rows of ROWS."""
+    made = {}
+    for m in (*PICTURES, *ROWS):
+        greedy = m in ready.layout.end
+        how = ready.output(m, steps=steps, temperature=0 if greedy and seed == 0 else temperature, guidance=guidance)
+        rows = ready.generate(truth.tokens, ("rgb",), [how], seed)[:, ready.layout.span[m]]
+        made[m] = ready.show.studio.pictures(rows) if m in PICTURES else rows
+    return made
+
+
+def ensemble(draws):
+    """One answer of several: the mean of pictures, and of rows the one that the others agree with most, token by token."""
+    made = {m: torch.stack([draw[m] for draw in draws]).mean(0) for m in PICTURES}
+    for m in ROWS:
+        rows = torch.stack([draw[m] for draw in draws], 1)  # (n, draws, L)
+        agreement = (rows[:, :, None] == rows[:, None]).float().mean((2, 3))
+        made[m] = rows[torch.arange(len(rows)), agreement.argmax(1)]
+    return made
+
+
+def most_frequent(ready, truth):
+    """The same answer to all: mean pictures, and the likeliest token of each place."""
+    made = {m: truth.images[m].mean(0, keepdim=True).expand(len(truth.tokens), -1, -1, -1) for m in PICTURES}
+    for m in ROWS:
+        made[m] = ready.tokens[:, ready.layout.span[m]].mode(0).values.expand(len(truth.tokens), -1)
+    return made
+
+
+def tasks(ready, n=250):
+    """{row: {task: number}}: the table of 4M-21 in our world."""
+    truth = Truth(ready, n)
+    draws = [told_of_rgb(ready, truth, 8, 1.0, seed=1 + i) for i in range(DRAWS)]
+    true = {m: ready.show.studio.pictures(truth.rows(m)) for m in PICTURES} | {m: truth.rows(m) for m in ROWS}
+    rows = {"the same answer to all": most_frequent(ready, truth),
+            "one step": told_of_rgb(ready, truth, 1, 0.3), "eight steps": told_of_rgb(ready, truth, 8, 0.3),
+            "eight steps, guidance 2": told_of_rgb(ready, truth, 8, 0.3, guidance=2.0),
+            "one draw": draws[0], "ten draws together": ensemble(draws), "bound: the true tokens": true}
+    return {name: truth.measure(made) for name, made in rows.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Retrieval
+
+QUERIES = ("rgb", "depth", "normal", "seg", "edge", "inst", "desc", "caption", "bbox", "polygon", "pose", "palette",
+           "metadata")
+ASKED, AMONG = 40, 200  # captions, and pictures that each is compared with by likelihood
+
+
+def ranks(alike):
+    """The rank, from 0, of scene i among all in row i of a table (B, N) of how alike they are."""
+    own = alike.diagonal()[:, None]
+    return (alike > own).sum(1) + ((alike == own).sum(1) - 1)  # of equals the worst
+
+
+def told_ranks(rank):
+    return {"R@1": (rank < 1).double().mean().item(), "R@5": (rank < 5).double().mean().item(),
+            "median rank": rank.double().median().item() + 1}
+
+
+def retrieval(ready, n=500):
+    """{query: {R@1, R@5, median rank}} of the right picture among all 2,000 by the features foretold from a modality."""
+    coder, span = rich.feature_coder("cpu"), ready.layout.span["feat_global"]
+    bank = F.normalize(coder.whole(ready.tokens[:, span].cpu()), dim=1)
+    found = {}
+    for m in QUERIES:
+        how = ready.output("feat_global", steps=8, temperature=0)
+        rows = ready.generate(ready.tokens[:n], (m,), [how])[:, span]
+        found[m] = told_ranks(ranks(F.normalize(coder.whole(rows.cpu()), dim=1) @ bank.T))
+    return found
+
+
+def retrieval_by_likelihood(ready):
+    """The same of ASKED captions among AMONG pictures: by foretold features, and by log p(caption | rgb) of each."""
+    tokens, span = ready.tokens[:AMONG], ready.layout.span
+    scores = []
+    for i in range(ASKED):
+        pairs = tokens.clone()
+        pairs[:, span["caption"]] = tokens[i, span["caption"]]
+        scores.append(ready.likelihood(pairs, ("rgb",), "caption"))
+    coder = rich.feature_coder("cpu")
+    rows = ready.generate(tokens[:ASKED], ("caption",), [ready.output("feat_global", steps=8, temperature=0)])
+    told, bank = (F.normalize(coder.whole(part[:, span["feat_global"]].cpu()), dim=1) for part in (rows, tokens))
+    return {"by features": told_ranks(ranks(told @ bank.T)), "by likelihood": told_ranks(ranks(torch.stack(scores)))}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Guidance
+
+WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0)
+
+
+def guidance(ready, n=100):
+    """{weight: {..}} of pictures drawn from the caption of one scene and the normals of the next, which contradict each
+    other: what the judge sees of either, over the weight of the caption, that of the normals being 1."""
+    tokens, span = ready.tokens[:n].clone(), ready.layout.span
+    tokens[:, span["normal"]] = tokens[:, span["normal"]].roll(-1, 0)
+    described = ready.show.described(tokens)
+    found = {}
+    for weight in WEIGHTS:
+        guided = Guided(ready.model, ready.layout, "rgb", [(("caption",), weight), (("normal",), 1.0)])
+        how = ready.output("rgb", scheme="roar", steps=16, temperature=0.5)
+        drawn = ready.generate(tokens, ("caption", "normal"), [how], model=guided)
+        seen = ready.show.judged(ready.show.pictures(drawn, "rgb"))
+        found[weight] = {"caption": judges.caption_f1(seen, described),
+                         "normals": judges.object_f1(seen, described[1:] + described[:1], ("shape",))}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Search
+
+MOST = 16  # draws
+CHAINS = ((), ("desc",), ("bbox",), ("seg",), ("depth",), ("normal",), ("edge",), ("desc", "normal"))
+
+
+def candidates(ready, n, given, steps, temperature=1.0):
+    """MOST draws of rgb from a modality of n scenes: token rows (MOST, n, size)."""
+    how = ready.output("rgb", scheme="roar", steps=steps, temperature=temperature)
+    return torch.stack([ready.generate(ready.tokens[:n], (given,), [how], seed=1 + i) for i in range(MOST)])
+
+
+def search(ready, n=60, steps=4):
+    """{verifier: {draws: F1}} of pictures from descriptions, and how many forward passes a picture takes.
+
+    Of 1, 2, 4 .. 16 draws one is chosen: by the model's own log p(desc | rgb) or by the judge's probability of what was
+    asked, and the judge's F1 or, where the judge has chosen, the model's own reading are what is told; the oracle
+    chooses by the F1 that is told.
+    """
+    drawn = candidates(ready, n, "desc", steps)
+    meant, scores = ready.show.described(ready.tokens[:n]), {"cycle": [], "judge": [], "oracle": []}
+    seen, read = [], []
+    for rows in drawn:
+        pictures = ready.show.pictures(rows, "rgb")
+        seen.append(ready.show.judged(pictures))
+        told = ready.generate(rows, ("rgb",), [ready.output("desc", temperature=0)])
+        read.append(ready.show.described(told))
+        scores["cycle"].append(ready.likelihood(rows, ("rgb",), "desc"))
+        scores["judge"].append(torch.tensor([ready.show.judge.fidelity(pictures[b:b + 1], meant[b:b + 1])
+                                             for b in range(n)]))
+        scores["oracle"].append(torch.tensor([judges.object_f1([a], [b]) for a, b in zip(seen[-1], meant)]))
+    found = {}
+    for verifier, by_draw in scores.items():
+        told_by = read if verifier == "judge" else seen
+        table = torch.stack(by_draw)  # (MOST, n)
+        found[verifier] = {}
+        for count in (1, 2, 4, 8, 16):
+            best = table[:count].argmax(0).tolist()
+            found[verifier][count] = judges.object_f1([told_by[k][b] for b, k in enumerate(best)], meant)
+    return found
+
+
+def chains(ready, n=200):
+    """{chain: {F1, steps}} of pictures from captions, directly and over what is drawn of them first."""
+    meant, found = ready.show.described(ready.tokens[:n]), {}
+    for chain in CHAINS:
+        outputs = [ready.output(m, steps=8, temperature=0.5) for m in chain]
+        outputs.append(ready.output("rgb", scheme="roar", steps=16, temperature=0.5))
+        drawn = ready.generate(ready.tokens[:n], ("caption",), outputs)
+        seen = ready.show.judged(ready.show.pictures(drawn, "rgb"))
+        name = " > ".join(("caption", *chain, "rgb"))
+        found[name] = {"F1": judges.caption_f1(seen, meant)}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Probing
+
+def changed(objects, key, value):
+    """The objects with one attribute of the first of them another one."""
+    return [{**objects[0], key: value}, *objects[1:]]
+
+
+def edits(ready, n=200):
+    """{attribute: {..}} of pictures drawn from descriptions of which one attribute of the nearest object was changed:
+    how many follow, and how many of the attributes of all objects that were not changed stay."""
+    tokens, found = ready.tokens[:n], {}
+    encoding, span = tokenizer.load_text(), ready.layout.span["desc"]
+    described = ready.show.described(tokens)
+    for key in ("color", "shape", "material"):
+        words = texts.WORDS[key]
+        values = [words[(words.index(objects[0][key]) + 1) % len(words)] for objects in described]
+        asked = [changed(objects, key, value) for objects, value in zip(described, values)]
+        rows = tokens.clone()
+        rows[:, span] = torch.tensor([tokenizer.text_tokens(encoding, texts.describe(objects), texts.LENGTHS["desc"])
+                                      for objects in asked])
+        seen = ready.show.judged(ready.show.pictures(ready.generate(rows, ("desc",), [ready.show.drawing]), "rgb"))
+        follows = stays = count = 0
+        for told, meant in zip(seen, asked):
+            pairs = [(b, a) for a, b in judges.matched(told, meant)]
+            for b, a in pairs:
+                others = [k for k in ("color", "shape", "material") if not (b is meant[0] and k == key)]
+                stays += sum(a[k] == b[k] for k in others)
+                follows += b is meant[0] and a[key] == b[key]
+            count += sum(3 for _ in meant) - 1
+        found[key] = {"follows": follows / n, "stays": stays / count}
+    return found

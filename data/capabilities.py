@@ -1,0 +1,111 @@
+"""What the ready nano4Ms of the rich and the audio set can do, measured: docs/capabilities.json and CAPABILITIES.md.
+
+    python data/capabilities.py                     # everything, half an hour of one core
+    python data/capabilities.py tasks search        # these sections anew, the others as they are
+"""
+import argparse
+import copy
+import json
+
+import torch
+
+import abilities
+from hub import sentences
+from ready import Ready
+from shards import ROOT
+
+DOCS = ROOT.parent / "docs"
+NUMBERS, REPORT = DOCS / "capabilities.json", DOCS / "CAPABILITIES.md"
+MODELS = {"rich": ("4m_rich", ("scenes64", "rich64")), "audio": ("4m_audio", ("scenes64", "audio64"))}
+SCENES = 250
+LEAST = ("errors", "error", "l1", "degrees", "corner")  # names of numbers that are better when smaller
+
+
+def numbers(ready):
+    """{number: {answers: value}} of what a run's footer says of a model, beside answers that need none."""
+    shown = copy.copy(ready.show)
+    same = ready.tokens.mode(0).values
+    answers = {"model": None, "the same answer to all": lambda tokens: same.expand_as(tokens),
+               "another scene's": lambda tokens: tokens.roll(1, 0), "bound": lambda tokens: tokens}
+    table = {}
+    for name, answer in answers.items():
+        if answer:
+            shown.generate = lambda model, tokens, known, outputs, answer=answer: answer(tokens)
+        for number, value in shown.quality(ready.model).items():
+            table.setdefault(number.removeprefix("quality_"), {})[name] = value
+    return table
+
+
+SECTIONS = {  # name: (set, function, heading, what it says)
+    "rich": ("rich", numbers, "Modalities of the rich set", f"""
+What `./run.sh 4m --track=cpu-rich` writes into its footer, of {SCENES} validation scenes: pictures and texts from rgb
+where the name does not say otherwise. The bound is what the true tokens would get. Names ending in {", ".join(LEAST)}
+are better when smaller."""),
+    "audio": ("audio", numbers, "Modalities of the audio set", """
+The same of `./run.sh 4m --track=cpu-audio`. Words are counted by `data/recogniser.py`, impacts by `data/impacts.py`."""),
+    "tasks": ("rich", abilities.tasks, "What it tells of a picture", """
+The table of 4M-21 in this world: rgb is given. Ten draws together: the mean of pictures, and of texts and codes the one
+that the others agree with most."""),
+    "retrieval": ("rich", abilities.retrieval, "Retrieval", """
+The right one of 2,000 pictures, by the eight tokens of features that the model foretells from a single modality."""),
+    "likelihood": ("rich", abilities.retrieval_by_likelihood, "Retrieval by likelihood", f"""
+The right one of {abilities.AMONG} pictures for each of {abilities.ASKED} captions: by features foretold from the caption,
+which takes a few forward passes in all, and by log p(caption | rgb), which takes one for every pair."""),
+    "guidance": ("rich", abilities.guidance, "Guidance by two conditions", """
+A picture from the caption of one scene and the normals of another, which contradict each other, over the weight of the
+caption, that of the normals being 1: u + sum of w (c - u). F1 of the caption's objects, and of the normals' shapes."""),
+    "search": ("rich", abilities.search, "Search at test time", """
+Pictures from descriptions in four steps at temperature 1, the best of 1 to 16. The cycle's own log p(desc | rgb)
+chooses and the judge tells the F1; the judge chooses and the model's own reading tells it; or the oracle does both."""),
+    "chains": ("rich", abilities.chains, "Chains", """
+Pictures from captions, directly and over what is generated on the way."""),
+    "edits": ("rich", abilities.edits, "One word changed", """
+Pictures from descriptions in which one attribute of the nearest object was changed: how often the picture follows, and
+how many of all other attributes are as they were asked for."""),
+}
+
+
+def table(rows):
+    """{row: {column: number}} as a Markdown table."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = ["| | " + " | ".join(map(str, columns)) + " |", "|---|" + "--:|" * len(columns)]
+    for name, row in rows.items():
+        cells = [f"{row[column]:.3g}" if column in row else "" for column in columns]
+        lines.append(f"| {str(name).replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def report(found):
+    parts = ["# What nano4M can do\n\nWritten by `python data/capabilities.py` from the ready weights in `data/frozen`, on "
+             "validation scenes that no training set shares. Numbers: `docs/capabilities.json`."]
+    for name, (_, _, heading, text) in SECTIONS.items():
+        if name in found:
+            parts.append(f"## {heading}\n{text}\n\n{table(found[name])}")
+    return "\n\n".join(parts) + "\n"
+
+
+@sentences("capabilities.py")
+def main(names):
+    found = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
+    for kind, (weights, sets) in MODELS.items():
+        chosen = [name for name in names if SECTIONS[name][0] == kind]
+        ready = Ready(weights, sets, SCENES) if chosen else None
+        for name in chosen:
+            with torch.no_grad():
+                rows = SECTIONS[name][1](ready)
+            # as JSON has it: names are strings
+            found[name] = {str(row): {str(column): round(value, 4) for column, value in values.items()}
+                           for row, values in rows.items()}
+            print(f"{SECTIONS[name][2]}\n{table(found[name])}\n", flush=True)
+            NUMBERS.write_text(json.dumps(found, indent=1) + "\n")
+    REPORT.write_text(report(found))
+    print(REPORT)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
+    chosen = parser.parse_args().sections or list(SECTIONS)
+    if unknown := set(chosen) - set(SECTIONS):
+        parser.error(f"there is no section {', '.join(sorted(unknown))}")
+    main(chosen)
