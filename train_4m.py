@@ -112,8 +112,9 @@ LINKS = ((("rgb",), ("desc", "bbox", "caption")), (("desc",), ("rgb",)), (("capt
          (("rgb",), ("inst",)), (("rgb",), ("feat", "feat_global")), (("rgb",), ("pose", "polygon")),
          (("rgb",), ("palette", "metadata")), (("pose",), ("rgb",)), (("palette",), ("rgb",)), (("metadata",), ("rgb",)),
          (("feat_global",), ("rgb",)), (("caption",), ("feat_global",)), (("depth",), ("feat_global",)),
-         (("speech",), ("caption", "desc")), (("caption",), ("speech",)), (("speech",), ("rgb",)),
-         (("rgb",), ("sound",)), (("desc",), ("sound",)), (("sound",), ("desc",)), (("rgb",), ("speech",)), None)
+         (("speech",), ("caption", "timing", "voice")), (("caption", "timing", "voice"), ("speech",)),
+         (("caption",), ("timing",)), (("rgb",), ("sound",)), (("speech",), ("desc",)), (("desc",), ("sound",)),
+         (("caption", "timing", "voice"), ("speech",)), (("sound",), ("desc",)), None)
 WORD_LINKS = 3
 # 4M's L and XL, for which weights, gradients and momentum are divided among the GPUs; scenes at a time as many as leave
 # dim x blocks x scenes, and with it the memory of activations, what it is for gpu
@@ -375,10 +376,11 @@ class Run:
 
 # pictures share a grid and the tokenizer; codes are tokens of two digits like theirs. Of all of them a set has some
 IMAGES, CODES = ("rgb", "depth", "normal", "seg", "edge", "inst"), ("feat", "feat_global", "speech", "sound")
-TEXTS = ("desc", "caption", "bbox", "polygon", "pose", "palette", "metadata")
+TEXTS = ("desc", "caption", "bbox", "polygon", "pose", "palette", "metadata", "timing", "voice")
 MODALITIES = IMAGES + CODES + TEXTS
 FACTS = {"desc": 5, "bbox": 5, "polygon": 8, "pose": 8}  # tokens per object; of the others every place is its own
 PLACES = 8  # rows and columns of the grid that texts name places of
+FIRST_TIME = 2  # id of timing's place 0: it says of each token of a caption before which place of speech it has been said
 
 
 # --- copied: layout ---
@@ -720,7 +722,7 @@ def split_positions(layout):
     """Places of a scene as pairs of numbers, major and minor (size,), and how many there are of each.
 
     Row and column of a picture's grid; object and fact, so that what is learned of one object holds of all; otherwise
-    the place alone.
+    the place alone, which a timing shares with its caption.
     """
     side = math.isqrt(layout.modalities["rgb"]["length"])
     facts = {m: FACTS[m] for m in layout.names if m in FACTS}
@@ -735,6 +737,9 @@ def split_positions(layout):
         elif m in facts:
             major.append(side + place // facts[m])
             minor.append(side + place % facts[m])
+        elif m == "timing":
+            major.append(major[layout.names.index("caption")])
+            minor.append(torch.full_like(place, rest))
         else:
             major.append(num_major + place)
             minor.append(torch.full_like(place, rest))
@@ -800,6 +805,13 @@ class Nano4M(nn.Module):
         self.embed_enc_kind, self.embed_dec_kind = (nn.Embedding(len(layout.names), C) for _ in range(2))
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.enc_depth))
         self.local = Linear(C, C)
+        self.timed = "timing" in words
+        if self.timed:  # the place of speech of a target, and before which one a word of timing ends; inf: none
+            self.time = torch.where(layout.kind == layout.names.index("speech"), layout.offset, math.inf)
+            self.word_end = torch.full((layout.vocab + num_words,), math.inf, device=device)
+            first, end = words["timing"]
+            self.word_end[layout.vocab + first + FIRST_TIME:layout.vocab + end] = torch.arange(end - first - FIRST_TIME)
+            self.embed_left, self.local_word = nn.Embedding(end - first, C), Linear(C, C)
         self.decoder = nn.ModuleList(Block(config, config.dec_self) for _ in range(config.dec_depth))
         self.dec_self = config.dec_self
         self.head_a, self.head_b, self.head_word = Linear(C, self.base), Linear(C, num_b), Linear(C, text_words)
@@ -834,6 +846,8 @@ class Nano4M(nn.Module):
         x = norm(x)
         y = norm(self.embed_dec_kind(self.kind[dec_pos]) + self.position(dec_pos))  # (B, M, C)
         y = y + self.local(self.at_cells(x, ids, enc_pos, visible, dec_pos))
+        if self.timed:
+            y = y + self.local_word(self.at_times(x, ids, visible, dec_pos))
         peers = self.peers(dec_pos, counted)
         for block in self.decoder:
             y = block(y, visible, x, peers)
@@ -848,6 +862,18 @@ class Nano4M(nn.Module):
         grid = x.new_zeros(len(x), self.num_cells + 1, x.size(-1))
         grid = grid.scatter_add(1, cell[..., None].expand_as(x), x)
         return grid.gather(1, self.cell[dec_pos][..., None].expand(-1, -1, x.size(-1)))
+
+    def at_times(self, x, ids, visible, dec_pos):
+        """The encoder's state (B, M, C) of the word that is due at each target of speech, the first one that ends later,
+        and how much is left of it; 0 for other targets."""
+        end = self.word_end[ids]
+        if visible is not None:
+            end = end.masked_fill(~visible, math.inf)
+        left = end[:, None] - self.time[dec_pos][..., None]  # (B, M, N)
+        left, which = left.masked_fill(~(left > 0), math.inf).min(-1)
+        state = x.gather(1, which[..., None].expand(-1, -1, x.size(-1)))
+        none = left == math.inf
+        return (state + self.embed_left(left.masked_fill(none, 0).long())).masked_fill(none[..., None], 0)
 
     def logits_b(self, mixed, a):
         """Logits of the second digit given mix(states) (..., C) and first digits a (...)."""

@@ -115,7 +115,7 @@ def most_frequent(ready, truth):
     return made
 
 
-def tasks(ready, n=250):
+def tasks(ready, n=150):
     """{row: {task: number}}: the table of 4M-21 in our world."""
     truth = Truth(ready, n)
     draws = [told_of_rgb(ready, truth, 8, 1.0, seed=1 + i) for i in range(DRAWS)]

@@ -91,7 +91,7 @@ def main(names):
         chosen = [name for name in names if SECTIONS[name][0] == kind]
         ready = Ready(weights, sets, SCENES) if chosen else None
         for name in chosen:
-            with torch.no_grad():
+            with torch.no_grad(), ready.autocast():
                 rows = SECTIONS[name][1](ready)
             # as JSON has it: names are strings
             found[name] = {str(row): {str(column): round(value, 4) for column, value in values.items()}

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import impacts
 import mel
 import speech
+import texts
 import wav
 from hub import sentences
 from mel import LENGTHS, TOKEN
@@ -34,9 +35,10 @@ from shards import FROZEN, Fault
 from tokenizer import DIGITS, LEVELS, digits_of, ids_of
 
 WEIGHTS = FROZEN / "audio.safetensors"
-VERSION = 1  # of what scenes sound like, beside the weights
+VERSION = 2  # of what scenes sound like, beside the weights
 WINDOW, HOP = 512, 160  # samples, of the spectra that are drawn again: four per token
 BINS = WINDOW // 2 + 1
+PAD, END, FIRST_TIME, CAPTION = 0, 1, 2, texts.LENGTHS["caption"]  # of rows of timing
 FASTEST = 2.7  # times the normal speed of speech: the longest caption there can be takes 2.63
 DRAWN_FLOOR = 0.03  # added to the magnitudes whose logarithms are drawn: what is quieter is silence
 MIDDLE, SPREAD = -2.0, 4.0  # nats, about the mean and deviation of log-mel spectra
@@ -159,8 +161,8 @@ def griffin_lim(magnitude, rounds, momentum=0.99):
 # ------------------------------------------------------------------------------------------------------------
 # What scenes sound like
 
-def speak(text, voice, seed):
-    """A caption (61440,) float32 that fits LENGTHS["speech"] tokens: at normal speed, or as much faster as it must be.
+def speed_of(text):
+    """How fast a caption is spoken to fit LENGTHS["speech"] tokens: at normal speed, or as much faster as it must be.
 
     Raises ValueError for one that would be spoken faster than FASTEST.
     """
@@ -168,12 +170,24 @@ def speak(text, voice, seed):
     speed = max(1.0, speech.seconds(text) * speech.RATE / (room - 2 * speech.FRAME))
     if speed > FASTEST:
         raise ValueError(f"a text of {speech.seconds(text):.1f} s does not fit {room / speech.RATE:.2f} s: {text!r}")
-    wave = speech.say(text, voice, seed, speed)
-    return np.pad(wave, (0, room - len(wave)))
+    return speed
+
+
+def speak(text, voice, seed):
+    """A caption as a wave (61440,) float32, as fast as it has to be. Raises ValueError as speed_of does."""
+    wave = speech.say(text, voice, seed, speed_of(text))
+    return np.pad(wave, (0, LENGTHS["speech"] * TOKEN - len(wave)))
+
+
+def timing_row(text):
+    """When each token of a caption has been said, in tokens of speech: LENGTHS["caption"] ids, FIRST_TIME + 0..96."""
+    ends = [FIRST_TIME + round(ms * speech.RATE / 1000 / TOKEN) for ms in speech.timing(text, speed_of(text))]
+    return ends + [END] + [PAD] * (CAPTION - len(ends) - 1)
 
 
 def heard_arrays(model, objects, captions, seed, rows=None, report=lambda count: None):
-    """The arrays of scenes that are heard, uint16: speech (n, 96), sound (n, 32) and voice (n, 1) of speech.VOICES.
+    """The arrays of scenes that are heard, uint16: speech (n, 96), sound (n, 32), timing (n, 40), see timing_row, and
+    voice (n, 1) of speech.VOICES.
 
     objects: per scene a list of dicts, of texts.facts; captions: a text per scene. The seed draws the voices, and the
     noise of every scene apart. rows: of which scenes alone; default: all. report(1) is called after each.
@@ -186,7 +200,8 @@ def heard_arrays(model, objects, captions, seed, rows=None, report=lambda count:
         told[n] = model.tokens(speak(captions[i], voices[i], [seed, 1, i]))
         struck[n] = model.tokens(impacts.ring(objects[i], [seed, 2, i]))
         report(1)
-    return {"speech": told, "sound": struck, "voice": voices[list(rows), None].astype(np.uint16)}
+    timing = np.array([timing_row(captions[i]) for i in rows], np.uint16)
+    return {"speech": told, "sound": struck, "timing": timing, "voice": voices[list(rows), None].astype(np.uint16)}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tqdm import tqdm
 import checkpoints
 import generate_4m
 import join
+import machine
 import show_4m
 from shards import FROZEN, ROOT
 
@@ -37,6 +38,12 @@ class Ready:
         self.show = show_4m.open_show(train_4m, run, self.layout, self.tokens)
         self.show.bar = tqdm(disable=True)
         self.output = train_4m.Output
+        decision = machine.time_products(torch.device(device), train_4m.PRECISIONS, 4096, self.config.dim,
+                                         self.config.mlp_ratio * self.config.dim)
+        self.precision = decision[0]  # the faster one, as in training
+
+    def autocast(self):
+        return torch.autocast(torch.device(self.tokens.device).type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def only(self, tokens, *modalities):
         return generate_4m.only(self.layout, tokens, *modalities)

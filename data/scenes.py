@@ -42,6 +42,7 @@ import tokenizer
 from mel import LENGTHS as HEARD
 from raycaster import COLORS, MAX_OBJECTS, render
 from shards import ROOT, Fault, sha256
+from speech import VOICES
 from texts import BBOX_PAD, BBOX_VOCAB, LENGTHS, box_tokens, caption, describe, facts
 from world import CLASSES, FIELDS, build, look, sample_close_ups, sample_scenes
 
@@ -73,7 +74,9 @@ def modalities(size, kind="scenes"):
     if kind == "qa":
         return {"qa": {"length": LENGTHS["qa"], **text}}
     if kind == "audio":  # the silence after it is told by tokens too
-        return {m: {"length": length, "vocab": tokenizer.VOCAB, "pad": -1} for m, length in HEARD.items()}
+        codes = {m: {"length": length, "vocab": tokenizer.VOCAB, "pad": -1} for m, length in HEARD.items()}
+        return {**codes, "timing": {"length": LENGTHS["caption"], "vocab": 3 + HEARD["speech"], "pad": 0, "end": 1},
+                "voice": {"length": 1, "vocab": len(VOICES), "pad": -1, "end": -1}}
     if kind == "rich":
         return rich.modalities(size)
     places = tokenizer.place_tokens(tokenizer.load_text())
@@ -91,8 +94,6 @@ def array_forms(size, kind):
     if kind == "qa":
         forms |= {"pixels": ((3, size, size), np.uint8), "answer": ((LENGTHS["qa"],), np.uint8),
                   "family": ((questions.MOST + 1,), np.uint8)}
-    if kind == "audio":
-        forms["voice"] = (1,), np.uint16
     return forms
 
 

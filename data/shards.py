@@ -19,7 +19,7 @@ FROZEN = ROOT / "frozen"
 SCRIPTS = ROOT  # wherever sets are made
 TAKEN = ("bytes", "gpt2", "frozen", "noise", "packages")  # encodings, and folders of data/ that are no sets
 # arrays that are equal on any machine
-EXACT = ("answer", "bbox", "caption", "desc", "family", "label", "pose", "qa", "scene", "voice")
+EXACT = ("answer", "bbox", "caption", "desc", "family", "label", "pose", "qa", "scene", "timing", "voice")
 OURS = {  # folders below data/ that our scripts make without the user's files: how
     r"scenes64": "scenes.py", r"scenes(\d+)": r"scenes.py --size=\1",
     r"objects64": "scenes.py --objects", r"objects(\d+)": r"scenes.py --objects --size=\1",

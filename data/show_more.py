@@ -117,20 +117,22 @@ def heard(show, model):
     it foretells of a picture."""
     tokens, Output, span = show.tokens[:min(SCENES, show.quality_scenes)], show.script.Output, show.layout.span
     show.bar.total += 6
-    understood = show.generate(model, tokens, show.only(tokens, "speech"), [Output("caption", temperature=0)])
+    listened = [Output(m, temperature=0) for m in ("caption", "timing", "voice")]
+    understood = show.generate(model, tokens, show.only(tokens, "speech"), listened)
     named = show.generate(model, tokens, show.only(tokens, "sound"), [Output("desc", temperature=0)])
     struck = show.generate(model, tokens, show.only(tokens, "rgb"), [Output("sound", **LISTENING)])[:, span["sound"]]
     drawn = show.pictures(show.generate(model, tokens, show.only(tokens, "speech"), [show.drawing]), "rgb")
     coder, listener = codec.load(), recogniser.load()
-    spoken = {}
-    for given in ("caption", "rgb"):
-        rows = show.generate(model, tokens, show.only(tokens, given), [Output("speech", **LISTENING)])
-        spoken[given] = [listener.hear(coder.sound(row)) for row in rows[:SPOKEN, span["speech"]].cpu()]
+    speak, spoken = [Output("timing", temperature=0), Output("voice"), Output("speech", **LISTENING)], {}
+    for given, chain in ("caption", speak), ("rgb", [Output("caption", temperature=0), *speak]):
+        rows = show.generate(model, tokens[:SPOKEN], show.only(tokens[:SPOKEN], given), chain)[:, span["speech"]]
+        spoken[given] = [listener.hear(coder.sound(row)) for row in rows.cpu()]
     rung, true = ([impacts.read(coder.sound(row)) for row in rows.cpu()] for rows in (struck, tokens[:, span["sound"]]))
     heard, told = ([words(text) for text in show.texts(part, "caption")] for part in (understood, tokens))
     objects = show.described(tokens)
     return {"caption_from_speech_word_errors": word_errors(heard, told),
             "speech_from_caption_word_errors": word_errors(spoken["caption"], told[:SPOKEN]),
+            "voice_from_speech": (understood == tokens)[:, span["voice"]].double().mean().item(),
             "speech_from_rgb_f1": named_f1(spoken["rgb"], objects),
             "desc_from_sound_impacts": share_right(map(in_turn, show.described(named)), list(map(in_turn, objects))),
             "sound_from_rgb_impacts": share_right(rung, true),

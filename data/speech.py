@@ -85,6 +85,7 @@ SPELLED = """
     red R EH D, right R AY T, rubber R AH B ER, small S M AO L, sphere S F IH R, the DH AX, there DH EH R,
     three TH R IY, two T UW, yellow Y EH L OW
 """
+MARKS = re.compile(r"[a-z]+|[,:.]")  # of a text in lower case: each is a token of a caption
 WORDS = {word: phonemes for word, *phonemes in (entry.split() for entry in SPELLED.split(","))}
 
 
@@ -100,11 +101,15 @@ def words_of(text):
     return words
 
 
+def phonemes_of(mark):
+    return [] if mark == "." else WORDS.get(mark, ["SIL"])
+
+
 def segments_of(text):
     """The segments (n, 9) of a text, rows of TABLE; a pause stands for a comma or colon."""
     words_of(text)
-    marks = re.findall(r"[a-z]+|[,:]", text.lower())
-    return np.array([row for mark in marks for phoneme in WORDS.get(mark, ["SIL"]) for row in PHONEMES[phoneme]])
+    marks = MARKS.findall(text.lower())
+    return np.array([row for mark in marks for phoneme in phonemes_of(mark) for row in PHONEMES[phoneme]])
 
 
 def seconds(text):
@@ -121,13 +126,27 @@ def smooth(track, ms):
     return windows @ (kernel / kernel.sum())
 
 
-def frames_of(segments, speed):
-    """What each frame of 5 ms sounds like, float32: strengths (n, 3) of voice, breath and hiss, centre and width (n, 2)
-    of the hiss and resonances (n, 3), in Hz."""
+def ends_of(segments, speed):
+    """When each segment (n, 9) ends, in ms (n,)."""
     least = np.minimum(segments[:, 0], SHORTEST)
     rest = segments[:, 0] - least
     share = (segments[:, 0].sum() / speed - least.sum()) / max(rest.sum(), 1)
-    ends = np.cumsum(least + share * rest)
+    return np.cumsum(least + share * rest)
+
+
+def timing(text, speed=1.0):
+    """When each word, comma, colon and full stop of a text is over, in ms: a list of floats."""
+    ends, place, found = ends_of(segments_of(text), speed), 0, []
+    for mark in MARKS.findall(text.lower()):
+        place += sum(len(PHONEMES[phoneme]) for phoneme in phonemes_of(mark))
+        found.append(float(ends[place - 1]) if place else 0.0)
+    return found
+
+
+def frames_of(segments, speed):
+    """What each frame of 5 ms sounds like, float32: strengths (n, 3) of voice, breath and hiss, centre and width (n, 2)
+    of the hiss and resonances (n, 3), in Hz."""
+    ends = ends_of(segments, speed)
     which = np.searchsorted(ends, 5 * np.arange(int(ends[-1] / 5)) + 2.5)
     frames = segments[which].astype(np.float32)
     return smooth(frames[:, 1:4], 15 / speed), frames[:, 4:6] + 1, smooth(frames[:, 6:9], 60 / speed)

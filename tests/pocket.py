@@ -1,7 +1,7 @@
 """pocketsphinx, a recogniser of English that knows of ours how captions are built and nothing else.
 
-    python tests/pocket.py [60]       # the share of words that it hears wrong, of so many validation captions; and how
-                                      # many impacts impacts.read does
+    python tests/pocket.py [60]       # the share of words that it and data/recogniser.py hear wrong, of so many
+                                      # validation captions; and how many impacts impacts.read does
 """
 import re
 import sys
@@ -50,20 +50,24 @@ def hear(decoder, wave):
 def main(count=60):
     import codec
     import impacts
+    import recogniser as own
     import scenes
     import speech
     with np.load(codec.FROZEN / "audio64.npz") as arrays:
         captions = bytes(arrays["caption_text"]).decode().split("\n")[:count]
         codes, sounds = torch.from_numpy(arrays["scene"][:count]).long(), arrays["sound"][:count]
-    decoder, model = recogniser(), codec.load()
+    decoder, listener, model = recogniser(), own.load(), codec.load()
     told = [speech.words_of(text) for text in captions]
     forms = {"normal speed": lambda i, text: speech.say(text, i % 3, [i]),
              "as fast as fits 96 tokens": lambda i, text: codec.speak(text, i % 3, [i]),
              "the same from its tokens": lambda i, text: model.sound(model.tokens(codec.speak(text, i % 3, [i])))}
     for name, say in forms.items():
-        wrong = [edits(hear(decoder, say(i, text)), told[i]) for i, text in enumerate(captions)]
-        words = sum(map(len, told))
-        print(f"| {name} | {sum(wrong)} of {words:,} | {100 * sum(wrong) / words:.2f} % |", flush=True)
+        waves, words = [say(i, text) for i, text in enumerate(captions)], sum(map(len, told))
+        cells = []
+        for listen in (lambda wave: hear(decoder, wave)), listener.hear:
+            wrong = sum(edits(listen(wave), row) for wave, row in zip(waves, told))
+            cells.append(f"{wrong} of {words:,}, {100 * wrong / words:.2f} %")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
     told = [[(o["shape"], o["material"], o["size"]) for o in sorted(objects, key=lambda o: o["x"])]
             for objects in scenes.facts(scenes.build(codes), scenes.NO_INDEX.expand(count, 1, 1))]
     wrong = sum(edits(impacts.read(model.sound(ids)), row) for ids, row in zip(sounds, told))

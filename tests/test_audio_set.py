@@ -39,11 +39,13 @@ def captions_of(n, seed):
 
 def test_it_is_the_scenes_set_heard(made):
     folder, checked = made
-    arrays, meta = read(folder, ["scene", "speech", "sound", "voice"], maker.modalities(64, "audio"))
+    arrays, meta = read(folder, ["scene", "speech", "sound", "timing", "voice"], maker.modalities(64, "audio"))
     assert {path.name for path in folder.iterdir()} == {"meta.json", *(f"{name}.npy" for name in arrays)}
     assert meta["content_sha256"] == content_sha256(folder) and meta["sounds"] == codec.VERSION
     assert meta["modalities"] == {"speech": {"length": 96, "vocab": 4096, "pad": -1},
-                                  "sound": {"length": 32, "vocab": 4096, "pad": -1}}
+                                  "sound": {"length": 32, "vocab": 4096, "pad": -1},
+                                  "timing": {"length": 40, "vocab": 99, "pad": 0, "end": 1},
+                                  "voice": {"length": 1, "vocab": 3, "pad": -1, "end": -1}}
     assert "speech 100.00 %" in checked and "sound 100.00 %" in checked
     model, row = codec.load(), 0
     for chunk, n in enumerate((CHUNK, NUM - CHUNK)):
@@ -54,14 +56,28 @@ def test_it_is_the_scenes_set_heard(made):
             voice = int(arrays["voice"][row, 0])
             assert np.array_equal(arrays["scene"][row], codes[i])
             assert np.array_equal(arrays["speech"][row], model.tokens(codec.speak(captions[i], voice, [seed, 1, i])))
+            assert arrays["timing"][row].tolist() == codec.timing_row(captions[i])
             assert np.array_equal(arrays["sound"][row], model.tokens(impacts.ring(objects[i], [seed, 2, i])))
             row += 1
+
+
+def test_timing_is_about_the_tokens_of_captions():
+    """As many times as tokens before the end, none before the one of the token before; after the last there is silence."""
+    encoding = maker.load_coders("scenes", "cpu")[1]
+    codes, captions = captions_of(CHUNK, 7)
+    for i, text in enumerate(captions):
+        row, tokens = codec.timing_row(text), encoding.encode_ordinary(text)
+        times = np.array(row[:len(tokens)]) - codec.FIRST_TIME
+        assert row[len(tokens)] == codec.END and not any(row[len(tokens) + 1:])
+        assert (np.diff(times) >= 0).all() and 0 < times[0] and times[-1] <= 96
+        loud = np.square(codec.speak(text, 0, i)).reshape(96, -1).mean(1)
+        assert loud[times[-1] + 2:].max(initial=0) < 1e-6 < loud[times[-1] - 2:times[-1]].max()
 
 
 def test_no_other_set_has_changed():
     """What the scenes and qa sets say of themselves: their forms and identities have nothing of sound in them."""
     for kind in ("scenes", "objects", "qa"):
-        assert not {"speech", "sound", "voice"} & set(maker.array_forms(64, kind))
+        assert not {"speech", "sound", "timing", "voice"} & set(maker.array_forms(64, kind))
         assert not {"sounds", "codec"} & set(maker.identity_of(64, 5, 1, kind))
 
 

@@ -31,6 +31,15 @@ def test_what_cannot_be_said_is_told(text):
     assert "\n" not in str(caught.value)
 
 
+def test_timing_adds_up():
+    """At normal speed a word ends its own length after the mark before; a full stop takes none, and speed divides all."""
+    marks = speech.MARKS.findall(CAPTION.lower())
+    lengths = [0 if mark == "." else 1000 * speech.seconds(mark) for mark in marks]
+    assert speech.timing(CAPTION) == pytest.approx(np.cumsum(lengths).tolist())
+    assert len(marks) == 19 and speech.timing("a, a")[1] > speech.timing("a a")[0], "a comma is a pause"
+    assert speech.timing(CAPTION, 2.0)[-1] == pytest.approx(speech.timing(CAPTION)[-1] / 2)
+
+
 def test_edits_are_counted():
     words = "a red cube on the left".split()
     assert pocket.edits(words, words) == 0 and pocket.edits([], words) == 6 and pocket.edits(words, []) == 6
