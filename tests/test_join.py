@@ -137,11 +137,11 @@ def test_loss_is_of_the_probabilities(joined, layout):
     for m in layout.names:
         places = torch.arange(layout.size)[layout.span[m]][:6].expand(3, -1)
         log_probs = model(tokens, enc_pos, None, places)
-        assert torch.allclose(log_probs.exp().sum(-1), torch.ones(3, 6), atol=1e-5), m
+        assert torch.allclose(log_probs.exp().sum(-1), torch.ones(places.shape), atol=1e-5), m
         assert (log_probs[..., layout.modalities[m]["vocab"]:] == -torch.inf).all()
         found = log_probs.gather(2, tokens.gather(1, places)[..., None]).sum()
-        images = 6 * bool(digits[places[0, 0]])
-        loss = train_4m.masked_loss(model, tokens, enc_pos, None, places, torch.ones(3, 6), images)
+        images = places.size(1) * bool(digits[places[0, 0]])
+        loss = train_4m.masked_loss(model, tokens, enc_pos, None, places, torch.ones(places.shape), images)
         assert loss.item() == pytest.approx(-found.item(), rel=1e-4), m
 
 
@@ -168,6 +168,24 @@ def test_positions_tell_places_apart(layout):
         assert len(pairs) == layout.modalities[m]["length"], m
     second = [major[layout.span[m]][facts].item() for m, facts in train_4m.FACTS.items()]
     assert len({*second}) == 1, "the second object of each text"
+
+
+def test_targets_of_speech_start_from_the_word_that_is_due(layout):
+    """The first of the known words that ends later than the target's place; of targets elsewhere, or later, none."""
+    model = small_model(layout)
+    row, start = layout.span["timing"], layout.span["speech"].start
+    tokens = torch.zeros(1, layout.size, dtype=torch.long)
+    tokens[0, row.start:row.start + 4] = torch.tensor([5, 9, 9, train_4m.FIRST_TIME + 96])  # over before 3, 7, 7 and 96
+    enc_pos = torch.arange(row.start, row.start + 4)[None]
+    ids = tokens.gather(1, enc_pos) + model.token_offset[enc_pos]
+    x = torch.randn(1, 4, model.embed_left.embedding_dim)
+    dec_pos = torch.tensor([[start, start + 2, start + 3, start + 6, start + 7, start + 95, layout.span["rgb"].start]])
+    shown = torch.tensor([[True, True, True, False]])
+    for visible, words in ((None, (0, 0, 1, 1, 3, 3, None)), (shown, (0, 0, 1, 1, None, None, None))):
+        state = model.at_times(x, ids, visible, dec_pos)[0]
+        for found, word, left in zip(state, words, (3, 1, 4, 1, 89, 1, 0)):
+            wanted = torch.zeros_like(found) if word is None else x[0, word] + model.embed_left.weight[left]
+            assert torch.allclose(found, wanted)
 
 
 def test_every_link_is_trained(joined, layout, tmp_path, monkeypatch):
