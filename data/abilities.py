@@ -198,7 +198,7 @@ def guidance(ready, n=100):
 # ------------------------------------------------------------------------------------------------------------
 # Search
 
-MOST = 16  # draws
+MOST, COUNTS = 16, (1, 2, 4, 8, 16)  # draws
 CHAINS = ((), ("desc",), ("bbox",), ("seg",), ("depth",), ("normal",), ("edge",), ("desc", "normal"))
 
 
@@ -208,13 +208,21 @@ def candidates(ready, n, given, steps, temperature=1.0):
     return torch.stack([ready.generate(ready.tokens[:n], (given,), [how], seed=1 + i) for i in range(MOST)])
 
 
-def search(ready, n=60, steps=4):
-    """{verifier: {draws: F1}} of pictures from descriptions, and how many forward passes a picture takes.
+def search(ready, n=60):
+    """{verifier and steps: {draws: F1}} of pictures from descriptions, drawn hastily and less so.
 
     Of 1, 2, 4 .. 16 draws one is chosen: by the model's own log p(desc | rgb) or by the judge's probability of what was
     asked, and the judge's F1 or, where the judge has chosen, the model's own reading are what is told; the oracle
     chooses by the F1 that is told.
     """
+    found = {}
+    for steps in (1, 2, 4):
+        for verifier, row in best_of(ready, n, steps).items():
+            found[f"{verifier}, {steps} step{'s' * (steps > 1)}"] = row
+    return found
+
+
+def best_of(ready, n, steps):
     drawn = candidates(ready, n, "desc", steps)
     meant, scores = ready.show.described(ready.tokens[:n]), {"cycle": [], "judge": [], "oracle": []}
     seen, read = [], []
@@ -232,7 +240,7 @@ def search(ready, n=60, steps=4):
         told_by = read if verifier == "judge" else seen
         table = torch.stack(by_draw)  # (MOST, n)
         found[verifier] = {}
-        for count in (1, 2, 4, 8, 16):
+        for count in COUNTS:
             best = table[:count].argmax(0).tolist()
             found[verifier][count] = judges.object_f1([told_by[k][b] for b, k in enumerate(best)], meant)
     return found
@@ -259,19 +267,24 @@ def changed(objects, key, value):
     return [{**objects[0], key: value}, *objects[1:]]
 
 
+def with_desc(ready, tokens, described):
+    """Tokens (B, size) with the descriptions of other objects, lists of dicts."""
+    tokens, encoding = tokens.clone(), tokenizer.load_text()
+    tokens[:, ready.layout.span["desc"]] = torch.tensor([
+        tokenizer.text_tokens(encoding, texts.describe(objects), texts.LENGTHS["desc"]) for objects in described])
+    return tokens
+
+
 def edits(ready, n=200):
     """{attribute: {..}} of pictures drawn from descriptions of which one attribute of the nearest object was changed:
     how many follow, and how many of the attributes of all objects that were not changed stay."""
     tokens, found = ready.tokens[:n], {}
-    encoding, span = tokenizer.load_text(), ready.layout.span["desc"]
     described = ready.show.described(tokens)
     for key in ("color", "shape", "material"):
         words = texts.WORDS[key]
         values = [words[(words.index(objects[0][key]) + 1) % len(words)] for objects in described]
         asked = [changed(objects, key, value) for objects, value in zip(described, values)]
-        rows = tokens.clone()
-        rows[:, span] = torch.tensor([tokenizer.text_tokens(encoding, texts.describe(objects), texts.LENGTHS["desc"])
-                                      for objects in asked])
+        rows = with_desc(ready, tokens, asked)
         seen = ready.show.judged(ready.show.pictures(ready.generate(rows, ("desc",), [ready.show.drawing]), "rgb"))
         follows = stays = count = 0
         for told, meant in zip(seen, asked):

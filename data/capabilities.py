@@ -55,8 +55,8 @@ which takes a few forward passes in all, and by log p(caption | rgb), which take
 A picture from the caption of one scene and the normals of another, which contradict each other, over the weight of the
 caption, that of the normals being 1: u + sum of w (c - u). F1 of the caption's objects, and of the normals' shapes."""),
     "search": ("rich", abilities.search, "Search at test time", """
-Pictures from descriptions in four steps at temperature 1, the best of 1 to 16. The cycle's own log p(desc | rgb)
-chooses and the judge tells the F1; the judge chooses and the model's own reading tells it; or the oracle does both."""),
+Pictures from descriptions in few steps at temperature 1, the best of 1 to 16. Cycle: the model's own log p(desc | rgb)
+chooses and the judge tells the F1. Judge: it chooses, and the model's own reading tells. Oracle: the judge does both."""),
     "chains": ("rich", abilities.chains, "Chains", """
 Pictures from captions, directly and over what is generated on the way."""),
     "edits": ("rich", abilities.edits, "One word changed", """

@@ -20,10 +20,20 @@ def write(path, save, **settings):
     part.replace(path)
 
 
+def image_of(picture):
+    """A PIL image of a picture (3, H, W) of floats in [0, 1]."""
+    return Image.fromarray((picture.detach().float().cpu().clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())
+
+
 def tile(picture, side=CELL):
-    """A PIL image of a picture (3, H, W) of floats in [0, 1], enlarged without smoothing."""
-    array = (picture.detach().float().cpu().clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy()
-    return Image.fromarray(array).resize((side, side), Image.NEAREST)
+    """A PIL image of a picture (3, H, W), enlarged without smoothing."""
+    return image_of(picture).resize((side, side), Image.NEAREST)
+
+
+def strip(pictures, path):
+    """Write a PNG of pictures (3, H, W) side by side, twice as large: what a slider goes through."""
+    image = image_of(torch.cat(list(pictures), 2))
+    write(path, image.resize((2 * image.width, 2 * image.height), Image.NEAREST).save, format="PNG")
 
 
 def sheet(rows, path, side=CELL):

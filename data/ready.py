@@ -36,7 +36,7 @@ class Ready:
         self.tokens = torch.cat(rows, 1).to(device)
         run = SimpleNamespace(device=device, options=SimpleNamespace(quality_scenes=scenes))
         self.show = show_4m.open_show(train_4m, run, self.layout, self.tokens)
-        self.show.bar = tqdm(disable=True)
+        self.show.bar = tqdm(disable=True, total=0)
         self.output = train_4m.Output
         decision = machine.time_products(torch.device(device), train_4m.PRECISIONS, 4096, self.config.dim,
                                          self.config.mlp_ratio * self.config.dim)

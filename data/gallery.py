@@ -1,0 +1,315 @@
+"""Pictures and sounds of the ready nano4Ms, of validation scenes: docs/gallery/ and the page docs/gallery/index.html.
+
+    python data/gallery.py               # draw everything anew, ten minutes of one core
+    python data/gallery.py --page        # the page alone, from what is there and docs/capabilities.json
+"""
+import argparse
+import html
+import json
+import struct
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import abilities
+import capabilities
+import codec
+import draw
+import previews
+import rich
+import wav
+from guidance import Guided
+from hub import sentences
+from ready import Ready
+from shards import FROZEN, ROOT
+
+FOLDER = ROOT.parent / "docs" / "gallery"
+SCENES = (3, 11, 4, 25, 8)  # validation scenes that are shown
+GIVEN = ("desc", "caption", "pose", "normal", "depth", "seg", "inst", "edge", "palette", "metadata", "feat_global")
+STEPS = (1, 2, 4, 8, 16, 32)
+SPOKEN = (0, 3, 11, 4)
+VOICES = ("110 Hz", "180 Hz", "90 Hz")
+
+
+def drawn(ready, tokens, given, steps=16, seed=0, temperature=0.5, model=None):
+    """Pictures (B, 3, 64, 64) of rgb, from the modalities given."""
+    how = ready.output("rgb", scheme="roar", steps=steps, temperature=temperature)
+    return ready.show.pictures(ready.generate(tokens, given, [how], seed, model), "rgb")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def any_to_rgb(ready, tokens):
+    """A sheet: what is drawn of every modality alone."""
+    rows = [[(picture, "the scene") for picture in ready.show.pictures(tokens, "rgb")]]
+    for m in GIVEN:
+        rows.append([(picture, f"of {m}") for picture in drawn(ready, tokens, (m,))])
+    draw.sheet(rows, FOLDER / "any_to_rgb.png", 112)
+
+
+def told_of_rgb(ready, tokens, codes):
+    """A sheet of the rich set's modalities as the model tells them, rgb given."""
+    arrays = {"scene": codes}
+    for m in ("inst", "polygon", "pose", "palette", "metadata"):
+        how = ready.output(m, steps=8, temperature=0 if m in ready.layout.end else 0.3)
+        arrays[m] = ready.generate(tokens, ("rgb",), [how])[:, ready.layout.span[m]].numpy()
+    previews.draw_rich(arrays, ready.show.studio.coder, FOLDER / "told_of_rgb.png")
+
+
+def edits(ready, tokens):
+    """A sheet: one attribute of the nearest object changed."""
+    described, rows = ready.show.described(tokens), []
+    asked = {"as described": described}
+    for key in ("color", "shape", "material"):
+        words = abilities.texts.WORDS[key]
+        asked[key] = [abilities.changed(o, key, words[(words.index(o[0][key]) + 1) % len(words)]) for o in described]
+    made = {key: drawn(ready, abilities.with_desc(ready, tokens, objects), ("desc",)) for key, objects in asked.items()}
+    for b in range(len(tokens)):
+        cells = []
+        for key, pictures in made.items():
+            first = asked[key][b][0]
+            cells.append((pictures[b], key if key == "as described" else f"{key}: {first[key]}"))
+        o = described[b][0]
+        rows.append([*cells, f"{o['color']} {o['material']} {o['shape']} at x={o['x']} y={o['y']}"])
+    draw.sheet(rows, FOLDER / "edits.png", 112)
+
+
+def retrieved(ready, tokens, bank=2000):
+    """A sheet: the five pictures of all 2,000 whose features are nearest to what captions foretell."""
+    coder, span, rows = rich.feature_coder("cpu"), ready.layout.span["feat_global"], []
+    features = torch.nn.functional.normalize(coder.whole(ready.tokens[:bank, span]), dim=1)
+    how = ready.output("feat_global", steps=8, temperature=0)
+    told = coder.whole(ready.generate(tokens, ("caption",), [how])[:, span])
+    order = (torch.nn.functional.normalize(told, dim=1) @ features.T).argsort(1, descending=True)[:, :5]
+    for text, scene, best in zip(ready.show.texts(tokens, "caption"), SCENES, order):
+        pictures = ready.show.pictures(ready.tokens[best], "rgb")
+        labels = ["this one" if index == scene else "" for index in best.tolist()]
+        rows.append([text, *zip(pictures, labels)])
+    draw.sheet(rows, FOLDER / "retrieved.png", 112)
+
+
+class Recorder:
+    """A model that keeps what was known each time that it was asked."""
+
+    def __init__(self, model, layout):
+        self.model, self.layout, self.frames = model, layout, []
+
+    def __call__(self, tokens, enc_pos, visible, dec_pos, counted=None):
+        known = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, enc_pos, visible)
+        self.frames.append((tokens.clone(), known))
+        return self.model(tokens, enc_pos, visible, dec_pos, counted)
+
+
+def decoding(ready, tokens):
+    """A GIF of pictures as their tokens are filled in, from descriptions; what is not known yet is grey."""
+    span, recorder = ready.layout.span["rgb"], Recorder(ready.model, ready.layout)
+    how = ready.output("rgb", scheme="roar", steps=16, temperature=0.5)
+    done = ready.generate(tokens, ("desc",), [how], model=recorder)
+    frames = []
+    for row, known in [*recorder.frames, (done, torch.ones_like(done, dtype=torch.bool))]:
+        cover = known[:, span].view(-1, 1, 8, 8).float().repeat_interleave(8, 2).repeat_interleave(8, 3)
+        frames.append(ready.show.pictures(row, "rgb") * cover + 0.5 * (1 - cover))
+    draw.animation(frames, FOLDER / "decoding.gif", columns=len(tokens))
+
+
+def sliders(ready, tokens):
+    """Strips over the number of steps, and over the weight of a caption against the normals of another scene."""
+    for i, steps in enumerate(STEPS):
+        for b, picture in enumerate(drawn(ready, tokens[:3], ("caption",), steps, temperature=0.7)):
+            yield f"steps_{b}", i, picture
+    mixed, span = tokens[:3].clone(), ready.layout.span["normal"]
+    mixed[:, span] = tokens[[3, 4, 0], span]
+    for i, weight in enumerate(abilities.WEIGHTS):
+        guided = Guided(ready.model, ready.layout, "rgb", [(("caption",), weight), (("normal",), 1.0)])
+        for b, picture in enumerate(drawn(ready, mixed, ("caption", "normal"), model=guided)):
+            yield f"weight_{b}", i, picture
+
+
+def curves(found):
+    """A plot of search: F1 against the number of draws, for each verifier."""
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    ax = figure.subplots()
+    labels = {"cycle": "log p(desc | rgb) chooses, the judge tells", "judge": "the judge chooses, the model tells",
+              "oracle": "the judge does both"}
+    for color, (name, label) in zip(("#4c72b0", "#dd8452", "#55a868"), labels.items()):
+        for line, steps in ("-", "1 step"), ("--", "4 steps"):
+            row = found["search"][f"{name}, {steps}"]
+            ax.plot([int(n) for n in row], list(row.values()), line, color=color, marker="o", label=f"{label}, {steps}")
+    ax.set(xscale="log", xticks=(1, 2, 4, 8, 16), xticklabels=(1, 2, 4, 8, 16), xlabel="draws", ylabel="object F1")
+    ax.minorticks_off()
+    ax.legend(fontsize=7)
+    draw.write(FOLDER / "search.png", figure.savefig, format="png", dpi=130)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sounds
+
+def sounds(ready):
+    """WAV files of captions read aloud, of pictures told, and of impacts foretold; captions.json says of what."""
+    coder, O, span, told = codec.load(), ready.output, ready.layout.span, []
+    tokens = ready.tokens[list(SPOKEN)]
+    speak = [O("timing", temperature=0), O("voice"), O("speech", steps=16, temperature=0.3)]
+    read = ready.generate(tokens, ("caption",), speak)
+    seen = ready.generate(tokens, ("rgb",), [O("caption", temperature=0), *speak])
+    struck = ready.generate(tokens, ("rgb",), [O("sound", steps=16, temperature=0.3)])
+    for i, scene in enumerate(SPOKEN):
+        for name, rows, m in (("read", read, "speech"), ("seen", seen, "speech"), ("struck", struck, "sound"),
+                              ("true_struck", tokens, "sound")):
+            wav.write(FOLDER / f"{name}_{i}.wav", coder.sound(rows[i, span[m]]))
+        told.append({"caption": ready.show.texts(tokens[i:i + 1], "caption")[0],
+                     "seen": ready.show.texts(seen[i:i + 1], "caption")[0],
+                     "voice": VOICES[int(read[i, span["voice"]])]})
+        draw.sheet([[ready.show.pictures(tokens[i:i + 1], "rgb")[0]]], FOLDER / f"heard_{i}.png", 112)
+    (FOLDER / "captions.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>modded-nano4M: any modality from any other</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="../page.css">
+<style>
+.strips {{ display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .5rem }}
+.strip {{ width: 128px; height: 128px; overflow: hidden }}
+.strip img {{ max-width: none; margin: 0; transition: none }}
+input[type=range] {{ width: min(25rem, 100%); accent-color: var(--accent) }}
+.heard {{ display: flex; flex-wrap: wrap; gap: 1rem; margin: 0 0 1.5rem }}
+.heard img {{ width: 118px; height: 132px; object-fit: cover; object-position: top }}
+.heard div {{ flex: 1 1 15rem; min-width: 0 }}
+audio {{ display: block; width: 100%; max-width: 20rem; height: 2.25rem; margin: .125rem 0 .5rem }}
+</style>
+</head>
+<body>
+<h1>Any modality from any other</h1>
+<p class="lead">What two small nano4Ms of {parameters} parameters, trained for less than an hour on one core of a CPU, make
+of scenes that they have never seen. One knows pictures, geometry, outlines, poses, palettes and features, the other one
+speech and sounds.</p>
+<nav><a href="../index.html">Leaderboard</a> <a href="../CAPABILITIES.md">Every number</a>
+<a href="../RICH.md">The modalities</a> <a href="../SOUND.md">The sounds</a></nav>
+{sections}
+<script>
+for (const slider of document.querySelectorAll("input[type=range]")) {{
+  const images = slider.closest("figure").querySelectorAll(".strip img"), out = slider.closest("figure").querySelector("output");
+  const values = slider.dataset.values.split(" ");
+  const show = () => {{
+    for (const image of images) image.style.transform = `translateX(${{-128 * slider.value}}px)`;
+    out.textContent = values[slider.value];
+  }};
+  slider.addEventListener("input", show);
+  show();
+}}
+</script>
+<footer class="quiet"><p>Made by <code>python data/gallery.py</code> from the ready weights; numbers are those of
+<a href="../capabilities.json">capabilities.json</a>.</p></footer>
+</body>
+</html>
+"""
+
+
+def figure(name, alt, caption):
+    data = (FOLDER / name).read_bytes()[:24]
+    width, height = struct.unpack(">II", data[16:]) if name.endswith("png") else struct.unpack("<HH", data[6:10])
+    return (f'<figure class="sample"><a href="{name}"><img width="{width}" height="{height}" src="{name}" '
+            f'alt="{html.escape(alt)}" loading="lazy"></a><figcaption>{caption}</figcaption></figure>')
+
+
+def slider(name, values, start, what, caption):
+    strips = "".join(f'<div class="strip"><img src="{name}_{b}.png" alt="{html.escape(what)}" height="128" '
+                     f'width="{128 * len(values)}"></div>' for b in range(3))
+    numbers = " ".join(f"{value:g}" for value in values)
+    return (f'<figure><div class="strips">{strips}</div><label>{what}: <output>{values[start]:g}</output><br>'
+            f'<input type="range" min="0" max="{len(values) - 1}" value="{start}" data-values="{numbers}"></label>'
+            f'<figcaption>{caption}</figcaption></figure>')
+
+
+def heard(told):
+    parts = []
+    for i, about in enumerate(told):
+        players = [(f"The caption, by the voice of {about['voice']}: {about['caption']}", f"read_{i}.wav"),
+                   (f"What is said of the picture: {about['seen']}", f"seen_{i}.wav"),
+                   ("Its objects struck, as foretold of the picture", f"struck_{i}.wav"),
+                   ("and as they are", f"true_struck_{i}.wav")]
+        rows = "".join(f'{html.escape(text)}<audio controls preload="none" src="{name}"></audio>' for text, name in players)
+        parts.append(f'<div class="heard"><img src="heard_{i}.png" alt="a scene"><div class="quiet">{rows}</div></div>')
+    return "\n".join(parts)
+
+
+def number(found, section, row, column):
+    return f"{found[section][row][column]:.3g}"
+
+
+def page(found):
+    """The page as text. found: what capabilities.json holds."""
+    def f1(section, row, column="model"):
+        return number(found, section, row, column)
+    tasks, search = found["tasks"]["eight steps"], found["search"]["cycle, 1 step"]
+    sections = [
+        "<h2>A picture from anything</h2>",
+        figure("any_to_rgb.png", "scenes drawn from each modality alone", f"""Each row is drawn from one modality alone: the
+first is the scene itself. Of descriptions the judge reads {f1("rich", "rgb_from_desc_f1")} of the objects right (F1), of
+captions {f1("rich", "rgb_from_caption_f1")}, of poses {f1("rich", "rgb_from_pose_f1")}. A palette tells colours and no
+places, metadata not even these."""),
+        figure("decoding.gif", "tokens of pictures filled in", "Pictures from descriptions, 64 tokens in 16 steps."),
+        "<h2>Anything from a picture</h2>",
+        figure("told_of_rgb.png", "instances, outlines, poses, palettes and metadata as told", f"""What is told of a picture:
+instances, outlines, poses with a box around each object, colours, numbers. Normals are off by
+{tasks["normal, degrees"]:.3g} degrees, corners by {tasks["pose, corner"]:.2g} (a cube is 2.0 or 2.6 across)."""),
+        "<h2>One word changed</h2>",
+        figure("edits.png", "pictures with one attribute changed", f"""The nearest object's colour, shape or material is
+another one: {number(found, "edits", "color", "follows")} of the pictures follow in colour,
+{number(found, "edits", "shape", "follows")} in shape, {number(found, "edits", "material", "follows")} in material."""),
+        "<h2>More steps, more guidance</h2>",
+        slider("steps", STEPS, 4, "Steps", "Captions become pictures in so many steps: in one, all places are drawn at once "
+               "and do not know of each other."),
+        slider("weight", abilities.WEIGHTS, 2, "Weight of the caption", "A caption and the normals of another scene, which "
+               "contradict each other: at 0 the geometry alone decides."),
+        "<h2>Search</h2>",
+        figure("search.png", "F1 against the number of draws", f"""Pictures from descriptions in a single hasty step, the best of
+several by what the model itself thinks of them: from {search["1"]:.2g} to {search["8"]:.2g} with eight draws."""),
+        "<h2>Retrieval</h2>",
+        figure("retrieved.png", "captions and the nearest pictures", f"""A caption becomes eight tokens of features, and these
+find pictures: the right one of 2,000 comes first for {number(found, "retrieval", "caption", "R@1")} of captions and
+{number(found, "retrieval", "desc", "R@1")} of descriptions."""),
+        "<h2>Speech and sounds</h2>",
+        f"""<p>Of the words of captions read aloud, a recogniser hears {f1("audio", "speech_from_caption_word_errors")} wrong,
+of those of the true tokens {f1("audio", "speech_from_caption_word_errors", "bound")}. Listening to the voices, the model
+gets {f1("audio", "caption_from_speech_word_errors")} of the words wrong.</p>""",
+        heard(json.loads((FOLDER / "captions.json").read_text()))]
+    return PAGE.format(sections="\n".join(sections), parameters="1.6 to 2.7 million")
+
+
+@sentences("gallery.py")
+def main(page_only):
+    found = json.loads(capabilities.NUMBERS.read_text())
+    FOLDER.mkdir(exist_ok=True)
+    if not page_only:
+        with torch.no_grad():
+            ready = Ready(*capabilities.MODELS["rich"])
+            tokens = ready.tokens[list(SCENES)]
+            with np.load(FROZEN / "scenes64.npz") as arrays:
+                codes = arrays["scene"][list(SCENES)]
+            any_to_rgb(ready, tokens), told_of_rgb(ready, tokens[:4], codes[:4]), edits(ready, tokens[:4])
+            retrieved(ready, tokens), decoding(ready, ready.tokens[:8])
+            strips = {}
+            for name, _, picture in sliders(ready, tokens):
+                strips.setdefault(name, []).append(picture)
+            for name, pictures in strips.items():
+                draw.strip(pictures, FOLDER / f"{name}.png")
+            sounds(Ready(*capabilities.MODELS["audio"]))
+    curves(found)
+    (FOLDER / "index.html").write_text(page(found))
+    print(FOLDER / "index.html")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="the page alone")
+    main(parser.parse_args().page)
