@@ -31,7 +31,9 @@ def numbers(ready):
     for name, answer in answers.items():
         if answer:
             shown.generate = lambda model, tokens, known, outputs, answer=answer: answer(tokens)
-        for number, value in shown.quality(ready.model).items():
+        with ready.autocast():
+            quality = shown.quality(ready.model)
+        for number, value in quality.items():
             table.setdefault(number.removeprefix("quality_"), {})[name] = value
     return table
 
@@ -91,7 +93,7 @@ def main(names):
         chosen = [name for name in names if SECTIONS[name][0] == kind]
         ready = Ready(weights, sets, SCENES) if chosen else None
         for name in chosen:
-            with torch.no_grad(), ready.autocast():
+            with torch.no_grad():
                 rows = SECTIONS[name][1](ready)
             # as JSON has it: names are strings
             found[name] = {str(row): {str(column): round(value, 4) for column, value in values.items()}

@@ -53,8 +53,9 @@ class Ready:
         made = []
         for i, part in enumerate(tokens.split(show_4m.PART)):
             known = self.only(part, *given)
-            made.append(generate_4m.generate(train_4m, model or self.model, self.layout, part, known, outputs,
-                                             seed=seed * 1000 + i)[0])
+            with self.autocast():
+                made.append(generate_4m.generate(train_4m, model or self.model, self.layout, part, known, outputs,
+                                                 seed=seed * 1000 + i)[0])
         return torch.cat(made)
 
     def likelihood(self, tokens, given, asked):
@@ -64,7 +65,8 @@ class Ready:
             known = self.only(part, *given)
             places = torch.arange(self.layout.size, device=part.device)[self.layout.span[asked]].expand(len(part), -1)
             valid = self.layout.valid(part).gather(1, places)
-            log_probs = train_4m.predict(self.model, part.masked_fill(~known, 0), known, places)
+            with self.autocast():
+                log_probs = train_4m.predict(self.model, part.masked_fill(~known, 0), known, places)
             own = log_probs.gather(2, part.gather(1, places)[..., None])[..., 0]
             means.append((own.masked_fill(~valid, 0).sum(1) / valid.sum(1)))
         return torch.cat(means)

@@ -88,12 +88,14 @@ def metadata(rows, values):
     return dict(zip(rich.META, right.tolist()))
 
 
+@torch.autocast("cpu", enabled=False)  # whatever the precision of the model that told them
 def feat(rows, cells):
     """{"cosine"} of rows (B, 64) with whitened features (B, 64, 80) as the pictures' are, mean over cells."""
     told = rich.feature_coder("cpu").cells(as_ids(rows))
     return {"cosine": F.cosine_similarity(told, cells, dim=-1).mean().item()}
 
 
+@torch.autocast("cpu", enabled=False)
 def feat_global(rows, bank, words):
     """Rows (B, 8) against the features (N, 80) of N pictures, the first B of which are those that are meant.
 

@@ -33,6 +33,7 @@ class Truth:
     features: the tokens (N, 8) of all validation scenes' feat_global, among which a scene's is looked for.
     """
 
+    @torch.autocast("cpu", enabled=False)  # whatever the precision of the model
     def __init__(self, size, n, features):
         scenes, everything = world.load_frozen_scenes(size, n), world.load_frozen_scenes(size, len(features))
         images, self.index = raycaster.render(scenes, size, compile=False)

@@ -55,7 +55,7 @@ Python file, meant to be read, copied and edited. A laptop is enough for the <co
 {commands}
 <nav><a href="#leaderboard">Leaderboard</a> <a href="#samples">Samples</a> <a href="#tracks">Every record</a>
 <a href="#race">Race a script</a> <a href="../README.md">README</a> <a href="../README.md#rules">Rules</a>
-<a href="../records/NEGATIVE.md">What did not pay</a></nav>
+<a href="gallery/index.html">Gallery</a> <a href="../records/NEGATIVE.md">What did not pay</a></nav>
 <h2 id="leaderboard">Leaderboard</h2>
 <p>The newest record of every track; it is measured against record #1, the public recipe.</p>
 {summary}
