@@ -41,8 +41,8 @@ def numbers(ready):
 SECTIONS = {  # name: (set, function, heading, what it says)
     "rich": ("rich", numbers, "Modalities of the rich set", f"""
 What `./run.sh 4m --track=cpu-rich` writes into its footer, of {SCENES} validation scenes: pictures and texts from rgb
-where the name does not say otherwise. The bound is what the true tokens would get. Names ending in {", ".join(LEAST)}
-are better when smaller."""),
+where the name does not say otherwise. The bound is what the true tokens would get. Names that end in
+{", ".join(LEAST)} are better when smaller."""),
     "audio": ("audio", numbers, "Modalities of the audio set", """
 The same of `./run.sh 4m --track=cpu-audio`. Words are counted by `data/recogniser.py`, impacts by `data/impacts.py`."""),
     "tasks": ("rich", abilities.tasks, "What it tells of a picture", """
@@ -58,7 +58,9 @@ A picture from the caption of one scene and the normals of another, which contra
 caption, that of the normals being 1: u + sum of w (c - u). F1 of the caption's objects, and of the normals' shapes."""),
     "search": ("rich", abilities.search, "Search at test time", """
 Pictures from descriptions in few steps at temperature 1, the best of 1 to 16. Cycle: the model's own log p(desc | rgb)
-chooses and the judge tells the F1. Judge: it chooses, and the model's own reading tells. Oracle: the judge does both."""),
+chooses and the judge tells the F1. Judge: it chooses, and the model's own reading tells. Oracle: the judge does both.
+A single draw in one step is nearly always right, and where it is not a likelihood does not know it: search has little
+left to win here."""),
     "chains": ("rich", abilities.chains, "Chains", """
 Pictures from captions, directly and over what is generated on the way."""),
     "edits": ("rich", abilities.edits, "One word changed", """
@@ -78,8 +80,9 @@ def table(rows):
 
 
 def report(found):
-    parts = ["# What nano4M can do\n\nWritten by `python data/capabilities.py` from the ready weights in `data/frozen`, on "
-             "validation scenes that no training set shares. Numbers: `docs/capabilities.json`."]
+    parts = ["# What nano4M can do\n\nWritten by `python data/capabilities.py` from the ready weights in `data/frozen`, on\n"
+             "validation scenes that no training set shares. Numbers: `capabilities.json`; pictures and sounds of both\n"
+             "models: [gallery](gallery/index.html)."]
     for name, (_, _, heading, text) in SECTIONS.items():
         if name in found:
             parts.append(f"## {heading}\n{text}\n\n{table(found[name])}")

@@ -85,11 +85,13 @@ class Codec(nn.Module):
         return self.fine(x).transpose(1, 2) + MIDDLE
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # whatever the precision of the model whose tokens these are
     def encode(self, spectra):
         """Token ids (B, T), int64 in 0..4095, of log-mel spectra (B, 2 T, 32)."""
         return ids_of(self.quantise(spectra), 2)
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
     def decode(self, ids):
         """Log magnitudes (B, 4 T, 257) of token ids (B, T)."""
         if ids.ndim != 2:

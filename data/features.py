@@ -68,6 +68,7 @@ class Features(nn.Module):
         self.judge = [judge]  # in a list: its weights are not ours
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
     def see(self, pictures):
         """Whitened features of the cells (B, 64, 80) and of the whole (B, 80) of pictures (B, 3, 64, 64) in [0, 1]."""
         parts = [self.judge[0].body(part * 2 - 1).flatten(2).mT for part in pictures.split(250)]
@@ -76,6 +77,7 @@ class Features(nn.Module):
         return (cells - self.cell_mean) / self.cell_deviation, (whole - self.mean_mean) / self.mean_deviation
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
     def encode(self, pictures):
         """The tokens of pictures (B, 3, 64, 64): {"feat": (B, 64), "feat_global": (B, 8)}, uint16 arrays."""
         cells, whole = self.see(pictures)
@@ -83,11 +85,13 @@ class Features(nn.Module):
         return {name: value.cpu().numpy().astype(np.uint16) for name, value in ids.items()}
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
     def cells(self, ids):
         """Features (B, 64, 80) of the tokens (B, 64) of feat."""
         return self.cell.decode(ids[..., None])
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
     def whole(self, ids):
         """Features (B, 80) of the tokens (B, 8) of feat_global."""
         return self.mean.decode(ids)

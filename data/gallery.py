@@ -26,26 +26,28 @@ from shards import FROZEN, ROOT
 
 FOLDER = ROOT.parent / "docs" / "gallery"
 SCENES = (3, 11, 4, 25, 8)  # validation scenes that are shown
-GIVEN = ("desc", "caption", "pose", "normal", "depth", "seg", "inst", "edge", "palette", "metadata", "feat_global")
+GIVEN = ("desc", "caption", "pose", "normal", "depth", "seg", "inst", "edge", "palette", "feat_global")
+TOLD = ("desc", "caption", "pose")  # of them those that tell colours and places
 STEPS = (1, 2, 4, 8, 16, 32)
 SPOKEN = (0, 3, 11, 4)
 VOICES = ("110 Hz", "180 Hz", "90 Hz")
 
 
-def drawn(ready, tokens, given, steps=16, seed=0, temperature=0.5, model=None):
-    """Pictures (B, 3, 64, 64) of rgb, from the modalities given."""
+def drawn(ready, tokens, given, steps=16, temperature=0.5, model=None, first=()):
+    """Pictures (B, 3, 64, 64) of rgb, from the modalities given. first: outputs that come before."""
     how = ready.output("rgb", scheme="roar", steps=steps, temperature=temperature)
-    return ready.show.pictures(ready.generate(tokens, given, [how], seed, model), "rgb")
+    return ready.show.pictures(ready.generate(tokens, given, [*first, how], model=model), "rgb")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Pictures
 
 def any_to_rgb(ready, tokens):
-    """A sheet: what is drawn of every modality alone."""
+    """A sheet: what is drawn of every modality alone, of what tells no colours over a description of them."""
     rows = [[(picture, "the scene") for picture in ready.show.pictures(tokens, "rgb")]]
     for m in GIVEN:
-        rows.append([(picture, f"of {m}") for picture in drawn(ready, tokens, (m,))])
+        first, label = ([], f"of {m}") if m in TOLD else ([ready.output("desc", temperature=0.7)], f"{m} > desc")
+        rows.append([(picture, label) for picture in drawn(ready, tokens, (m,), first=first)])
     draw.sheet(rows, FOLDER / "any_to_rgb.png", 112)
 
 
@@ -254,9 +256,9 @@ def page(found):
     sections = [
         "<h2>A picture from anything</h2>",
         figure("any_to_rgb.png", "scenes drawn from each modality alone", f"""Each row is drawn from one modality alone: the
-first is the scene itself. Of descriptions the judge reads {f1("rich", "rgb_from_desc_f1")} of the objects right (F1), of
-captions {f1("rich", "rgb_from_caption_f1")}, of poses {f1("rich", "rgb_from_pose_f1")}. A palette tells colours and no
-places, metadata not even these."""),
+first is the scene itself. What tells no colours or no places becomes a description first, and this a picture: the less
+a modality says, and the fewer of the training steps were about it, the less of the scene comes back. Of descriptions the judge reads {f1("rich", "rgb_from_desc_f1")} of the objects right (F1), of
+captions {f1("rich", "rgb_from_caption_f1")}, of poses {f1("rich", "rgb_from_pose_f1")}."""),
         figure("decoding.gif", "tokens of pictures filled in", "Pictures from descriptions, 64 tokens in 16 steps."),
         "<h2>Anything from a picture</h2>",
         figure("told_of_rgb.png", "instances, outlines, poses, palettes and metadata as told", f"""What is told of a picture:

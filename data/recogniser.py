@@ -44,6 +44,7 @@ class Recogniser(nn.Module):
         return self.head(self.body((spectra.mT - codec.MIDDLE) / codec.SPREAD)).mT
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # whatever the precision of the model that speaks
     def hear(self, wave):
         """The words of a wave (n,) at 16 kHz, a list of strings."""
         wave = np.pad(np.asarray(wave, np.float32), (0, -len(wave) % mel.HOP))

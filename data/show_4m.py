@@ -51,8 +51,8 @@ class Show:
         self.bar.update()
         return torch.cat(made)
 
-    def only(self, tokens, modality):
-        return generate_4m.only(self.layout, tokens, modality)
+    def only(self, tokens, *modalities):
+        return generate_4m.only(self.layout, tokens, *modalities)
 
     def pictures(self, tokens, modality):
         return self.studio.pictures(tokens[:, self.layout.span[modality]])

@@ -117,7 +117,7 @@ def heard(show, model):
     """What it understands of speech and says of captions and pictures, what it takes an impact for, and the impacts that
     it foretells of a picture."""
     tokens, Output, span = show.tokens[:min(SCENES, show.quality_scenes)], show.script.Output, show.layout.span
-    show.bar.total += 6
+    show.bar.total += 7
     listened = [Output(m, temperature=0) for m in ("caption", "timing", "voice")]
     understood = show.generate(model, tokens, show.only(tokens, "speech"), listened)
     named = show.generate(model, tokens, show.only(tokens, "sound"), [Output("desc", temperature=0)])
@@ -125,16 +125,18 @@ def heard(show, model):
     drawn = show.pictures(show.generate(model, tokens, show.only(tokens, "speech"), [show.drawing]), "rgb")
     coder, listener = codec.load(), recogniser.load()
     speak, spoken = [Output("timing", temperature=0), Output("voice"), Output("speech", **LISTENING)], {}
-    for given, chain in ("caption", speak), ("rgb", [Output("caption", temperature=0), *speak]):
-        rows = show.generate(model, tokens[:SPOKEN], show.only(tokens[:SPOKEN], given), chain)[:, span["speech"]]
-        spoken[given] = [listener.hear(coder.sound(row)) for row in rows.cpu()]
+    for name, given, chain in (("caption", ["caption"], speak), ("timing", ["caption", "timing", "voice"], speak[2:]),
+                               ("rgb", ["rgb"], [Output("caption", temperature=0), *speak])):
+        rows = show.generate(model, tokens[:SPOKEN], show.only(tokens[:SPOKEN], *given), chain)[:, span["speech"]]
+        spoken[name] = [listener.hear(coder.sound(row)) for row in rows.cpu()]
     rung, true = ([impacts.read(coder.sound(row)) for row in rows.cpu()] for rows in (struck, tokens[:, span["sound"]]))
     heard, told = ([words(text) for text in show.texts(part, "caption")] for part in (understood, tokens))
     objects = show.described(tokens)
     return {"caption_from_speech_word_errors": word_errors(heard, told),
-            "speech_from_caption_word_errors": word_errors(spoken["caption"], told[:SPOKEN]),
+            **{f"speech_from_{name}_word_errors": word_errors(spoken[name], told[:SPOKEN])
+               for name in ("caption", "timing")},
             "voice_from_speech": (understood == tokens)[:, span["voice"]].double().mean().item(),
-            "speech_from_rgb_f1": named_f1(spoken["rgb"], objects),
+            "speech_from_rgb_f1": named_f1(spoken["rgb"], objects[:SPOKEN]),
             "desc_from_sound_impacts": share_right(map(in_turn, show.described(named)), list(map(in_turn, objects))),
             "sound_from_rgb_impacts": share_right(rung, true),
             "rgb_from_speech_f1": judges.caption_f1(show.judged(drawn), objects)}

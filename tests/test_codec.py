@@ -11,6 +11,7 @@ import codec
 import impacts
 import mel
 import pocket
+import recogniser
 import speech
 import texts
 import wav
@@ -67,6 +68,14 @@ def test_griffin_lim_finds_a_tone():
     found = codec.griffin_lim(np.abs(codec.spectrum(tone)), rounds=16)
     assert found.shape == tone.shape and abs(int(np.abs(np.fft.rfft(found)).argmax()) - 500) <= 4
     assert np.sqrt(np.square(found[800:-800]).mean()) == pytest.approx(0.5 / 2 ** 0.5, rel=0.1)
+
+
+def test_it_is_the_same_whatever_the_precision_around(model, spoken):
+    ids = model.tokens(spoken[0])
+    sound, heard = model.sound(ids, rounds=2), recogniser.load().hear(spoken[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(model.tokens(spoken[0]), ids) and np.array_equal(model.sound(ids, rounds=2), sound)
+        assert recogniser.load().hear(spoken[0]) == heard == speech.words_of(CAPTIONS[0])
 
 
 def test_what_is_said_fits_and_too_much_is_told():

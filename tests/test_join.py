@@ -223,7 +223,8 @@ def test_numbers_of_the_truth_are_the_bounds(joined, layout, monkeypatch):
     assert right["palette_error"] < 1 and right["pose_corner"] < 0.06
     assert right["inst_iou"] > 0.94 and right["polygon_iou"] > 0.9 and right["rgb_from_pose_f1"] > 0.95
     assert right["caption_from_speech_word_errors"] == 0 and right["desc_from_sound_impacts"] == 1
-    assert right["speech_from_caption_word_errors"] < 0.05 and right["speech_from_rgb_f1"] > 0.93
+    assert right["speech_from_caption_word_errors"] < 0.05 and right["speech_from_timing_word_errors"] < 0.05
+    assert right["speech_from_rgb_f1"] > 0.93 and right["voice_from_speech"] == 1
     assert right["sound_from_rgb_impacts"] > 0.97 and right["rgb_from_speech_f1"] > 0.95
     for name in right:
         less = name.endswith(("error", "errors", "corner"))

@@ -100,6 +100,7 @@ def test_features_are_those_of_the_judge(frozen):
     told = rich_report.feat_global(ids["feat_global"], whole, words)
     with torch.autocast("cpu", torch.bfloat16):
         assert rich_report.feat_global(ids["feat_global"], whole, words) == told
+        assert torch.equal(coder.see(pictures[:3])[0], coder.see(pictures[:3])[0].float())
     assert told["cosine"] > 0.96 and told["recall"] > 0.97
     wrong = rich_report.feat_global(np.roll(ids["feat_global"], 1, 0), whole, words)
     assert wrong["cosine"] < 0.3 and wrong["recall"] < 0.03 and wrong["words_f1"] < told["words_f1"] - 0.1
