@@ -11,6 +11,7 @@ import struct
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from safetensors import safe_open
 
 import abilities
 import capabilities
@@ -191,7 +192,7 @@ audio {{ display: block; width: 100%; max-width: 20rem; height: 2.25rem; margin:
 </head>
 <body>
 <h1>Any modality from any other</h1>
-<p class="lead">What two small nano4Ms of {parameters} parameters, trained for less than an hour on one core of a CPU, make
+<p class="lead">What two small nano4Ms of {parameters} million parameters, trained for less than an hour on one core of a CPU, make
 of scenes that they have never seen. One knows pictures, geometry, outlines, poses, palettes and features, the other one
 speech and sounds.</p>
 <nav><a href="../index.html">Leaderboard</a> <a href="../CAPABILITIES.md">Every number</a>
@@ -244,6 +245,11 @@ def heard(told):
     return "\n".join(parts)
 
 
+def parameters(name):
+    with safe_open(FROZEN / f"{name}.safetensors", "pt") as file:
+        return sum(file.get_tensor(key).numel() for key in file.keys())
+
+
 def number(found, section, row, column):
     return f"{found[section][row][column]:.3g}"
 
@@ -285,7 +291,8 @@ find pictures: the right one of 2,000 comes first for {number(found, "retrieval"
 of those of the true tokens {f1("audio", "speech_from_caption_word_errors", "bound")}. Listening to the voices, the model
 gets {f1("audio", "caption_from_speech_word_errors")} of the words wrong.</p>""",
         heard(json.loads((FOLDER / "captions.json").read_text()))]
-    return PAGE.format(sections="\n".join(sections), parameters="1.6 to 2.7 million")
+    sizes = " and ".join(f"{parameters(weights) / 1e6:.1f}" for weights, _ in capabilities.MODELS.values())
+    return PAGE.format(sections="\n".join(sections), parameters=sizes)
 
 
 @sentences("gallery.py")

@@ -55,7 +55,7 @@ Python file, meant to be read, copied and edited. A laptop is enough for the <co
 {commands}
 <nav><a href="#leaderboard">Leaderboard</a> <a href="#samples">Samples</a> <a href="#tracks">Every record</a>
 <a href="#race">Race a script</a> <a href="../README.md">README</a> <a href="../README.md#rules">Rules</a>
-<a href="gallery/index.html">Gallery</a> <a href="../records/NEGATIVE.md">What did not pay</a></nav>
+{gallery}<a href="../records/NEGATIVE.md">What did not pay</a></nav>
 <h2 id="leaderboard">Leaderboard</h2>
 <p>The newest record of every track; it is measured against record #1, the public recipe.</p>
 {summary}
@@ -214,7 +214,9 @@ def build(root=ROOT):
         scaling = '<h2 id="scaling">More processes</h2>\n' + picture(
             plot, plot.name, "milliseconds per step against processes: measured, and by formula",
             'A training step of nano4M on more processes (<a href="SCALING.md">what was measured</a>).') + "\n"
-    text = PAGE.format(scaling=scaling, commands=commands(readme), race=commands(readme, "Hacking"),
+    gallery = root / "docs" / "gallery" / "index.html"
+    gallery = '<a href="gallery/index.html">Gallery</a> ' if gallery.is_file() else ""
+    text = PAGE.format(gallery=gallery, scaling=scaling, commands=commands(readme), race=commands(readme, "Hacking"),
                        summary=convert(leaderboard.summary(tracks), "", root),
                        families="\n".join(family(root, task, tracks) for task in tasks),
                        tracks="\n".join(sections))
