@@ -20,7 +20,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ import wav
 from hub import sentences
 from mel import LENGTHS, TOKEN
 from shards import FROZEN, Fault
-from tokenizer import DIGITS, LEVELS, digits_of, ids_of
+from tokenizer import DIGITS, LEVELS, digits_of, ids_of, save_half
 
 WEIGHTS = FROZEN / "audio.safetensors"
 VERSION = 2  # of what scenes sound like, beside the weights
@@ -264,15 +264,8 @@ def train(minutes, num=1200, batch=24, length=32, peak=3e-3, seed=0):
             bar.n = int(time.process_time() - start)
             bar.set_postfix(step=step, loss=f"{loss.item():.4f}")
     bar.close()
-    save(model)
-
-
-def save(model, path=WEIGHTS):
-    """Write the weights, in half precision, under a temporary name first."""
-    part = path.with_suffix(".part")
-    save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, part)
-    part.replace(path)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    save_half(model, WEIGHTS)
+    print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB")
 
 
 @sentences("codec.py")

@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-import codec
 import judge as judges
 import world
 from raycaster import render
 from shards import FROZEN
-from tokenizer import DIGITS, LEVELS, digits_of, ids_of
+from tokenizer import DIGITS, LEVELS, digits_of, ids_of, save_half
 
 WEIGHTS = FROZEN / "features.safetensors"
 LENGTHS = {"feat": judges.CELLS ** 2, "feat_global": 8}  # tokens of a scene of 64 pixels
@@ -130,7 +129,7 @@ def train(steps=3000, batch=256, peak=2e-3, num=4000, seed=0):
         optimizer.step()
         if step % 50 == 0:
             bar.set_postfix(cell=f"{losses[0].item():.3f}", mean=f"{losses[1].item():.3f}")
-    codec.save(model, WEIGHTS)
+    save_half(model, WEIGHTS)
 
 
 if __name__ == "__main__":

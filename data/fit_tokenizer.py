@@ -10,7 +10,6 @@ import random
 import time
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -23,7 +22,8 @@ from scenes import IMAGES
 from shards import FROZEN
 from studio import psnr
 from texts import caption, describe, facts
-from tokenizer import QA, TEXT, TEXT_PATTERN, TEXT_VOCAB, VOCAB, WEIGHTS, Tokenizer, load_text, load_tokenizer
+from tokenizer import (QA, TEXT, TEXT_PATTERN, TEXT_VOCAB, VOCAB, WEIGHTS, Tokenizer, load_text, load_tokenizer,
+                       save_half)
 from world import build, load_frozen_scenes, sample_close_ups, sample_scenes
 
 
@@ -90,10 +90,10 @@ def train(minutes, resume=False, num=6000, batch=80, peak=2e-3, seed=0):
 
     def report(step, seconds):
         print(f"\nstep {step} {seconds:.0f} s:", mean_psnr(model, test), flush=True)
-        save(model)
+        save_half(model, WEIGHTS)
 
     optimise(model, draw_batch, minutes, peak, weight, report)
-    save(model)
+    save_half(model, WEIGHTS)
     print("final:", mean_psnr(load_tokenizer(), test), flush=True)
 
 
@@ -131,13 +131,6 @@ def optimise(model, draw_batch, minutes, peak, weight, report=None, bf16=True):
 def mean_psnr(model, images):
     """PSNR of reconstructions by modality."""
     return {m: round(psnr(reconstruct(model, pictures)[1], pictures), 2) for m, pictures in images.items()}
-
-
-def save(model, path=WEIGHTS):
-    """Write the weights, in half precision, under a temporary name first."""
-    part = path.with_suffix(".part")
-    save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, part)
-    part.replace(path)
 
 
 def reconstruct(model, pictures):

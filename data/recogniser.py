@@ -25,6 +25,7 @@ import speech
 import wav
 from hub import sentences
 from shards import FROZEN, Fault
+from tokenizer import save_half
 
 WEIGHTS = FROZEN / "recogniser.safetensors"
 WORDS = tuple(speech.WORDS)  # label 0 of CTC (Graves et al., 2006) is none of them
@@ -94,7 +95,7 @@ def train(steps=700, num=1600, batch=32, peak=3e-3, seed=1):
         optimizer.step()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    codec.save(model, WEIGHTS)
+    save_half(model, WEIGHTS)
 
 
 @sentences("recogniser.py")

@@ -10,7 +10,7 @@ import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shards import FROZEN
@@ -126,6 +126,13 @@ def load_tokenizer(device="cpu", path=WEIGHTS):
     model = Tokenizer()
     model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+def save_half(model, path):
+    """Write a net's weights, in half precision, under a temporary name first."""
+    part = path.with_suffix(".part")
+    save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, part)
+    part.replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------------

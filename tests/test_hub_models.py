@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 import textwrap
 import threading
@@ -224,6 +225,13 @@ def test_there_and_back(finished, tiny, weights, server, monkeypatch, tmp_path, 
     again, = (root / "checkpoints").iterdir()
     found, expected = load_file(again), load_file(weights)
     assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in found)
+
+
+def test_only_what_asks_for_the_hub_brings_its_client():
+    """It takes a while to import, and reads its settings then."""
+    code = f"import sys; sys.path[:0] = [{str(runs.ROOT)!r}, {str(runs.ROOT / "data")!r}]; import scenes, train_4m, studio; "
+    code += "sys.exit('huggingface_hub' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_revisions(weights, server):
