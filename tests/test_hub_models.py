@@ -229,8 +229,8 @@ def test_there_and_back(finished, tiny, weights, server, monkeypatch, tmp_path, 
 
 def test_only_what_asks_for_the_hub_brings_its_client():
     """It takes a while to import, and reads its settings then."""
-    code = f"import sys; sys.path[:0] = [{str(runs.ROOT)!r}, {str(runs.ROOT / "data")!r}]; import scenes, train_4m, studio; "
-    code += "sys.exit('huggingface_hub' in sys.modules)"
+    paths = [str(runs.ROOT), str(runs.ROOT / "data")]
+    code = f"import sys; sys.path[:0] = {paths}; import scenes, train_4m, studio; sys.exit('huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
