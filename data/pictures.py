@@ -133,7 +133,7 @@ def collect(pictures, left_out):
 def fit_tokenizer(large, minutes, path):
     """Train the scenes' tokenizer on for some minutes on pictures (N, 3, 64, 64), half of them mirrored, and write its
     weights."""
-    from fit_tokenizer import optimise, save  # here, as it imports all that the scenes are made of
+    from fit_tokenizer import optimise  # here, as it imports all that the scenes are made of
     images = torch.from_numpy(large)
     rng = torch.Generator().manual_seed(SEED)
 
@@ -143,7 +143,7 @@ def fit_tokenizer(large, minutes, path):
 
     coder = tokenizer.load_tokenizer().train().requires_grad_()
     optimise(coder, draw_batch, minutes, 1e-3, torch.ones(()), bf16=False)  # which is slow on many CPUs
-    save(coder, path)
+    tokenizer.save_half(coder, path)
 
 
 def encode(coder, large):
