@@ -810,7 +810,8 @@ class Nano4M(nn.Module):
             self.time = torch.where(layout.kind == layout.names.index("speech"), layout.offset, math.inf)
             self.word_end = torch.full((layout.vocab + num_words,), math.inf, device=device)
             first, end = words["timing"]
-            self.word_end[layout.vocab + first + FIRST_TIME:layout.vocab + end] = torch.arange(end - first - FIRST_TIME)
+            times = torch.arange(end - first - FIRST_TIME, device=device)
+            self.word_end[layout.vocab + first + FIRST_TIME:layout.vocab + end] = times.float()
             self.embed_left, self.local_word = nn.Embedding(end - first, C), Linear(C, C)
         self.decoder = nn.ModuleList(Block(config, config.dec_self) for _ in range(config.dec_depth))
         self.dec_self = config.dec_self

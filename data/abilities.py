@@ -15,7 +15,6 @@ import show_more
 import studio
 import texts
 import tokenizer
-import world
 from guidance import Guided
 from texts import parse_boxes, parse_desc
 
@@ -32,10 +31,8 @@ class Truth:
 
     def __init__(self, ready, n):
         self.tokens, self.layout, self.studio = ready.tokens[:n], ready.layout, ready.show.studio
-        scenes = world.load_frozen_scenes(64, n)
-        self.images, self.index = raycaster.render(scenes, compile=False)
-        self.images["inst"] = rich.inst_picture(self.index)
         self.told = show_more.Truth(64, n, ready.tokens[:, ready.layout.span["feat_global"]])
+        self.images = {**self.told.images, "inst": rich.inst_picture(self.told.index)}
 
     def rows(self, m):
         return self.tokens[:, self.layout.span[m]]
@@ -50,7 +47,7 @@ class Truth:
         return {"normal, degrees": studio.mean_angle(made["normal"], true["normal"]),
                 "depth, L1": studio.standardised_l1(made["depth"], true["depth"]),
                 "seg, mIoU": mean_iou(made["seg"], true["seg"]), "boxes, AP50": ap50(made["bbox"], self.rows("bbox")),
-                "inst, AP": rich_report.inst(made["inst"], self.index)["ap"],
+                "inst, AP": rich_report.inst(made["inst"], self.told.index)["ap"],
                 "desc, F1": judges.attribute_f1(described, meant), "pose, corner": pose["corner"],
                 "words by kNN, F1": features["words_f1"], "retrieval, R@1": features["recall"]}
 
@@ -135,10 +132,10 @@ QUERIES = ("rgb", "depth", "normal", "seg", "edge", "inst", "desc", "caption", "
 ASKED, AMONG = 40, 200  # captions, and pictures that each is compared with by likelihood
 
 
-def ranks(alike):
+def ranks(table):
     """The rank, from 0, of scene i among all in row i of a table (B, N) of how alike they are."""
-    own = alike.diagonal()[:, None]
-    return (alike > own).sum(1) + ((alike == own).sum(1) - 1)  # of equals the worst
+    own = table.diagonal()[:, None]
+    return (table > own).sum(1) + ((table == own).sum(1) - 1)  # of equals the worst
 
 
 def told_ranks(rank):
@@ -146,30 +143,32 @@ def told_ranks(rank):
             "median rank": rank.double().median().item() + 1}
 
 
+def alike(ready, tokens, given, among):
+    """How alike pictures' features are to those foretold from a modality of scenes: cosines (B, N).
+
+    tokens (B, size) are those of the scenes, among (N, size) of the pictures.
+    """
+    coder, span = rich.feature_coder("cpu"), ready.layout.span["feat_global"]
+    told = ready.generate(tokens, (given,), [ready.output("feat_global", steps=8, temperature=0)])
+    told, bank = (F.normalize(coder.whole(rows[:, span].cpu()), dim=1) for rows in (told, among))
+    return told @ bank.T
+
+
 def retrieval(ready, n=500):
     """{query: {R@1, R@5, median rank}} of the right picture among all 2,000 by the features foretold from a modality."""
-    coder, span = rich.feature_coder("cpu"), ready.layout.span["feat_global"]
-    bank = F.normalize(coder.whole(ready.tokens[:, span].cpu()), dim=1)
-    found = {}
-    for m in QUERIES:
-        how = ready.output("feat_global", steps=8, temperature=0)
-        rows = ready.generate(ready.tokens[:n], (m,), [how])[:, span]
-        found[m] = told_ranks(ranks(F.normalize(coder.whole(rows.cpu()), dim=1) @ bank.T))
-    return found
+    return {m: told_ranks(ranks(alike(ready, ready.tokens[:n], m, ready.tokens))) for m in QUERIES}
 
 
 def retrieval_by_likelihood(ready):
     """The same of ASKED captions among AMONG pictures: by foretold features, and by log p(caption | rgb) of each."""
-    tokens, span = ready.tokens[:AMONG], ready.layout.span
+    tokens, span = ready.tokens[:AMONG], ready.layout.span["caption"]
     scores = []
     for i in range(ASKED):
         pairs = tokens.clone()
-        pairs[:, span["caption"]] = tokens[i, span["caption"]]
+        pairs[:, span] = tokens[i, span]
         scores.append(ready.likelihood(pairs, ("rgb",), "caption"))
-    coder = rich.feature_coder("cpu")
-    rows = ready.generate(tokens[:ASKED], ("caption",), [ready.output("feat_global", steps=8, temperature=0)])
-    told, bank = (F.normalize(coder.whole(part[:, span["feat_global"]].cpu()), dim=1) for part in (rows, tokens))
-    return {"by features": told_ranks(ranks(told @ bank.T)), "by likelihood": told_ranks(ranks(torch.stack(scores)))}
+    by_features = alike(ready, tokens[:ASKED], "caption", tokens)
+    return {"by features": told_ranks(ranks(by_features)), "by likelihood": told_ranks(ranks(torch.stack(scores)))}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """Pictures and sounds of the ready nano4Ms, of validation scenes: docs/gallery/ and the page docs/gallery/index.html.
 
-    python data/gallery.py               # draw everything anew, ten minutes of one core
+    python data/gallery.py               # draw everything anew, a minute of one core
     python data/gallery.py --page        # the page alone, from what is there and docs/capabilities.json
 """
 import argparse
 import html
 import json
-import struct
+import sys
 
 import numpy as np
 import torch
@@ -18,12 +18,15 @@ import capabilities
 import codec
 import draw
 import previews
-import rich
+import show_more
 import wav
 from guidance import Guided
 from hub import sentences
 from ready import Ready
 from shards import FROZEN, ROOT
+
+sys.path.append(str(ROOT.parent / "docs"))
+from page import head, picture  # noqa: E402  what both pages have
 
 FOLDER = ROOT.parent / "docs" / "gallery"
 SCENES = (3, 11, 4, 25, 8)  # validation scenes that are shown
@@ -45,10 +48,10 @@ def drawn(ready, tokens, given, steps=16, temperature=0.5, model=None, first=())
 
 def any_to_rgb(ready, tokens):
     """A sheet: what is drawn of every modality alone, of what tells no colours over a description of them."""
-    rows = [[(picture, "the scene") for picture in ready.show.pictures(tokens, "rgb")]]
+    rows = [[(some, "the scene") for some in ready.show.pictures(tokens, "rgb")]]
     for m in GIVEN:
         first, label = ([], f"of {m}") if m in TOLD else ([ready.output("desc", temperature=0.7)], f"{m} > desc")
-        rows.append([(picture, label) for picture in drawn(ready, tokens, (m,), first=first)])
+        rows.append([(some, label) for some in drawn(ready, tokens, (m,), first=first)])
     draw.sheet(rows, FOLDER / "any_to_rgb.png", 112)
 
 
@@ -79,17 +82,13 @@ def edits(ready, tokens):
     draw.sheet(rows, FOLDER / "edits.png", 112)
 
 
-def retrieved(ready, tokens, bank=2000):
+def retrieved(ready, tokens):
     """A sheet: the five pictures of all 2,000 whose features are nearest to what captions foretell."""
-    coder, span, rows = rich.feature_coder("cpu"), ready.layout.span["feat_global"], []
-    features = torch.nn.functional.normalize(coder.whole(ready.tokens[:bank, span]), dim=1)
-    how = ready.output("feat_global", steps=8, temperature=0)
-    told = coder.whole(ready.generate(tokens, ("caption",), [how])[:, span])
-    order = (torch.nn.functional.normalize(told, dim=1) @ features.T).argsort(1, descending=True)[:, :5]
+    order = abilities.alike(ready, tokens, "caption", ready.tokens).argsort(1, descending=True)[:, :5]
+    rows = []
     for text, scene, best in zip(ready.show.texts(tokens, "caption"), SCENES, order):
         pictures = ready.show.pictures(ready.tokens[best], "rgb")
-        labels = ["this one" if index == scene else "" for index in best.tolist()]
-        rows.append([text, *zip(pictures, labels)])
+        rows.append([text, *zip(pictures, ["this one" if index == scene else "" for index in best.tolist()])])
     draw.sheet(rows, FOLDER / "retrieved.png", 112)
 
 
@@ -119,15 +118,16 @@ def decoding(ready, tokens):
 
 def sliders(ready, tokens):
     """Strips over the number of steps, and over the weight of a caption against the normals of another scene."""
-    for i, steps in enumerate(STEPS):
-        for b, picture in enumerate(drawn(ready, tokens[:3], ("caption",), steps, temperature=0.7)):
-            yield f"steps_{b}", i, picture
+    by_steps = [drawn(ready, tokens[:3], ("caption",), steps, temperature=0.7) for steps in STEPS]
     mixed, span = tokens[:3].clone(), ready.layout.span["normal"]
     mixed[:, span] = tokens[[3, 4, 0], span]
-    for i, weight in enumerate(abilities.WEIGHTS):
+    by_weight = []
+    for weight in abilities.WEIGHTS:
         guided = Guided(ready.model, ready.layout, "rgb", [(("caption",), weight), (("normal",), 1.0)])
-        for b, picture in enumerate(drawn(ready, mixed, ("caption", "normal"), model=guided)):
-            yield f"weight_{b}", i, picture
+        by_weight.append(drawn(ready, mixed, ("caption", "normal"), model=guided))
+    for name, pictures in ("steps", by_steps), ("weight", by_weight):
+        for b, some in enumerate(zip(*pictures)):
+            draw.strip(some, FOLDER / f"{name}_{b}.png")
 
 
 def curves(found):
@@ -140,7 +140,7 @@ def curves(found):
         for line, steps in ("-", "1 step"), ("--", "4 steps"):
             row = found["search"][f"{name}, {steps}"]
             ax.plot([int(n) for n in row], list(row.values()), line, color=color, marker="o", label=f"{label}, {steps}")
-    ax.set(xscale="log", xticks=(1, 2, 4, 8, 16), xticklabels=(1, 2, 4, 8, 16), xlabel="draws", ylabel="object F1")
+    ax.set(xscale="log", xticks=abilities.COUNTS, xticklabels=abilities.COUNTS, xlabel="draws", ylabel="object F1")
     ax.minorticks_off()
     ax.legend(fontsize=7)
     draw.write(FOLDER / "search.png", figure.savefig, format="png", dpi=130)
@@ -151,12 +151,12 @@ def curves(found):
 
 def sounds(ready):
     """WAV files of captions read aloud, of pictures told, and of impacts foretold; captions.json says of what."""
-    coder, O, span, told = codec.load(), ready.output, ready.layout.span, []
+    coder, Output, span, told = codec.load(), ready.output, ready.layout.span, []
     tokens = ready.tokens[list(SPOKEN)]
-    speak = [O("timing", temperature=0), O("voice"), O("speech", steps=16, temperature=0.3)]
+    speak = [Output("timing", temperature=0), Output("voice"), Output("speech", **show_more.LISTENING)]
     read = ready.generate(tokens, ("caption",), speak)
-    seen = ready.generate(tokens, ("rgb",), [O("caption", temperature=0), *speak])
-    struck = ready.generate(tokens, ("rgb",), [O("sound", steps=16, temperature=0.3)])
+    seen = ready.generate(tokens, ("rgb",), [Output("caption", temperature=0), *speak])
+    struck = ready.generate(tokens, ("rgb",), [Output("sound", **show_more.LISTENING)])
     for i, scene in enumerate(SPOKEN):
         for name, rows, m in (("read", read, "speech"), ("seen", seen, "speech"), ("struck", struck, "sound"),
                               ("true_struck", tokens, "sound")):
@@ -171,27 +171,17 @@ def sounds(ready):
 # ------------------------------------------------------------------------------------------------------------
 # The page
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>modded-nano4M: any modality from any other</title>
-<link rel="icon" href="data:,">
-<link rel="stylesheet" href="../page.css">
-<style>
-.strips {{ display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .5rem }}
-.strip {{ width: 128px; height: 128px; overflow: hidden }}
-.strip img {{ max-width: none; margin: 0; transition: none }}
-input[type=range] {{ width: min(25rem, 100%); accent-color: var(--accent) }}
-.heard {{ display: flex; flex-wrap: wrap; gap: 1rem; margin: 0 0 1.5rem }}
-.heard img {{ width: 118px; height: 132px; object-fit: cover; object-position: top }}
-.heard div {{ flex: 1 1 15rem; min-width: 0 }}
-audio {{ display: block; width: 100%; max-width: 20rem; height: 2.25rem; margin: .125rem 0 .5rem }}
-</style>
-</head>
-<body>
-<h1>Any modality from any other</h1>
+STYLE = """
+.strips { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .5rem }
+.strip { width: 128px; height: 128px; overflow: hidden }
+.strip img { max-width: none; margin: 0; transition: none }
+input[type=range] { width: min(25rem, 100%); accent-color: var(--accent) }
+.heard { display: flex; flex-wrap: wrap; gap: 1rem; margin: 0 0 1.5rem }
+.heard img { width: 118px; height: 132px; object-fit: cover; object-position: top }
+.heard div { flex: 1 1 15rem; min-width: 0 }
+audio { display: block; width: 100%; max-width: 20rem; height: 2.25rem; margin: .125rem 0 .5rem }
+"""
+PAGE = """<h1>Any modality from any other</h1>
 <p class="lead">What two small nano4Ms of {parameters} million parameters, trained for less than an hour on one core of a CPU, make
 of scenes that they have never seen. One knows pictures, geometry, outlines, poses, palettes and features, the other one
 speech and sounds.</p>
@@ -218,10 +208,7 @@ for (const slider of document.querySelectorAll("input[type=range]")) {{
 
 
 def figure(name, alt, caption):
-    data = (FOLDER / name).read_bytes()[:24]
-    width, height = struct.unpack(">II", data[16:]) if name.endswith("png") else struct.unpack("<HH", data[6:10])
-    return (f'<figure class="sample"><a href="{name}"><img width="{width}" height="{height}" src="{name}" '
-            f'alt="{html.escape(alt)}" loading="lazy"></a><figcaption>{caption}</figcaption></figure>')
+    return picture(FOLDER / name, name, alt, caption)
 
 
 def slider(name, values, start, what, caption):
@@ -250,21 +237,17 @@ def parameters(name):
         return sum(file.get_tensor(key).numel() for key in file.keys())
 
 
-def number(found, section, row, column):
-    return f"{found[section][row][column]:.3g}"
-
-
 def page(found):
     """The page as text. found: what capabilities.json holds."""
-    def f1(section, row, column="model"):
-        return number(found, section, row, column)
+    def number(section, row, column="model"):
+        return f"{found[section][row][column]:.3g}"
     tasks, search = found["tasks"]["eight steps"], found["search"]["cycle, 1 step"]
     sections = [
         "<h2>A picture from anything</h2>",
         figure("any_to_rgb.png", "scenes drawn from each modality alone", f"""Each row is drawn from one modality alone: the
 first is the scene itself. What tells no colours or no places becomes a description first, and this a picture: the less
-a modality says, and the fewer of the training steps were about it, the less of the scene comes back. Of descriptions the judge reads {f1("rich", "rgb_from_desc_f1")} of the objects right (F1), of
-captions {f1("rich", "rgb_from_caption_f1")}, of poses {f1("rich", "rgb_from_pose_f1")}."""),
+a modality says, and the fewer of the training steps were about it, the less of the scene comes back. Of descriptions
+the judge reads {number("rich", "rgb_from_desc_f1")} of the objects right (F1), of captions {number("rich", "rgb_from_caption_f1")}, of poses {number("rich", "rgb_from_pose_f1")}."""),
         figure("decoding.gif", "tokens of pictures filled in", "Pictures from descriptions, 64 tokens in 16 steps."),
         "<h2>Anything from a picture</h2>",
         figure("told_of_rgb.png", "instances, outlines, poses, palettes and metadata as told", f"""What is told of a picture:
@@ -272,8 +255,8 @@ instances, outlines, poses with a box around each object, colours, numbers. Norm
 {tasks["normal, degrees"]:.3g} degrees, corners by {tasks["pose, corner"]:.2g} (a cube is 2.0 or 2.6 across)."""),
         "<h2>One word changed</h2>",
         figure("edits.png", "pictures with one attribute changed", f"""The nearest object's colour, shape or material is
-another one: {number(found, "edits", "color", "follows")} of the pictures follow in colour,
-{number(found, "edits", "shape", "follows")} in shape, {number(found, "edits", "material", "follows")} in material."""),
+another one: {number("edits", "color", "follows")} of the pictures follow in colour,
+{number("edits", "shape", "follows")} in shape, {number("edits", "material", "follows")} in material."""),
         "<h2>More steps, more guidance</h2>",
         slider("steps", STEPS, 4, "Steps", "Captions become pictures in so many steps: in one, all places are drawn at once "
                "and do not know of each other."),
@@ -284,15 +267,16 @@ another one: {number(found, "edits", "color", "follows")} of the pictures follow
 several by what the model itself thinks of them: from {search["1"]:.2g} to {search["8"]:.2g} with eight draws."""),
         "<h2>Retrieval</h2>",
         figure("retrieved.png", "captions and the nearest pictures", f"""A caption becomes eight tokens of features, and these
-find pictures: the right one of 2,000 comes first for {number(found, "retrieval", "caption", "R@1")} of captions and
-{number(found, "retrieval", "desc", "R@1")} of descriptions."""),
+find pictures: the right one of 2,000 comes first for {number("retrieval", "caption", "R@1")} of captions and
+{number("retrieval", "desc", "R@1")} of descriptions."""),
         "<h2>Speech and sounds</h2>",
-        f"""<p>Of the words of captions read aloud, a recogniser hears {f1("audio", "speech_from_caption_word_errors")} wrong,
-of those of the true tokens {f1("audio", "speech_from_caption_word_errors", "bound")}. Listening to the voices, the model
-gets {f1("audio", "caption_from_speech_word_errors")} of the words wrong.</p>""",
+        f"""<p>Of the words of captions read aloud, a recogniser hears {number("audio", "speech_from_caption_word_errors")} wrong,
+of those of the true tokens {number("audio", "speech_from_caption_word_errors", "bound")}. Listening to the voices, the model
+gets {number("audio", "caption_from_speech_word_errors")} of the words wrong.</p>""",
         heard(json.loads((FOLDER / "captions.json").read_text()))]
     sizes = " and ".join(f"{parameters(weights) / 1e6:.1f}" for weights, _ in capabilities.MODELS.values())
-    return PAGE.format(sections="\n".join(sections), parameters=sizes)
+    body = PAGE.format(sections="\n".join(sections), parameters=sizes)
+    return head("modded-nano4M: any modality from any other", "../page.css", STYLE) + body
 
 
 @sentences("gallery.py")
@@ -306,12 +290,7 @@ def main(page_only):
             with np.load(FROZEN / "scenes64.npz") as arrays:
                 codes = arrays["scene"][list(SCENES)]
             any_to_rgb(ready, tokens), told_of_rgb(ready, tokens[:4], codes[:4]), edits(ready, tokens[:4])
-            retrieved(ready, tokens), decoding(ready, ready.tokens[:8])
-            strips = {}
-            for name, _, picture in sliders(ready, tokens):
-                strips.setdefault(name, []).append(picture)
-            for name, pictures in strips.items():
-                draw.strip(pictures, FOLDER / f"{name}.png")
+            retrieved(ready, tokens), decoding(ready, ready.tokens[:8]), sliders(ready, tokens)
             sounds(Ready(*capabilities.MODELS["audio"]))
     curves(found)
     (FOLDER / "index.html").write_text(page(found))

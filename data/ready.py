@@ -43,7 +43,7 @@ class Ready:
         self.precision = decision[0]  # the faster one, as in training
 
     def autocast(self):
-        return torch.autocast(torch.device(self.tokens.device).type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.tokens.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def only(self, tokens, *modalities):
         return generate_4m.only(self.layout, tokens, *modalities)
@@ -68,5 +68,5 @@ class Ready:
             with self.autocast():
                 log_probs = train_4m.predict(self.model, part.masked_fill(~known, 0), known, places)
             own = log_probs.gather(2, part.gather(1, places)[..., None])[..., 0]
-            means.append((own.masked_fill(~valid, 0).sum(1) / valid.sum(1)))
+            means.append(own.masked_fill(~valid, 0).sum(1) / valid.sum(1))
         return torch.cat(means)

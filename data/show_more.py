@@ -36,12 +36,12 @@ class Truth:
     @torch.autocast("cpu", enabled=False)  # whatever the precision of the model
     def __init__(self, size, n, features):
         scenes, everything = world.load_frozen_scenes(size, n), world.load_frozen_scenes(size, len(features))
-        images, self.index = raycaster.render(scenes, size, compile=False)
+        self.images, self.index = raycaster.render(scenes, size, compile=False)
         coder = rich.feature_coder("cpu")
-        self.cells = coder.see(F.adaptive_avg_pool2d(images["rgb"], judges.SIDE))[0]
+        self.cells = coder.see(F.adaptive_avg_pool2d(self.images["rgb"], judges.SIDE))[0]
         self.bank = coder.whole(features.cpu()), rich_report.words_of(everything)
         self.exact = {name: part.double() if part.is_floating_point() else part for name, part in scenes.items()}
-        self.values = rich.metadata_of(scenes, images["rgb"], self.index)
+        self.values = rich.metadata_of(scenes, self.images["rgb"], self.index)
 
     def report(self, modality, rows, true_rows, studio):
         """{what: value} of a modality's rows (n, L), as a model tells them."""
@@ -50,7 +50,8 @@ class Truth:
         rows, true_rows = rows.cpu().numpy(), true_rows.cpu().numpy()
         if modality == "feat_global":
             return rich_report.feat_global(rows, *self.bank)
-        truth = {"feat": self.cells, "polygon": self.index, "pose": self.exact, "palette": true_rows, "metadata": self.values}[modality]
+        truth = {"feat": self.cells, "polygon": self.index, "pose": self.exact, "palette": true_rows,
+                 "metadata": self.values}[modality]
         return getattr(rich_report, modality)(rows, truth)
 
 
@@ -130,9 +131,9 @@ def heard(show, model):
         rows = show.generate(model, tokens[:SPOKEN], show.only(tokens[:SPOKEN], *given), chain)[:, span["speech"]]
         spoken[name] = [listener.hear(coder.sound(row)) for row in rows.cpu()]
     rung, true = ([impacts.read(coder.sound(row)) for row in rows.cpu()] for rows in (struck, tokens[:, span["sound"]]))
-    heard, told = ([words(text) for text in show.texts(part, "caption")] for part in (understood, tokens))
+    written, told = ([words(text) for text in show.texts(part, "caption")] for part in (understood, tokens))
     objects = show.described(tokens)
-    return {"caption_from_speech_word_errors": word_errors(heard, told),
+    return {"caption_from_speech_word_errors": word_errors(written, told),
             **{f"speech_from_{name}_word_errors": word_errors(spoken[name], told[:SPOKEN])
                for name in ("caption", "timing")},
             "voice_from_speech": (understood == tokens)[:, span["voice"]].double().mean().item(),

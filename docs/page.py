@@ -38,17 +38,18 @@ SHOWN = {"maskgit.png": "Four draws of every class, and validation pictures of w
          "real/flow.png": "Real data: handwritten digits of MNIST, of a flow that learnt their pixels.",
          "real/vlm.png": "Real data: questions of easy-VQA, and what it answers."}
 
-PAGE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>modded-nano4M: speed runs for multimodal models</title>
+<title>{title}</title>
 <link rel="icon" href="data:,">
-<link rel="stylesheet" href="page.css">
+<link rel="stylesheet" href="{css}">{style}
 </head>
 <body>
-<h1>modded-nano4M</h1>
+"""
+PAGE = """<h1>modded-nano4M</h1>
 <p class="lead">Wall-clock speed runs for multimodal models. A model is trained to a fixed validation loss, the clock is
 read, and the log goes on a leaderboard; whoever finds a faster way sets the next record. Each model family is one
 Python file, meant to be read, copied and edited. A laptop is enough for the <code>cpu</code> tracks.</p>
@@ -112,6 +113,10 @@ def inline(text, base, root):
 def shell(text):
     """Commands, their comments set apart."""
     return "<pre>" + re.sub(r"(?m)(^|[ ]+)(#.*)$", r"\1<i>\2</i>", html.escape(text.strip(), quote=False)) + "</pre>"
+
+def head(title, css, style=""):
+    """The beginning of a page, up to its body; css: where page.css is, style: rules of its own."""
+    return HEAD.format(title=title, css=css, style=f"\n<style>{style}</style>" if style else "")
 
 def picture(path, link, alt, caption=""):
     """A figure, a sample if it has a caption; its size is in the page, so that this does not jump while it loads."""
@@ -221,6 +226,7 @@ def build(root=ROOT):
                        families="\n".join(family(root, task, tracks) for task in tasks),
                        tracks="\n".join(sections))
     files = {root / "docs" / plot_name(path): (root / path).read_bytes() for path in paths}
+    text = head("modded-nano4M: speed runs for multimodal models", "page.css") + text
     return {root / "docs" / "index.html": text.encode()} | files
 
 def main(argv, root=ROOT):

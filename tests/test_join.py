@@ -1,4 +1,5 @@
 """Sets joined to one, and nano4M on all modalities that there are."""
+import dataclasses
 import functools
 import json
 from types import SimpleNamespace
@@ -186,6 +187,16 @@ def test_targets_of_speech_start_from_the_word_that_is_due(layout):
         for found, word, left in zip(state, words, (3, 1, 4, 1, 89, 1, 0)):
             wanted = torch.zeros_like(found) if word is None else x[0, word] + model.embed_left.weight[left]
             assert torch.allclose(found, wanted)
+
+
+def test_a_model_without_weights_knows_the_times(layout):
+    """As it is made where the blocks are to be divided among processes."""
+    model = small_model(layout)
+    with torch.device("meta"):
+        empty = train_4m.Nano4M(dataclasses.replace(train_4m.CONFIGS["cpu"], dim=32), layout)
+    assert empty.local.weight.is_meta and not empty.cell.is_meta
+    for name in ("time", "word_end", "cell", "word_cell"):
+        assert torch.equal(getattr(empty, name), getattr(model, name)), name
 
 
 def test_every_link_is_trained(joined, layout, tmp_path, monkeypatch):
