@@ -246,7 +246,7 @@ def best_of(ready, n, steps):
 
 
 def chains(ready, n=200):
-    """{chain: {F1, steps}} of pictures from captions, directly and over what is drawn of them first."""
+    """{chain: {F1}} of pictures from captions, directly and over what is drawn of them first."""
     meant, found = ready.show.described(ready.tokens[:n]), {}
     for chain in CHAINS:
         outputs = [ready.output(m, steps=8, temperature=0.5) for m in chain]
@@ -261,8 +261,13 @@ def chains(ready, n=200):
 # ------------------------------------------------------------------------------------------------------------
 # Probing
 
-def changed(objects, key, value):
-    """The objects with one attribute of the first of them another one."""
+LOOKS = ("color", "shape", "material")  # what descriptions say of an object beside its place
+
+
+def changed(objects, key):
+    """The objects with one attribute of the first of them another one, the next of its words."""
+    words = texts.WORDS[key]
+    value = words[(words.index(objects[0][key]) + 1) % len(words)]
     return [{**objects[0], key: value}, *objects[1:]]
 
 
@@ -279,19 +284,15 @@ def edits(ready, n=200):
     how many follow, and how many of the attributes of all objects that were not changed stay."""
     tokens, found = ready.tokens[:n], {}
     described = ready.show.described(tokens)
-    for key in ("color", "shape", "material"):
-        words = texts.WORDS[key]
-        values = [words[(words.index(objects[0][key]) + 1) % len(words)] for objects in described]
-        asked = [changed(objects, key, value) for objects, value in zip(described, values)]
-        rows = with_desc(ready, tokens, asked)
-        seen = ready.show.judged(ready.show.pictures(ready.generate(rows, ("desc",), [ready.show.drawing]), "rgb"))
+    for key in LOOKS:
+        asked = [changed(objects, key) for objects in described]
+        rows = ready.generate(with_desc(ready, tokens, asked), ("desc",), [ready.show.drawing])
         follows = stays = count = 0
-        for told, meant in zip(seen, asked):
-            pairs = [(b, a) for a, b in judges.matched(told, meant)]
-            for b, a in pairs:
-                others = [k for k in ("color", "shape", "material") if not (b is meant[0] and k == key)]
-                stays += sum(a[k] == b[k] for k in others)
-                follows += b is meant[0] and a[key] == b[key]
-            count += sum(3 for _ in meant) - 1
+        for told, meant in zip(ready.show.judged(ready.show.pictures(rows, "rgb")), asked):
+            for saw, wanted in judges.matched(told, meant):
+                is_changed = wanted is meant[0]
+                follows += is_changed and saw[key] == wanted[key]
+                stays += sum(saw[k] == wanted[k] for k in LOOKS if not (is_changed and k == key))
+            count += len(LOOKS) * len(meant) - 1
         found[key] = {"follows": follows / n, "stays": stays / count}
     return found

@@ -68,9 +68,8 @@ def edits(ready, tokens):
     """A sheet: one attribute of the nearest object changed."""
     described, rows = ready.show.described(tokens), []
     asked = {"as described": described}
-    for key in ("color", "shape", "material"):
-        words = abilities.texts.WORDS[key]
-        asked[key] = [abilities.changed(o, key, words[(words.index(o[0][key]) + 1) % len(words)]) for o in described]
+    for key in abilities.LOOKS:
+        asked[key] = [abilities.changed(objects, key) for objects in described]
     made = {key: drawn(ready, abilities.with_desc(ready, tokens, objects), ("desc",)) for key, objects in asked.items()}
     for b in range(len(tokens)):
         cells = []
@@ -150,19 +149,16 @@ def curves(found):
 # Sounds
 
 def sounds(ready):
-    """WAV files of captions read aloud, of pictures told, and of impacts foretold; captions.json says of what."""
+    """WAV files of captions read aloud and of impacts foretold of pictures; captions.json says of what."""
     coder, Output, span, told = codec.load(), ready.output, ready.layout.span, []
     tokens = ready.tokens[list(SPOKEN)]
     speak = [Output("timing", temperature=0), Output("voice"), Output("speech", **show_more.LISTENING)]
     read = ready.generate(tokens, ("caption",), speak)
-    seen = ready.generate(tokens, ("rgb",), [Output("caption", temperature=0), *speak])
     struck = ready.generate(tokens, ("rgb",), [Output("sound", **show_more.LISTENING)])
-    for i, scene in enumerate(SPOKEN):
-        for name, rows, m in (("read", read, "speech"), ("seen", seen, "speech"), ("struck", struck, "sound"),
-                              ("true_struck", tokens, "sound")):
+    for i in range(len(SPOKEN)):
+        for name, rows, m in (("read", read, "speech"), ("struck", struck, "sound"), ("true_struck", tokens, "sound")):
             wav.write(FOLDER / f"{name}_{i}.wav", coder.sound(rows[i, span[m]]))
         told.append({"caption": ready.show.texts(tokens[i:i + 1], "caption")[0],
-                     "seen": ready.show.texts(seen[i:i + 1], "caption")[0],
                      "voice": VOICES[int(read[i, span["voice"]])]})
         draw.sheet([[ready.show.pictures(tokens[i:i + 1], "rgb")[0]]], FOLDER / f"heard_{i}.png", 112)
     (FOLDER / "captions.json").write_text(json.dumps(told, indent=1) + "\n")
@@ -224,7 +220,6 @@ def heard(told):
     parts = []
     for i, about in enumerate(told):
         players = [(f"The caption, by the voice of {about['voice']}: {about['caption']}", f"read_{i}.wav"),
-                   (f"What is said of the picture: {about['seen']}", f"seen_{i}.wav"),
                    ("Its objects struck, as foretold of the picture", f"struck_{i}.wav"),
                    ("and as they are", f"true_struck_{i}.wav")]
         rows = "".join(f'{html.escape(text)}<audio controls preload="none" src="{name}"></audio>' for text, name in players)

@@ -108,7 +108,8 @@ def test_guidance(rich_set):
 
 def test_one_attribute_is_changed():
     objects = [{"shape": "cube", "color": "red"}, {"shape": "cone", "color": "red"}]
-    assert abilities.changed(objects, "color", "blue") == [{"shape": "cube", "color": "blue"}, objects[1]]
+    assert abilities.changed(objects, "color") == [{"shape": "cube", "color": "blue"}, objects[1]]
+    assert abilities.changed([{"color": "yellow"}], "color") == [{"color": "gray"}], "after the last word the first"
     assert objects[0]["color"] == "red"
 
 

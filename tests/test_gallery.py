@@ -42,7 +42,7 @@ def test_all_that_it_shows_is_there(links):
     shown = {Path(name).name for name in links.files}
     left = {path.name for path in gallery.FOLDER.iterdir()} - shown - {"index.html", "captions.json"}
     assert not left, "files that nothing shows"
-    assert links.players == 4 * len(gallery.SPOKEN)
+    assert links.players == 3 * len(gallery.SPOKEN)
     for slider in links.sliders:
         assert len(slider["data-values"].split()) == int(slider["max"]) + 1
 
