@@ -68,7 +68,7 @@ prepare() {  # prepare TASK TRACK [--field=value ...]: the data a script trains 
         "4m ") case $track in
             gpu*) set -- scenes --size=128;;
             course) return;;
-            cpu-rich|cpu-audio) $PY -u data/scenes.py; $PY -u data/scenes.py "--${track#cpu-}"; set -- join scenes64 "${track#cpu-}64";;
+            cpu-rich|cpu-audio|cpu-fine) $PY -u data/scenes.py; $PY -u data/scenes.py "--${track#cpu-}"; set -- join scenes64 "${track#cpu-}64";;
             *) set -- scenes;;
         esac;;
         "gpt ") if [[ $track = gpu* ]]; then set -- fineweb; else set -- shakespeare; fi;;

@@ -94,6 +94,8 @@ CONFIGS = {
     # more modalities of the same scenes, joined by data/join.py
     "cpu-rich": Config(track="cpu-rich", data="data/scenes64-rich64/train", frozen="data/scenes64-rich64/val.npz",
                        frozen_masks="data/scenes64-rich64/val.npz", num_steps=3000, target=0.0, eval_every=500),
+    "cpu-fine": Config(track="cpu-fine", data="data/scenes64-fine64/train", frozen="data/scenes64-fine64/val.npz",
+                       frozen_masks="data/scenes64-fine64/val.npz", num_steps=3000, target=0.0, eval_every=500),
     "cpu-audio": Config(track="cpu-audio", data="data/scenes64-audio64/train", frozen="data/scenes64-audio64/val.npz",
                         frozen_masks="data/scenes64-audio64/val.npz", num_steps=3000, target=0.0, eval_every=500),
     # the course's own data, of data/course.py; links to texts ask for 512 of 50,304 words per scene: few at a time
@@ -112,9 +114,12 @@ LINKS = ((("rgb",), ("desc", "bbox", "caption")), (("desc",), ("rgb",)), (("capt
          (("rgb",), ("inst",)), (("rgb",), ("feat", "feat_global")), (("rgb",), ("pose", "polygon")),
          (("rgb",), ("palette", "metadata")), (("pose",), ("rgb",)), (("palette",), ("rgb",)), (("metadata",), ("rgb",)),
          (("feat_global",), ("rgb",)), (("caption",), ("feat_global",)), (("depth",), ("feat_global",)),
-         (("speech",), ("caption", "timing", "voice")), (("caption", "timing", "voice"), ("speech",)),
-         (("caption",), ("timing",)), (("rgb",), ("sound",)), (("speech",), ("desc",)), (("desc",), ("sound",)),
-         (("caption", "timing", "voice"), ("speech",)), (("sound",), ("desc",)), None)
+         (("rgb",), ("fine_rgb",)), (("depth",), ("fine_depth",)), (("normal",), ("fine_normal",)),
+         (("caption", "rgb"), ("fine_rgb",)), (("seg",), ("fine_seg",)),
+         (("speech",), ("caption",)), (("caption", "timing", "voice"), ("speech",)), (("caption",), ("timing",)),
+         (("speech",), ("timing", "voice")), (("speech",), ("desc",)), (("desc", "voice"), ("caption",)),
+         (("speech",), ("caption",)), (("caption", "timing", "voice"), ("speech",)), (("rgb",), ("sound",)),
+         (("desc",), ("sound",)), (("sound",), ("desc",)), None)
 WORD_LINKS = 3
 # 4M's L and XL, for which weights, gradients and momentum are divided among the GPUs; scenes at a time as many as leave
 # dim x blocks x scenes, and with it the memory of activations, what it is for gpu
@@ -374,13 +379,15 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
-# pictures share a grid and the tokenizer; codes are tokens of two digits like theirs. Of all of them a set has some
-IMAGES, CODES = ("rgb", "depth", "normal", "seg", "edge", "inst"), ("feat", "feat_global", "speech", "sound")
+# pictures share a grid and the tokenizer, fine ones have a token for each quarter of its cells; codes are tokens of two
+# digits like theirs. Of all of them a set has some
+IMAGES = ("rgb", "depth", "normal", "seg", "edge", "inst", "fine_rgb", "fine_depth", "fine_normal", "fine_seg")
+CODES = ("feat", "feat_global", "speech", "sound")
 TEXTS = ("desc", "caption", "bbox", "polygon", "pose", "palette", "metadata", "timing", "voice")
 MODALITIES = IMAGES + CODES + TEXTS
 FACTS = {"desc": 5, "bbox": 5, "polygon": 8, "pose": 8}  # tokens per object; of the others every place is its own
 PLACES = 8  # rows and columns of the grid that texts name places of
-FIRST_TIME = 2  # id of timing's place 0: it says of each token of a caption before which place of speech it has been said
+FIRST_TIME = 2  # id of timing's 0: it says of each token of a caption for how many places of speech it is being said
 
 
 # --- copied: layout ---
@@ -713,27 +720,35 @@ class Block(nn.Module):
 
 
 def on_grid(layout):
-    """The modalities that have a token for each cell of the pictures' grid."""
-    cells = layout.modalities["rgb"]["length"]
-    return [m for m in layout.names if m not in TEXTS and layout.modalities[m]["length"] == cells]
+    """Of modalities with a token for each cell of the pictures' grid, or for each quarter of one: {name: (row, column,
+    quarter)} of its places; quarter is 0 where cells are whole, then 1 to 4."""
+    side, found = math.isqrt(layout.modalities["rgb"]["length"]), {}
+    for m in layout.names:
+        place = layout.offset[layout.span[m]]
+        for n in (1, 2):  # tokens across a cell
+            row, column = place // (n * side), place % (n * side)
+            if m not in TEXTS and len(place) == (n * side) ** 2:
+                found[m] = row // n, column // n, (n - 1) * (1 + row % n * n + column % n)
+    return found
 
 
 def split_positions(layout):
     """Places of a scene as pairs of numbers, major and minor (size,), and how many there are of each.
 
-    Row and column of a picture's grid; object and fact, so that what is learned of one object holds of all; otherwise
-    the place alone, which a timing shares with its caption.
+    Row and column of a picture's grid, or column and quarter; object and fact, so that what is learned of one object
+    holds of all; otherwise the place alone, which a timing shares with its caption.
     """
-    side = math.isqrt(layout.modalities["rgb"]["length"])
+    side, grid = math.isqrt(layout.modalities["rgb"]["length"]), on_grid(layout)
     facts = {m: FACTS[m] for m in layout.names if m in FACTS}
     rest = side + max(facts.values())  # the minor number of a place alone
     num_major = side + max(-(-layout.modalities[m]["length"] // n) for m, n in facts.items())
     major, minor = [], []
     for m in layout.names:
         place = layout.offset[layout.span[m]]
-        if m in on_grid(layout):
-            major.append(place // side)
-            minor.append(place % side)
+        if m in grid:
+            row, column, quarter = grid[m]
+            major.append(row)
+            minor.append(column + (quarter > 0) * (rest + 1 + side * (quarter - 1)))
         elif m in facts:
             major.append(side + place // facts[m])
             minor.append(side + place % facts[m])
@@ -744,7 +759,8 @@ def split_positions(layout):
             major.append(num_major + place)
             minor.append(torch.full_like(place, rest))
             num_major += len(place)
-    return torch.cat(major), torch.cat(minor), num_major, rest + 1
+    minor = torch.cat(minor)
+    return torch.cat(major), minor, num_major, int(minor.max()) + 1
 
 
 def split_words(layout):
@@ -793,8 +809,9 @@ class Nano4M(nn.Module):
         self.place_words = layout.vocab + named[:, 0]
         self.place_cells = named[:, 1:] * side // PLACES
         # the cell of a place and of a word; num_cells: none
-        grid = torch.tensor([m in on_grid(layout) for m in layout.names], device=device)
-        self.cell = torch.where(grid[layout.kind], layout.offset, self.num_cells)
+        self.cell = torch.full((layout.size,), self.num_cells, device=device)
+        for m, (row, column, _) in on_grid(layout).items():
+            self.cell[layout.span[m]] = row * side + column
         self.word_cell = torch.full((layout.vocab + num_words,), self.num_cells, device=device)
         self.word_cell[self.place_words] = self.place_cells[:, 0] * side + self.place_cells[:, 1]
         # one token table: image tokens, then words
@@ -806,12 +823,15 @@ class Nano4M(nn.Module):
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.enc_depth))
         self.local = Linear(C, C)
         self.timed = "timing" in words
-        if self.timed:  # the place of speech of a target, and before which one a word of timing ends; inf: none
+        if self.timed:  # the place of speech of a target, and for how many a word of timing lasts; inf: none
             self.time = torch.where(layout.kind == layout.names.index("speech"), layout.offset, math.inf)
-            self.word_end = torch.full((layout.vocab + num_words,), math.inf, device=device)
+            self.lasts = torch.full((layout.vocab + num_words,), math.inf, device=device)
             first, end = words["timing"]
-            times = torch.arange(end - first - FIRST_TIME, device=device)
-            self.word_end[layout.vocab + first + FIRST_TIME:layout.vocab + end] = times.float()
+            self.lasts[layout.vocab + first + FIRST_TIME:layout.vocab + end] = torch.arange(
+                end - first - FIRST_TIME, device=device).float()
+            self.num_timed = layout.modalities["timing"]["length"]
+            of_timing = layout.kind == layout.names.index("timing")
+            self.timed_place = torch.where(of_timing, layout.offset, self.num_timed)
             self.embed_left, self.local_word = nn.Embedding(end - first, C), Linear(C, C)
         self.decoder = nn.ModuleList(Block(config, config.dec_self) for _ in range(config.dec_depth))
         self.dec_self = config.dec_self
@@ -848,7 +868,7 @@ class Nano4M(nn.Module):
         y = norm(self.embed_dec_kind(self.kind[dec_pos]) + self.position(dec_pos))  # (B, M, C)
         y = y + self.local(self.at_cells(x, ids, enc_pos, visible, dec_pos))
         if self.timed:
-            y = y + self.local_word(self.at_times(x, ids, visible, dec_pos))
+            y = y + self.local_word(self.at_times(x, ids, enc_pos, visible, dec_pos))
         peers = self.peers(dec_pos, counted)
         for block in self.decoder:
             y = block(y, visible, x, peers)
@@ -864,15 +884,19 @@ class Nano4M(nn.Module):
         grid = grid.scatter_add(1, cell[..., None].expand_as(x), x)
         return grid.gather(1, self.cell[dec_pos][..., None].expand(-1, -1, x.size(-1)))
 
-    def at_times(self, x, ids, visible, dec_pos):
-        """The encoder's state (B, M, C) of the word that is due at each target of speech, the first one that ends later,
-        and how much is left of it; 0 for other targets."""
-        end = self.word_end[ids]
+    def at_times(self, x, ids, enc_pos, visible, dec_pos):
+        """The encoder's state (B, M, C) of the timing of the word that is said at each target of speech, and how much is
+        left of it; 0 for other targets, and from the first word on whose timing is not known."""
+        place = self.timed_place[enc_pos]
         if visible is not None:
-            end = end.masked_fill(~visible, math.inf)
-        left = end[:, None] - self.time[dec_pos][..., None]  # (B, M, N)
+            place = place.masked_fill(~visible, self.num_timed)
+        lasts = x.new_full((len(x), self.num_timed + 1), math.inf, dtype=torch.float32)
+        end = lasts.scatter(1, place, self.lasts[ids])[:, :-1].cumsum(1)  # inf from the first unknown one on
+        states = x.new_zeros(len(x), self.num_timed + 1, x.size(-1))
+        states = states.scatter(1, place[..., None].expand_as(x), x)
+        left = end[:, None] - self.time[dec_pos][..., None]  # (B, M, words)
         left, which = left.masked_fill(~(left > 0), math.inf).min(-1)
-        state = x.gather(1, which[..., None].expand(-1, -1, x.size(-1)))
+        state = states.gather(1, which[..., None].expand(-1, -1, x.size(-1)))
         none = left == math.inf
         return (state + self.embed_left(left.masked_fill(none, 0).long())).masked_fill(none[..., None], 0)
 

@@ -3,14 +3,18 @@ conditions, search at test time, chains, and what follows when a word is changed
 
 Every function takes a ready.Ready and gives plain numbers by name.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
 import judge as judges
+import lessons
 import raycaster
 import rich
 import rich_report
 import show_4m
+import show_maskgit
 import show_more
 import studio
 import texts
@@ -83,13 +87,13 @@ def ap50(rows, true_rows):
     return right / max(1, told) * right / max(1, meant)
 
 
-def told_of_rgb(ready, truth, steps, temperature, guidance=1.0, seed=0):
-    """What the model makes of rgb: pictures of PICTURES and rows of ROWS."""
-    made = {}
+def told_of_rgb(ready, truth, steps, temperature, guidance=1.0, seed=0, models=None):
+    """What the model makes of rgb: pictures of PICTURES and rows of ROWS. models: one for each in its place."""
+    made, models = {}, models or {}
     for m in (*PICTURES, *ROWS):
         greedy = m in ready.layout.end
         how = ready.output(m, steps=steps, temperature=0 if greedy and seed == 0 else temperature, guidance=guidance)
-        rows = ready.generate(truth.tokens, ("rgb",), [how], seed)[:, ready.layout.span[m]]
+        rows = ready.generate(truth.tokens, ("rgb",), [how], seed, models.get(m))[:, ready.layout.span[m]]
         made[m] = ready.show.studio.pictures(rows) if m in PICTURES else rows
     return made
 
@@ -122,6 +126,15 @@ def tasks(ready, n=150):
             "eight steps, guidance 2": told_of_rgb(ready, truth, 8, 0.3, guidance=2.0),
             "one draw": draws[0], "ten draws together": ensemble(draws), "bound: the true tokens": true}
     return {name: truth.measure(made) for name, made in rows.items()}
+
+
+def specialists(ready, n=150, steps=1000):
+    """The same of models of the same size that have learned one of its columns and nothing else."""
+    truth, tokens = Truth(ready, n), lessons.training_tokens(ready)
+    models = {m: lessons.learn(ready, lessons.fresh(ready), ((("rgb",), (m,)),), steps, tokens)
+              for m in (*PICTURES, *ROWS)}
+    return {"specialists, eight steps": truth.measure(told_of_rgb(ready, truth, 8, 0.3, models=models)),
+            "the ready model, eight steps": truth.measure(told_of_rgb(ready, truth, 8, 0.3))}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -245,6 +258,66 @@ def best_of(ready, n, steps):
     return found
 
 
+ROUNDS, WIDTH = 3, 4  # of a beam: rounds, and draws in each
+
+
+def beam(ready, n=100):
+    """{how: {verifier: F1}} of pictures from descriptions in one step at temperature 1: one draw, the best of as many as a
+    beam takes, and a beam with look-ahead, all chosen by log p(desc | rgb) or by the F1 that is told."""
+    tokens, meant = ready.tokens[:n], ready.show.described(ready.tokens[:n])
+
+    def f1s(rows):
+        seen = ready.show.judged(ready.show.pictures(rows, "rgb"))
+        return torch.tensor([judges.object_f1([a], [b]) for a, b in zip(seen, meant)])
+
+    verifiers = {"log p(desc | rgb)": lambda rows: ready.likelihood(rows, ("rgb",), "desc"), "oracle": f1s}
+    found = {"one draw": {}, f"best of {ROUNDS * WIDTH}": {}, f"beam, {ROUNDS} rounds of {WIDTH}": {}}
+    rank = random_order(tokens)
+    for name, verifier in verifiers.items():
+        for row, rounds, width in zip(found.values(), (1, 1, ROUNDS), (1, ROUNDS * WIDTH, WIDTH)):
+            shares = [(i + 1) / rounds for i in range(rounds)]
+            rows = in_rounds(ready, tokens, ("desc",), rank, shares, [1.0] * rounds, width, verifier)
+            row[name] = judges.object_f1(ready.show.judged(ready.show.pictures(rows, "rgb")), meant)
+    return found
+
+
+def random_order(tokens, cells=64):
+    """When each cell's turn is in each row of tokens (B, size): ranks (B, cells)."""
+    return torch.rand(len(tokens), cells, generator=torch.Generator().manual_seed(0)).argsort(1)
+
+
+def in_rounds(ready, tokens, given, rank, shares, temperatures, width=1, verifier=None):
+    """Rows (B, size) with rgb drawn from the modalities given in rounds: in each all that is left, `width` times, of which
+    the best by a verifier keeps a share of all cells, those of the lowest rank (B, cells)."""
+    known, span = ready.only(tokens, *given), ready.layout.span["rgb"]
+    for i, (share, temperature) in enumerate(zip(shares, temperatures)):
+        how = ready.output("rgb", scheme="roar", steps=1, temperature=temperature)
+        drawn = torch.stack([ready.generate(tokens, known, [how], seed=1 + i * width + k) for k in range(width)])
+        best = torch.stack([verifier(rows) for rows in drawn]).argmax(0) if width > 1 else 0
+        tokens = drawn[best, torch.arange(len(tokens))]
+        known[:, span] = rank < round(share * rank.size(-1))
+    return tokens
+
+
+def schedules(ready, n=150, steps=16):
+    """{order: {temperature's schedule: F1}} of pictures from captions in 16 steps. onex falls as 1 / sqrt(x), x from 1 to
+    100 over the tokens, as 4M's does."""
+    tokens, meant = ready.tokens[:n], ready.show.described(ready.tokens[:n])
+    shares = [1 - math.cos(math.pi / 2 * (i + 1) / steps) for i in range(steps)]
+    start = [0.0, *shares[:-1]]  # what is known as a step begins
+    onex = [((1 + 99 * share) ** -0.5 - 0.1) / 0.9 for share in start]
+    falls = {"constant, 1": [1.0] * steps, "constant, 0.5": [0.5] * steps, "constant, 0": [0.0] * steps,
+             "linear from 1": [1 - share for share in start], "onex from 1": onex}
+    halton = show_maskgit.halton_order(8).argsort().expand(n, -1)
+    found = {}
+    for name, rank in ("Halton", halton), ("random", random_order(tokens)):
+        for schedule, temperatures in falls.items():
+            rows = in_rounds(ready, tokens, ("caption",), rank, shares, temperatures)
+            seen = ready.show.judged(ready.show.pictures(rows, "rgb"))
+            found.setdefault(name, {})[schedule] = judges.caption_f1(seen, meant)
+    return found
+
+
 def chains(ready, n=200):
     """{chain: {F1}} of pictures from captions, directly and over what is drawn of them first."""
     meant, found = ready.show.described(ready.tokens[:n]), {}
@@ -262,6 +335,42 @@ def chains(ready, n=200):
 # Probing
 
 LOOKS = ("color", "shape", "material")  # what descriptions say of an object beside its place
+
+
+def glimpses_of(ready, tokens, described):
+    """What a picture is drawn from, {name: which tokens are known (B, size)}: little things about the nearest object."""
+    cell = torch.tensor([[objects[0]["y"] * 8 // 100, objects[0]["x"] * 8 // 100] for objects in described])
+    row, column = torch.arange(64) // 8, torch.arange(64) % 8
+    near = ((row - cell[:, :1]).abs() <= 1) & ((column - cell[:, 1:]).abs() <= 1)
+
+    def known(m, places):
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
+        mask[:, ready.layout.span[m]] = places
+        return mask
+
+    return {"its colour": known("desc", torch.arange(16) == 3), "its place": known("desc", torch.arange(16) == 1),
+            "its box": known("bbox", torch.arange(16) < 5), "9 tokens of rgb around it": known("rgb", near),
+            "the half of rgb with it": known("rgb", (column < 4) == (cell[:, 1:] < 4)), "all of rgb": known("rgb", True)}
+
+
+def nearest_found(seen, described):
+    """Share of scenes in whose picture something has the nearest object's colour, shape, material, place."""
+    shares = {key: sum(any(o[key] == objects[0][key] for o in told) for told, objects in zip(seen, described))
+              for key in LOOKS}
+    shares["place"] = sum(any(judges.matched(told, objects[:1])) for told, objects in zip(seen, described))
+    return {key: count / len(described) for key, count in shares.items()}
+
+
+def probing(ready, n=200):
+    """{what is given: {attribute: share}} of the nearest object, which pictures drawn from it show."""
+    tokens = ready.tokens[:n]
+    described = ready.show.described(tokens)
+    seen = ready.show.judged(ready.show.pictures(tokens.roll(1, 0), "rgb"))
+    found = {"nothing: another scene": nearest_found(seen, described)}
+    for name, known in glimpses_of(ready, tokens, described).items():
+        drawn = ready.generate(tokens, known, [ready.show.drawing])
+        found[name] = nearest_found(ready.show.judged(ready.show.pictures(drawn, "rgb")), described)
+    return found
 
 
 def changed(objects, key):

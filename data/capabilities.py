@@ -1,4 +1,4 @@
-"""What the ready nano4Ms of the rich and the audio set can do, measured: docs/capabilities.json and CAPABILITIES.md.
+"""What the ready nano4Ms can do, measured: docs/capabilities.json and CAPABILITIES.md.
 
     python data/capabilities.py                     # everything, half an hour of one core
     python data/capabilities.py tasks search        # these sections anew, the others as they are
@@ -10,13 +10,15 @@ import json
 import torch
 
 import abilities
+import transfer
 from hub import sentences
 from ready import Ready
 from shards import ROOT
 
 DOCS = ROOT.parent / "docs"
 NUMBERS, REPORT = DOCS / "capabilities.json", DOCS / "CAPABILITIES.md"
-MODELS = {"rich": ("4m_rich", ("scenes64", "rich64")), "audio": ("4m_audio", ("scenes64", "audio64"))}
+MODELS = {"scenes": ("4m", ("scenes64",)), **{kind: (f"4m_{kind}", ("scenes64", f"{kind}64"))
+                                              for kind in ("rich", "audio", "fine")}}
 SCENES = 250
 LEAST = ("errors", "error", "l1", "degrees", "corner")  # names of numbers that are better when smaller
 
@@ -39,15 +41,33 @@ def numbers(ready):
 
 
 SECTIONS = {  # name: (set, function, heading, what it says)
-    "rich": ("rich", numbers, "Modalities of the rich set", f"""
-What `./run.sh 4m --track=cpu-rich` writes into its footer, of {SCENES} validation scenes: pictures and texts from rgb
-where the name does not say otherwise. The bound is what the true tokens would get. Names that end in
-{", ".join(LEAST)} are better when smaller."""),
+    "scenes": ("scenes", numbers, "The scenes' own modalities", f"""
+What `./run.sh` writes into its footer, of {SCENES} validation scenes, by the ready model of eight modalities: pictures and
+texts from rgb where the name does not say otherwise. The bound is what the true tokens would get. Names that end in
+{", ".join(LEAST)} are better when smaller. The three tables below begin with the same numbers: what more modalities
+cost these."""),    "rich": ("rich", numbers, "Modalities of the rich set", """
+The same of `./run.sh 4m --track=cpu-rich`."""),
     "audio": ("audio", numbers, "Modalities of the audio set", """
 The same of `./run.sh 4m --track=cpu-audio`. Words are counted by `data/recogniser.py`, impacts by `data/impacts.py`."""),
+    "fine": ("fine", numbers, "Twice as many pixels across", """
+The same of `./run.sh 4m --track=cpu-fine`: pictures of 128 pixels from the tokens of those of 64, and from caption and
+rgb. PSNR in dB against what is rendered at 128; gain: over the given tokens' picture enlarged (bicubic). The last number
+is of pictures whose 64 pixels were drawn too."""),
     "tasks": ("rich", abilities.tasks, "What it tells of a picture", """
 The table of 4M-21 in this world: rgb is given. Ten draws together: the mean of pictures, and of texts and codes the one
 that the others agree with most."""),
+    "specialists": ("rich", abilities.specialists, "Specialists", """
+Eight models of the same size, each trained for one column of that table and nothing else, 1,000 steps of 64 scenes: the
+ready model has had 500 of each, and 1,000 of normals and depth, among all that it learned. They need
+`data/scenes64-rich64`."""),
+    "transfer": ("rich", transfer.transfer, "Transfer", f"""
+Tasks that no training knew, with a linear layer on the encoder's states of rgb: on the frozen model, with it and LoRA of
+rank {transfer.RANK}, with all of it trained, and from scratch. {transfer.STEPS} steps of {transfer.BATCH} each. What is
+in the dark and how high surfaces are (error in world units) is asked pixel by pixel. It needs `data/scenes64-rich64`."""),
+    "added": ("rich", transfer.added, "A modality added", """
+Shadows as a picture that the ready model is taught after its training, 600 steps of 64 scenes of 5,000: how well it draws
+them, and what it has lost meanwhile of the rest, in nats a token. In turn with the links it knows, they cost as many
+steps again. It needs `data/scenes64-rich64`."""),
     "retrieval": ("rich", abilities.retrieval, "Retrieval", """
 The right one of 2,000 pictures, by the eight tokens of features that the model foretells from a single modality."""),
     "likelihood": ("rich", abilities.retrieval_by_likelihood, "Retrieval by likelihood", f"""
@@ -61,8 +81,17 @@ Pictures from descriptions in few steps at temperature 1, the best of 1 to 16. C
 chooses and the judge tells the F1. Judge: it chooses, and the model's own reading tells. Oracle: the judge does both.
 A single draw in one step is nearly always right, and where it is not a likelihood does not know it: search has little
 left to win here."""),
+    "schedules": ("rich", abilities.schedules, "Order and temperature", """
+Pictures from captions in 16 steps, cosine: the order of cells against how the temperature falls over the tokens."""),
+    "beam": ("rich", abilities.beam, "A beam with look-ahead", f"""
+Pictures from descriptions in one step at temperature 1. In each of {abilities.ROUNDS} rounds {abilities.WIDTH} whole ones
+are drawn, the best keeps a third, then two thirds of its tokens, and the next round draws the rest again; beside it the
+best of as many draws at once."""),
     "chains": ("rich", abilities.chains, "Chains", """
 Pictures from captions, directly and over what is generated on the way."""),
+    "probing": ("rich", abilities.probing, "A glimpse", """
+Pictures drawn from one word, one box, one patch or half a picture: in how many there is something of the nearest object's
+colour, shape and material, and something where it stands."""),
     "edits": ("rich", abilities.edits, "One word changed", """
 Pictures from descriptions in which one attribute of the nearest object was changed: how often the picture follows, and
 how many of all other attributes are as they were asked for."""),

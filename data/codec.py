@@ -35,7 +35,7 @@ from shards import FROZEN, Fault
 from tokenizer import DIGITS, LEVELS, digits_of, ids_of, save_half
 
 WEIGHTS = FROZEN / "audio.safetensors"
-VERSION = 2  # of what scenes sound like, beside the weights
+VERSION = 3  # of what scenes sound like, beside the weights
 WINDOW, HOP = 512, 160  # samples, of the spectra that are drawn again: four per token
 BINS = WINDOW // 2 + 1
 PAD, END, FIRST_TIME, CAPTION = 0, 1, 2, texts.LENGTHS["caption"]  # of rows of timing
@@ -182,9 +182,11 @@ def speak(text, voice, seed):
 
 
 def timing_row(text):
-    """When each token of a caption has been said, in tokens of speech: LENGTHS["caption"] ids, FIRST_TIME + 0..96."""
-    ends = [FIRST_TIME + round(ms * speech.RATE / 1000 / TOKEN) for ms in speech.timing(text, speed_of(text))]
-    return ends + [END] + [PAD] * (CAPTION - len(ends) - 1)
+    """For how many tokens of speech each token of a caption is said: LENGTHS["caption"] ids, FIRST_TIME + 0..96. What
+    they add up to is when it has been said, rounded."""
+    ends = [round(ms * speech.RATE / 1000 / TOKEN) for ms in speech.timing(text, speed_of(text))]
+    lasts = [FIRST_TIME + int(n) for n in np.diff(ends, prepend=0)]
+    return lasts + [END] + [PAD] * (CAPTION - len(lasts) - 1)
 
 
 def heard_arrays(model, objects, captions, seed, rows=None, report=lambda count: None):

@@ -91,6 +91,25 @@ def retrieved(ready, tokens):
     draw.sheet(rows, FOLDER / "retrieved.png", 112)
 
 
+def finer(ready, tokens):
+    """A sheet: pictures enlarged, drawn with twice as many pixels across from the same tokens, and rendered there; and the
+    like of pictures that were drawn from captions."""
+    size, Output, rows = ready.show.size, ready.output, []
+    true = ready.show.studio.truth(2 * size, max(SCENES) + 1)
+    fine = [Output(f"fine_{m}", **show_more.CAREFUL) for m in ("rgb", "normal")]
+    drawing = [ready.show.drawing, Output("normal", temperature=0.3)]
+    for given, first in (("rgb", "normal"), []), (("caption",), drawing):
+        made = ready.generate(tokens, given, [*first, *fine])
+        shown = {m: ready.show.pictures(made, m) for m in ("rgb", "normal", "fine_rgb", "fine_normal")}
+        for b, text in enumerate(ready.show.texts(tokens, "caption")):
+            cells = []
+            for m in ("rgb", "normal"):
+                cells += [(show_more.enlarged(shown[m][b:b + 1])[0], f"{m}, enlarged"), (shown[f"fine_{m}"][b], f"fine_{m}")]
+                cells += [] if first else [(true[m][SCENES[b]], "rendered")]
+            rows.append([*cells, "of the caption:\n" + text] if first else cells)
+    draw.sheet(rows, FOLDER / "finer.png", 192)
+
+
 class Recorder:
     """A model that keeps what was known each time that it was asked."""
 
@@ -178,9 +197,9 @@ input[type=range] { width: min(25rem, 100%); accent-color: var(--accent) }
 audio { display: block; width: 100%; max-width: 20rem; height: 2.25rem; margin: .125rem 0 .5rem }
 """
 PAGE = """<h1>Any modality from any other</h1>
-<p class="lead">What two small nano4Ms of {parameters} million parameters, trained for less than an hour on one core of a CPU, make
-of scenes that they have never seen. One knows pictures, geometry, outlines, poses, palettes and features, the other one
-speech and sounds.</p>
+<p class="lead">What three small nano4Ms of {parameters} million parameters, trained for an hour or less on one core of a CPU, make of
+scenes that they have never seen. One knows pictures, geometry, outlines, poses, palettes and features, one speech and
+sounds, and one more pixels.</p>
 <nav><a href="../index.html">Leaderboard</a> <a href="../CAPABILITIES.md">Every number</a>
 <a href="../RICH.md">The modalities</a> <a href="../SOUND.md">The sounds</a></nav>
 {sections}
@@ -248,6 +267,11 @@ the judge reads {number("rich", "rgb_from_desc_f1")} of the objects right (F1), 
         figure("told_of_rgb.png", "instances, outlines, poses, palettes and metadata as told", f"""What is told of a picture:
 instances, outlines, poses with a box around each object, colours, numbers. Normals are off by
 {tasks["normal, degrees"]:.3g} degrees, corners by {tasks["pose, corner"]:.2g} (a cube is 2.0 or 2.6 across)."""),
+        "<h2>Twice as many pixels across</h2>",
+        figure("finer.png", "pictures enlarged, drawn finer and rendered", f"""Tokens of 64 pixels become tokens of 128: rgb gains
+{number("fine", "fine_rgb_gain")} dB over the same picture enlarged (true tokens {number("fine", "fine_rgb_gain", "bound")}),
+normals {number("fine", "fine_normal_gain")} ({number("fine", "fine_normal_gain", "bound")}). Below, pictures that were
+themselves drawn, from captions."""),
         "<h2>One word changed</h2>",
         figure("edits.png", "pictures with one attribute changed", f"""The nearest object's colour, shape or material is
 another one: {number("edits", "color", "follows")} of the pictures follow in colour,
@@ -269,7 +293,8 @@ find pictures: the right one of 2,000 comes first for {number("retrieval", "capt
 of those of the true tokens {number("audio", "speech_from_caption_word_errors", "bound")}. Listening to the voices, the model
 gets {number("audio", "caption_from_speech_word_errors")} of the words wrong.</p>""",
         heard(json.loads((FOLDER / "captions.json").read_text()))]
-    sizes = " and ".join(f"{parameters(weights) / 1e6:.1f}" for weights, _ in capabilities.MODELS.values())
+    *most, last = (f"{parameters(weights) / 1e6:.1f}" for weights, _ in list(capabilities.MODELS.values())[1:])
+    sizes = f"{', '.join(most)} and {last}"
     body = PAGE.format(sections="\n".join(sections), parameters=sizes)
     return head("modded-nano4M: any modality from any other", "../page.css", STYLE) + body
 
@@ -287,6 +312,8 @@ def main(page_only):
             any_to_rgb(ready, tokens), told_of_rgb(ready, tokens[:4], codes[:4]), edits(ready, tokens[:4])
             retrieved(ready, tokens), decoding(ready, ready.tokens[:8]), sliders(ready, tokens)
             sounds(Ready(*capabilities.MODELS["audio"]))
+            ready = Ready(*capabilities.MODELS["fine"])
+            finer(ready, ready.tokens[list(SCENES[:2])])
     curves(found)
     (FOLDER / "index.html").write_text(page(found))
     print(FOLDER / "index.html")

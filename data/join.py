@@ -45,8 +45,6 @@ def join(names, parts):
 
 def validation(names):
     """The validation scenes of sets as those of one, {array: (n, ...)} with roles, and their modalities."""
-    if len(set(names)) < len(names) or len(names) < 2:
-        raise Fault(f"join takes two sets or more, each once, not {' '.join(names)}")
     parts, kinds = zip(*(read_frozen(name) for name in names))
     kinds = {m: about for part in kinds for m, about in part.items()}
     if unknown := kinds.keys() - set(MODALITIES):
@@ -58,6 +56,8 @@ def validation(names):
 
 @sentences("join.py")
 def main(names, val_only=False):
+    if len(set(names)) < len(names) or len(names) < 2:
+        raise Fault(f"join takes two sets or more, each once, not {' '.join(names)}")
     folder = ROOT / "-".join(names)
     val, kinds = validation(names)
     sets, content = [], []

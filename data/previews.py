@@ -72,6 +72,16 @@ def draw_rich(arrays, coder, path):
     draw.sheet(["Scenes and what their tokens say of them", *rows], path, SIDE)
 
 
+def draw_fine(arrays, coder, path):
+    """Scenes in rgb at 64 px, and what the tokens of the fine set say of them."""
+    rgb = render(build(torch.from_numpy(arrays["scene"].astype(np.int64))))[0]["rgb"]
+    rows = [[(picture, "rgb, 64 px" if b == 0 else "") for b, picture in enumerate(rgb)]]
+    for name in (name for name in arrays if name != "scene"):
+        pictures = coder.decode(torch.from_numpy(arrays[name].astype(np.int64)).view(-1, 16, 16))
+        rows.append([(picture, name if b == 0 else "") for b, picture in enumerate(pictures)])
+    draw.sheet(["Scenes with twice as many pixels across", *rows], path, SIDE)
+
+
 def draw_box(canvas, points, color):
     """The edges of a box, of its eight corners as rich.corners has them."""
     for i in range(4):

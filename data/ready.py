@@ -26,6 +26,7 @@ class Ready:
 
     def __init__(self, name, sets, scenes=2000, device="cpu"):
         arrays, kinds = join.validation(sets)
+        self.set = "-".join(sets)  # folder below data/ of the training scenes, where they have been made and joined
         self.layout = train_4m.Layout(kinds, device)
         path = FROZEN / f"{name}.safetensors"
         weights, self.config = checkpoints.read_checkpoint(train_4m, path, train_4m.CONFIGS["cpu"])
@@ -49,10 +50,11 @@ class Ready:
         return generate_4m.only(self.layout, tokens, *modalities)
 
     def generate(self, tokens, given, outputs, seed=0, model=None):
-        """New tokens (B, size), made one output after another from the modalities given. model: in place of its own."""
+        """New tokens (B, size), made one output after another from what is given: names of modalities, or which tokens
+        are known (B, size). model: in place of its own."""
         made = []
-        for i, part in enumerate(tokens.split(show_4m.PART)):
-            known = self.only(part, *given)
+        all_known = given if isinstance(given, torch.Tensor) else self.only(tokens, *given)
+        for i, (part, known) in enumerate(zip(tokens.split(show_4m.PART), all_known.split(show_4m.PART))):
             with self.autocast():
                 made.append(generate_4m.generate(train_4m, model or self.model, self.layout, part, known, outputs,
                                                  seed=seed * 1000 + i)[0])

@@ -12,10 +12,11 @@ data/codec.py.
     python data/scenes.py --qa --num=200000          # as many as the gpu track trains on -> data/qa64-large
     python data/scenes.py --audio                    # the first set's captions read aloud, and impacts -> data/audio64
     python data/scenes.py --rich                     # the first set's instances, outlines, poses .. -> data/rich64
+    python data/scenes.py --fine                     # the first set's pictures at 128 px -> data/fine64
     python data/scenes.py --course=DIR [--num=20000] # scenes at 128 px as the folder that EPFL's course COM-304 reads
-    python data/scenes.py [--objects|--qa|--audio|--rich] --check    # whether a set is what this machine would make
-    python data/scenes.py [--objects|--qa|--audio|--rich] --preview  # a sheet -> samples/<kind>.png, or WAV files
-    python data/scenes.py [--objects|--qa|--audio|--rich] --frozen   # remake data/frozen/<kind><size>.npz (maintainers)
+    python data/scenes.py [--objects|--qa|--audio|..] --check    # whether a set is what this machine would make
+    python data/scenes.py [--objects|--qa|--audio|..] --preview  # a sheet -> samples/<kind>.png, or WAV files
+    python data/scenes.py [--objects|--qa|--audio|..] --frozen   # remake data/frozen/<kind><size>.npz (maintainers)
 """
 import argparse
 import contextlib
@@ -48,6 +49,7 @@ from world import CLASSES, FIELDS, build, look, sample_close_ups, sample_scenes
 
 VERSION = 2  # of everything that decides the content of a scene; raise it and every frozen number is void
 IMAGES = ("rgb", "depth", "normal", "seg", "edge")
+FINE = ("rgb", "depth", "normal", "seg")  # what the fine set has with twice as many pixels across
 LARGE = 200000  # training scenes of the gpu tracks
 CHUNK = 1000  # scenes made between two points of resumption, from a seed of their own
 PART = 250  # scenes whose pictures are in memory at once
@@ -79,6 +81,8 @@ def modalities(size, kind="scenes"):
                 "voice": {"length": 1, "vocab": len(VOICES), "pad": -1, "end": -1}}
     if kind == "rich":
         return rich.modalities(size)
+    if kind == "fine":
+        return {f"fine_{m}": {**image, "length": 4 * image["length"]} for m in FINE}
     places = tokenizer.place_tokens(tokenizer.load_text())
     return {**{m: image for m in IMAGES}, "desc": {"length": LENGTHS["desc"], **text, "places": places},
             "caption": {"length": LENGTHS["caption"], **text},
@@ -121,7 +125,7 @@ def joined(parts):
 def draw(kind, codes, size, device, coder, report=ignore):
     """The arrays of scenes that are made from pictures: tokens, bytes of pixels, boxes."""
     parts = []
-    for scenes, images, index in rendered(codes, size, device, report):
+    for scenes, images, index in rendered(codes, 2 * size if kind == "fine" else size, device, report):
         if kind == "scenes":
             boxes = np.array([box_tokens(objects, size) for objects in facts(scenes, index)], np.uint16)
             parts.append({**{m: coder.encode_flat(images[m]) for m in IMAGES}, "bbox": boxes})
@@ -130,6 +134,8 @@ def draw(kind, codes, size, device, coder, report=ignore):
             parts.append({"rgb": coder.encode_flat(images["rgb"]), f"pixels{size // 2}": half})
         elif kind == "rich":
             parts.append(rich.drawn(scenes, images, index, coder))
+        elif kind == "fine":
+            parts.append({f"fine_{m}": coder.encode_flat(images[m]) for m in FINE})
         else:
             parts.append({"pixels": as_bytes(images["rgb"])})
     return joined(parts)
@@ -148,6 +154,8 @@ def write(kind, codes, seed, encoding, describe_first):
         return {**arrays, "label": label[:, None].numpy().astype(np.uint16)}, {}
     if kind == "rich":
         return {**arrays, "pose": rich.pose_tokens(build(codes, torch.double)).numpy().astype(np.uint16)}, {}
+    if kind == "fine":
+        return arrays, {}
     objects = facts(build(codes), NO_INDEX.expand(len(codes), 1, 1))
     if kind == "audio":
         return arrays, {"caption": [caption(o, rng) for o in objects]}
@@ -185,8 +193,8 @@ def sample(kind, n, seed, avoid=()):
 
 
 def make(kind, n, size, seed, device, report=ignore, avoid=(), describe_first=questions.DESCRIBE_FIRST):
-    """n scenes of a kind of set: ({array: (n, ...)}, {desc, caption: list of str}). The scenes of the qa, audio
-    and rich sets are the scenes set's.
+    """n scenes of a kind of set: ({array: (n, ...)}, {desc, caption: list of str}). The scenes of the qa, audio,
+    rich and fine sets are the scenes set's.
 
     Arrays are made from the scenes alone, each with randomness of its own: a new one changes none that exists.
     """
@@ -215,6 +223,8 @@ def identity_of(size, num, seed, kind):
     if kind == "audio":
         import codec
         return {**identity, "sounds": codec.VERSION, "codec": sha256(codec.WEIGHTS)}
+    if kind == "fine":
+        return {**identity, "tokenizer": sha256(tokenizer.WEIGHTS)}
     if kind == "rich":
         return {**identity, "rich": rich.VERSION, "tokenizer": sha256(tokenizer.WEIGHTS),
                 "features": sha256(features.WEIGHTS)}
@@ -339,7 +349,7 @@ def check_shards(size, num, seed, device, kind):
             share = alike(name, chunk[rows], drawn[name]) if name in drawn else alike(name, chunk, written[name])
             shares[name] += share / len(chosen)
     for name, share in shares.items():
-        rounded = name in (*IMAGES, *HEARD, *rich.DRAWN)
+        rounded = name in (*IMAGES, *HEARD, *rich.DRAWN) or name.startswith("fine")
         least = SAME_PIXELS if name.startswith("pixels") else SAME_TOKENS if rounded else 1
         if share < least - 1e-9:
             raise Fault(f"{folder}: of {name} made again {100 * share:.2f} % are the same, and {100 * least:g} % should be")
@@ -408,6 +418,8 @@ def preview(kind, path, device):
     elif kind == "audio":
         path = path.with_suffix("")
         previews.write_sounds(*make("audio", 6, 64, 7, device), load_coders("audio", device)[0], path)
+    elif kind == "fine":
+        previews.draw_fine(make("fine", 8, 64, 7, device)[0], load_coders("fine", device)[0], path)
     elif kind == "rich":
         previews.draw_rich(make("rich", 8, 64, 7, device)[0], load_coders("rich", device)[0], path)
     else:
@@ -423,7 +435,8 @@ def main():
     kinds = parser.add_mutually_exclusive_group()
     for option, about in (("objects", "scenes with one object and its class, 64 px"), ("qa", "scenes with questions"),
                           ("audio", "captions read aloud and the sounds of objects that are struck"),
-                          ("rich", "instances, features, outlines, poses, palettes and metadata")):
+                          ("rich", "instances, features, outlines, poses, palettes and metadata"),
+                          ("fine", "rgb, depth, normal and seg with twice as many pixels across")):
         kinds.add_argument(f"--{option}", dest="kind", action="store_const", const=option, default="scenes", help=about)
     kinds.add_argument("--course", type=Path, metavar="DIR", help="write scenes at 128 px as the course's folder")
     parser.add_argument("--preview", action="store_true", help="draw a contact sheet instead")

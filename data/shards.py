@@ -26,6 +26,7 @@ OURS = {  # folders below data/ that our scripts make without the user's files: 
     r"qa64": "scenes.py --qa", r"qa64-large": "scenes.py --qa --num=200000", r"qa(\d+)": r"scenes.py --qa --size=\1",
     r"audio64": "scenes.py --audio", r"audio(\d+)": r"scenes.py --audio --size=\1",
     r"rich64": "scenes.py --rich", r"rich(\d+)": r"scenes.py --rich --size=\1",
+    r"fine64": "scenes.py --fine", r"fine(\d+)": r"scenes.py --fine --size=\1",
     r"(scenes\d+)-([a-z]+\d+)": r"join.py \1 \2", r"(scenes\d+)-([a-z]+\d+)-([a-z]+\d+)": r"join.py \1 \2 \3",
     r"cifar10": "cifar10.py", r"mnist": "cifar10.py --mnist",  # or mnist.py, a sixth of them
     r"mnist14": "mnist.py", r"easy_vqa": "easy_vqa.py",

@@ -66,7 +66,7 @@ class Show:
 
     def judged(self, pictures):
         """The objects that the judge sees in each picture; of 128 pixels it is shown 64."""
-        return self.judge.read(F.avg_pool2d(pictures, self.size // judges.SIDE))
+        return self.judge.read(F.avg_pool2d(pictures, pictures.size(-1) // judges.SIDE))
 
     def labels(self, f1_of, pictures, tokens):
         """What is written over generated pictures: how much of their scenes the judge sees in them."""

@@ -1,5 +1,5 @@
 """How well a nano4M tells and draws the modalities that sets have beside the scenes' eight: those of the rich set, of
-which rgb is given, and what is heard."""
+which rgb is given, pictures with twice as many pixels across, and what is heard."""
 import re
 from collections import Counter
 
@@ -13,6 +13,7 @@ import raycaster
 import recogniser
 import rich
 import rich_report
+import studio as metrics
 import texts
 import world
 from rich import DRAWN
@@ -20,7 +21,7 @@ from texts import edits
 
 RICH = (*DRAWN, "pose")
 CODED = ("inst", "feat", "feat_global")  # of which any place may come first
-SCENES = 250  # that each number is of at most
+SCENES, FINE_SCENES = 250, 100  # that each number is of at most
 CAREFUL = {"steps": 8, "temperature": 0.3}  # how what has one right answer is filled in
 LISTENING = {"steps": 16, "temperature": 0.3}
 SPOKEN = 100  # sounds that are made of tokens and listened to
@@ -60,6 +61,8 @@ def measure(show, model):
     names, numbers = show.layout.names, {}
     if "inst" in names:
         numbers |= seen(show, model)
+    if "fine_rgb" in names:
+        numbers |= finer(show, model)
     if "sound" in names:
         numbers |= heard(show, model)
     return numbers
@@ -81,6 +84,29 @@ def seen(show, model):
         numbers |= {f"{m}_{what}": value for what, value in report.items()}
     drawn = show.pictures(show.generate(model, tokens, show.only(tokens, "pose"), [show.drawing]), "rgb")
     return numbers | {"rgb_from_pose_f1": judges.object_f1(show.judged(drawn), show.described(tokens))}
+
+
+def finer(show, model):
+    """PSNR in dB of pictures with twice as many pixels across that it makes of tokens, against what is rendered there; how
+    much more that is than of the same tokens' pictures enlarged; and what the judge sees where they were drawn too."""
+    tokens, Output, numbers = show.tokens[:min(FINE_SCENES, show.quality_scenes)], show.script.Output, {}
+    fine = [m.removeprefix("fine_") for m in show.layout.names if m.startswith("fine_")]
+    show.bar.total += len(fine) + 2
+    true = show.studio.truth(2 * show.size, len(tokens))
+    for name, given in (*((m, (m,)) for m in fine), ("rgb_with_caption", ("caption", "rgb"))):
+        m = given[-1]
+        rows = show.generate(model, tokens, show.only(tokens, *given), [Output(f"fine_{m}", **CAREFUL)])
+        found = metrics.psnr(show.pictures(rows, f"fine_{m}"), true[m])
+        numbers[f"fine_{name}_psnr"] = found
+        numbers[f"fine_{name}_gain"] = found - metrics.psnr(enlarged(show.pictures(tokens, m)), true[m])
+    chain = [show.drawing, Output("fine_rgb", **CAREFUL)]
+    drawn = show.pictures(show.generate(model, tokens, show.only(tokens, "caption"), chain), "fine_rgb")
+    return numbers | {"fine_rgb_from_caption_f1": judges.caption_f1(show.judged(drawn), show.described(tokens))}
+
+
+def enlarged(pictures):
+    """Pictures (B, 3, S, S) with twice as many pixels across, bicubic."""
+    return F.interpolate(pictures, scale_factor=2, mode="bicubic").clamp(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -118,26 +144,35 @@ def heard(show, model):
     """What it understands of speech and says of captions and pictures, what it takes an impact for, and the impacts that
     it foretells of a picture."""
     tokens, Output, span = show.tokens[:min(SCENES, show.quality_scenes)], show.script.Output, show.layout.span
-    show.bar.total += 7
-    listened = [Output(m, temperature=0) for m in ("caption", "timing", "voice")]
-    understood = show.generate(model, tokens, show.only(tokens, "speech"), listened)
-    named = show.generate(model, tokens, show.only(tokens, "sound"), [Output("desc", temperature=0)])
-    struck = show.generate(model, tokens, show.only(tokens, "rgb"), [Output("sound", **LISTENING)])[:, span["sound"]]
-    drawn = show.pictures(show.generate(model, tokens, show.only(tokens, "speech"), [show.drawing]), "rgb")
-    coder, listener = codec.load(), recogniser.load()
-    speak, spoken = [Output("timing", temperature=0), Output("voice"), Output("speech", **LISTENING)], {}
-    for name, given, chain in (("caption", ["caption"], speak), ("timing", ["caption", "timing", "voice"], speak[2:]),
-                               ("rgb", ["rgb"], [Output("caption", temperature=0), *speak])):
-        rows = show.generate(model, tokens[:SPOKEN], show.only(tokens[:SPOKEN], *given), chain)[:, span["speech"]]
-        spoken[name] = [listener.hear(coder.sound(row)) for row in rows.cpu()]
+    show.bar.total += 13
+    caption, timing, desc = (Output(m, temperature=0) for m in ("caption", "timing", "desc"))
+    speech, sound = (Output(m, **LISTENING) for m in ("speech", "sound"))
+
+    def made(rows, given, *outputs):  # of nothing but what is given, as links have it
+        return show.generate(model, rows, show.only(rows, *given), outputs)
+
+    understood = made(tokens, ["speech"], caption)
+    voices = made(tokens, ["speech"], timing, Output("voice", temperature=0))
+    named = made(tokens, ["sound"], desc)
+    struck = made(tokens, ["rgb"], sound)[:, span["sound"]]
+    drawn = {name: show.pictures(made(rows, [given], show.drawing), "rgb")
+             for name, rows, given in (("speech", tokens, "speech"), ("speech_by_caption", understood, "caption"))}
+    few = tokens[:SPOKEN]
+    told_of_rgb = made(made(few, ["rgb"], desc), ["desc"], Output("voice"), caption)
+    coder, listener, spoken = codec.load(), recogniser.load(), {}
+    for name, rows in (("caption", few), ("rgb", told_of_rgb)):
+        spoken[name] = made(made(rows, ["caption"], timing, Output("voice")), ["caption", "timing", "voice"], speech)
+    spoken["timing"] = made(few, ["caption", "timing", "voice"], speech)
+    spoken = {name: [listener.hear(coder.sound(row)) for row in rows[:, span["speech"]].cpu()]
+              for name, rows in spoken.items()}
     rung, true = ([impacts.read(coder.sound(row)) for row in rows.cpu()] for rows in (struck, tokens[:, span["sound"]]))
     written, told = ([words(text) for text in show.texts(part, "caption")] for part in (understood, tokens))
     objects = show.described(tokens)
     return {"caption_from_speech_word_errors": word_errors(written, told),
             **{f"speech_from_{name}_word_errors": word_errors(spoken[name], told[:SPOKEN])
                for name in ("caption", "timing")},
-            "voice_from_speech": (understood == tokens)[:, span["voice"]].double().mean().item(),
+            "voice_from_speech": (voices == tokens)[:, span["voice"]].double().mean().item(),
             "speech_from_rgb_f1": named_f1(spoken["rgb"], objects[:SPOKEN]),
             "desc_from_sound_impacts": share_right(map(in_turn, show.described(named)), list(map(in_turn, objects))),
             "sound_from_rgb_impacts": share_right(rung, true),
-            "rgb_from_speech_f1": judges.caption_f1(show.judged(drawn), objects)}
+            **{f"rgb_from_{name}_f1": judges.caption_f1(show.judged(some), objects) for name, some in drawn.items()}}

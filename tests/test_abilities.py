@@ -106,6 +106,47 @@ def test_guidance(rich_set):
         assert guided(first, (("depth",), weight)).isfinite().all()
 
 
+def test_a_beam_keeps_the_best(rich_set):
+    """Of every round the best by the verifier, of which a third, then two thirds are drawn no more."""
+    layout, span, seen = rich_set.layout, rich_set.layout.span["rgb"], []
+
+    def generate(tokens, known, outputs, seed):
+        rng = torch.Generator().manual_seed(seed)
+        seen.append((tokens.clone(), known.clone()))
+        return torch.where(known | (layout.kind != 0), tokens, torch.randint(4096, tokens.shape, generator=rng))
+
+    def total(rows):
+        return rows[:, span].float().mean(1)
+    stub = SimpleNamespace(layout=layout, generate=generate, output=train_4m.Output,
+                           only=lambda tokens, m: layout.valid(tokens) & (layout.kind == layout.names.index(m)))
+    rank = abilities.random_order(rich_set.tokens)
+    rows = abilities.in_rounds(stub, rich_set.tokens, ("desc",), rank, (1 / 3, 2 / 3, 1), (1.0,) * 3, 4, total)
+    shares = [known[:, span].float().mean().item() for _, known in seen]
+    assert shares == pytest.approx([0] * 4 + [21 / 64] * 4 + [43 / 64] * 4)
+    finished = [[generate(*case, [], 1 + i + k) for k in range(4)] for i, case in ((0, seen[0]), (4, seen[4]), (8, seen[8]))]
+    best = torch.stack([total(one) for one in finished[2]]).amax(0)
+    assert torch.equal(total(rows), best)
+    assert torch.equal(total(seen[4][0]), torch.stack([total(one) for one in finished[0]]).amax(0))
+    kept = seen[8][1][:, span]
+    assert torch.equal(rows[:, span][kept], seen[8][0][:, span][kept])
+
+
+def test_a_glimpse_is_of_the_nearest_object(rich_set):
+    described = [[{"x": 6, "y": 93, "shape": "cube", "color": "red", "material": "metal"}],
+                 [{"x": 56, "y": 31, "shape": "cube", "color": "red", "material": "metal"}]]
+    stub = SimpleNamespace(layout=rich_set.layout)
+    masks = abilities.glimpses_of(stub, rich_set.tokens[:2], described)
+    grids = {name: mask[:, rich_set.layout.span["rgb"]].view(2, 8, 8) for name, mask in masks.items()}
+    near = grids["9 tokens of rgb around it"]
+    assert near.sum((1, 2)).tolist() == [4, 9] and near[0, 6:, :2].all() and near[1, 1:4, 3:6].all()
+    half = grids["the half of rgb with it"]
+    assert half[0, :, :4].all() and half[1, :, 4:].all() and half.sum() == 64
+    assert [int(masks[name].sum()) for name in ("its colour", "its place", "its box", "all of rgb")] == [2, 2, 10, 128]
+    other = [{**described[1][0], "shape": "sphere", "x": 31}]
+    shares = abilities.nearest_found([described[0], other], described)
+    assert shares == {"color": 1, "shape": 0.5, "material": 1, "place": 0.5}
+
+
 def test_one_attribute_is_changed():
     objects = [{"shape": "cube", "color": "red"}, {"shape": "cone", "color": "red"}]
     assert abilities.changed(objects, "color") == [{"shape": "cube", "color": "blue"}, objects[1]]

@@ -19,7 +19,7 @@ import train_4m
 from eval_masks import FROZEN, draw_all_roles, draw_roles
 from test_train_4m import SMALL, make_root, run_here, small_model
 
-SETS = "scenes64", "rich64", "audio64"
+SETS = "scenes64", "rich64", "audio64", "fine64"
 ROWS = 120
 
 
@@ -167,25 +167,38 @@ def test_positions_tell_places_apart(layout):
     for m in layout.names:
         pairs = {*zip(major[layout.span[m]].tolist(), minor[layout.span[m]].tolist())}
         assert len(pairs) == layout.modalities[m]["length"], m
+    pairs = [{*zip(major[layout.span[m]].tolist(), minor[layout.span[m]].tolist())} for m in ("rgb", "fine_rgb", "feat")]
+    assert pairs[0] == pairs[2] and not pairs[0] & pairs[1]
     second = [major[layout.span[m]][facts].item() for m, facts in train_4m.FACTS.items()]
     assert len({*second}) == 1, "the second object of each text"
 
 
-def test_targets_of_speech_start_from_the_word_that_is_due(layout):
-    """The first of the known words that ends later than the target's place; of targets elsewhere, or later, none."""
+def test_fine_pictures_have_four_tokens_in_a_cell(layout):
+    model = small_model(layout)
+    cells = model.cell[layout.span["fine_rgb"]].view(16, 16)
+    assert torch.equal(cells[::2, ::2].flatten(), model.cell[layout.span["rgb"]])
+    assert all(torch.equal(cells[i::2, j::2], cells[::2, ::2]) for i in (0, 1) for j in (0, 1))
+
+
+def test_targets_of_speech_start_from_the_word_that_is_said(layout):
+    """The one after as many places as those before it last; of targets elsewhere, or later, none, nor from the first
+    word on whose time is not known. In whatever order they are given."""
     model = small_model(layout)
     row, start = layout.span["timing"], layout.span["speech"].start
     tokens = torch.zeros(1, layout.size, dtype=torch.long)
-    tokens[0, row.start:row.start + 4] = torch.tensor([5, 9, 9, train_4m.FIRST_TIME + 96])  # over before 3, 7, 7 and 96
-    enc_pos = torch.arange(row.start, row.start + 4)[None]
+    tokens[0, row.start:row.start + 4] = train_4m.FIRST_TIME + torch.tensor([3, 4, 0, 89])  # over before 3, 7, 7 and 96
+    order = torch.tensor([[2, 0, 3, 1]])
+    enc_pos = row.start + order
     ids = tokens.gather(1, enc_pos) + model.token_offset[enc_pos]
     x = torch.randn(1, 4, model.embed_left.embedding_dim)
+    of_word = x[0, order[0].argsort()]
     dec_pos = torch.tensor([[start, start + 2, start + 3, start + 6, start + 7, start + 95, layout.span["rgb"].start]])
-    shown = torch.tensor([[True, True, True, False]])
-    for visible, words in ((None, (0, 0, 1, 1, 3, 3, None)), (shown, (0, 0, 1, 1, None, None, None))):
-        state = model.at_times(x, ids, visible, dec_pos)[0]
+    without = {word: order != word for word in (1, 3)}
+    for visible, words in ((None, (0, 0, 1, 1, 3, 3, None)), (without[3], (0, 0, 1, 1, None, None, None)),
+                           (without[1], (0, 0, None, None, None, None, None))):
+        state = model.at_times(x, ids, enc_pos, visible, dec_pos)[0]
         for found, word, left in zip(state, words, (3, 1, 4, 1, 89, 1, 0)):
-            wanted = torch.zeros_like(found) if word is None else x[0, word] + model.embed_left.weight[left]
+            wanted = torch.zeros_like(found) if word is None else of_word[word] + model.embed_left.weight[left]
             assert torch.allclose(found, wanted)
 
 
@@ -195,7 +208,7 @@ def test_a_model_without_weights_knows_the_times(layout):
     with torch.device("meta"):
         empty = train_4m.Nano4M(dataclasses.replace(train_4m.CONFIGS["cpu"], dim=32), layout)
     assert empty.local.weight.is_meta and not empty.cell.is_meta
-    for name in ("time", "word_end", "cell", "word_cell"):
+    for name in ("time", "lasts", "timed_place", "cell", "word_cell"):
         assert torch.equal(getattr(empty, name), getattr(model, name)), name
 
 
@@ -232,11 +245,14 @@ def test_numbers_of_the_truth_are_the_bounds(joined, layout, monkeypatch):
     right, wrong = found
     assert right["pose_class"] == right["pose_turn"] == right["metadata_accuracy"] == right["palette_number"] == 1
     assert right["palette_error"] < 1 and right["pose_corner"] < 0.06
+    assert all(right[f"fine_{m}_gain"] > 2 for m in ("rgb", "depth", "normal", "seg"))
+    assert right["fine_rgb_psnr"] == right["fine_rgb_with_caption_psnr"] > 34 and right["fine_rgb_from_caption_f1"] > 0.95
     assert right["inst_iou"] > 0.94 and right["polygon_iou"] > 0.9 and right["rgb_from_pose_f1"] > 0.95
     assert right["caption_from_speech_word_errors"] == 0 and right["desc_from_sound_impacts"] == 1
     assert right["speech_from_caption_word_errors"] < 0.05 and right["speech_from_timing_word_errors"] < 0.05
     assert right["speech_from_rgb_f1"] > 0.93 and right["voice_from_speech"] == 1
     assert right["sound_from_rgb_impacts"] > 0.97 and right["rgb_from_speech_f1"] > 0.95
+    assert right["rgb_from_speech_by_caption_f1"] > 0.95
     for name in right:
         less = name.endswith(("error", "errors", "corner"))
         assert wrong[name] > right[name] if less else wrong[name] < right[name], name
