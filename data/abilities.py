@@ -20,6 +20,7 @@ import studio
 import texts
 import tokenizer
 from guidance import Guided
+from ready import train_4m
 from texts import parse_boxes, parse_desc
 
 PICTURES = ("normal", "depth", "seg", "inst")
@@ -270,7 +271,7 @@ def beam(ready, n=100):
         seen = ready.show.judged(ready.show.pictures(rows, "rgb"))
         return torch.tensor([judges.object_f1([a], [b]) for a, b in zip(seen, meant)])
 
-    verifiers = {"log p(desc | rgb)": lambda rows: ready.likelihood(rows, ("rgb",), "desc"), "oracle": f1s}
+    verifiers = {"cycle": lambda rows: ready.likelihood(rows, ("rgb",), "desc"), "oracle": f1s}
     found = {"one draw": {}, f"best of {ROUNDS * WIDTH}": {}, f"beam, {ROUNDS} rounds of {WIDTH}": {}}
     rank = random_order(tokens)
     for name, verifier in verifiers.items():
@@ -329,6 +330,44 @@ def chains(ready, n=200):
         name = " > ".join(("caption", *chain, "rgb"))
         found[name] = {"F1": judges.caption_f1(seen, meant)}
     return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Super-resolution
+
+def finer(ready, n=50):
+    """{how: {modality: dB}} of pictures with twice as many pixels across: PSNR over that of the given tokens' enlarged."""
+    tokens, true, found = ready.tokens[:n], ready.show.studio.truth(2 * ready.show.size, n), {}
+    ways = {"the likeliest tokens, one step": (1, 1, 0.0), "eight steps": (1, 8, 0.3), "one draw": (1, 1, 1.0),
+            "the mean of ten draws": (DRAWS, 1, 1.0)}
+    for m in ("rgb", "depth", "normal", "seg"):
+        name = f"fine_{m}"
+        made = {}
+        for how, (draws, steps, temperature) in ways.items():
+            output = ready.output(name, steps=steps, temperature=temperature)
+            drawn = [ready.show.pictures(ready.generate(tokens, (m,), [output], seed=i), name) for i in range(draws)]
+            made[how] = torch.stack(drawn).mean(0)
+        made["the expected digits"] = expected(ready, tokens, m, name)
+        made["bound: the true tokens"] = ready.show.pictures(tokens, name)
+        base = studio.psnr(show_more.enlarged(ready.show.pictures(tokens, m)), true[m])
+        for how, pictures in made.items():
+            found.setdefault(how, {})[m] = studio.psnr(pictures, true[m]) - base
+    return found
+
+
+def expected(ready, tokens, given, asked):
+    """Pictures (B, 3, S, S) of a modality of the digits of its tokens that are expected, fractions, given another one."""
+    span, parts = ready.layout.span[asked], []
+    places = torch.arange(ready.layout.size)[span]
+    digits = tokenizer.digits_of(torch.arange(tokenizer.VOCAB), 1)
+    side = math.isqrt(len(places))
+    for part in tokens.split(25):
+        with ready.autocast():
+            known = ready.only(part, given)
+            log_probs = train_4m.predict(ready.model, part.masked_fill(~known, 0), known, places.expand(len(part), -1))
+        mean = log_probs[..., :tokenizer.VOCAB].exp() @ digits  # (b, places, 4)
+        parts.append(ready.show.studio.coder.reconstruct(mean.mT.unflatten(2, (side, side))).clamp(0, 1))
+    return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------------------------------

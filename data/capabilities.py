@@ -1,6 +1,6 @@
 """What the ready nano4Ms can do, measured: docs/capabilities.json and CAPABILITIES.md.
 
-    python data/capabilities.py                     # everything, half an hour of one core
+    python data/capabilities.py                     # everything, two hours of one core, of which what trains is one
     python data/capabilities.py tasks search        # these sections anew, the others as they are
 """
 import argparse
@@ -53,6 +53,9 @@ The same of `./run.sh 4m --track=cpu-audio`. Words are counted by `data/recognis
 The same of `./run.sh 4m --track=cpu-fine`: pictures of 128 pixels from the tokens of those of 64, and from caption and
 rgb. PSNR in dB against what is rendered at 128; gain: over the given tokens' picture enlarged (bicubic). The last number
 is of pictures whose 64 pixels were drawn too."""),
+    "finer": ("fine", abilities.finer, "Twice as many pixels across, in several ways", """
+The gain of the table above. Expected digits: the tokenizer decodes the four digits of a token that the model expects,
+which are no whole numbers. A draw has to choose where edges are, and PSNR punishes each that is not the true one."""),
     "tasks": ("rich", abilities.tasks, "What it tells of a picture", """
 The table of 4M-21 in this world: rgb is given. Ten draws together: the mean of pictures, and of texts and codes the one
 that the others agree with most."""),
@@ -86,7 +89,7 @@ Pictures from captions in 16 steps, cosine: the order of cells against how the t
     "beam": ("rich", abilities.beam, "A beam with look-ahead", f"""
 Pictures from descriptions in one step at temperature 1. In each of {abilities.ROUNDS} rounds {abilities.WIDTH} whole ones
 are drawn, the best keeps a third, then two thirds of its tokens, and the next round draws the rest again; beside it the
-best of as many draws at once."""),
+best of as many draws at once. Verifiers are those of search."""),
     "chains": ("rich", abilities.chains, "Chains", """
 Pictures from captions, directly and over what is generated on the way."""),
     "probing": ("rich", abilities.probing, "A glimpse", """
@@ -110,8 +113,8 @@ def table(rows):
 
 def report(found):
     parts = ["# What nano4M can do\n\nWritten by `python data/capabilities.py` from the ready weights in `data/frozen`, on\n"
-             "validation scenes that no training set shares. Numbers: `capabilities.json`; pictures and sounds of both\n"
-             "models: [gallery](gallery/index.html)."]
+             "validation scenes that no training set shares. Numbers: `capabilities.json`; pictures and sounds:\n"
+             "[gallery](gallery/index.html)."]
     for name, (_, _, heading, text) in SECTIONS.items():
         if name in found:
             parts.append(f"## {heading}\n{text}\n\n{table(found[name])}")

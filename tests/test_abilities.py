@@ -1,4 +1,5 @@
 """What the ready models are measured by, against closed forms, and the page that is written of it."""
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 import abilities
 import capabilities
 import rich
+import studio
 import train_4m
 from guidance import Guided
 from join import validation
@@ -129,6 +131,26 @@ def test_a_beam_keeps_the_best(rich_set):
     assert torch.equal(total(seen[4][0]), torch.stack([total(one) for one in finished[0]]).amax(0))
     kept = seen[8][1][:, span]
     assert torch.equal(rows[:, span][kept], seen[8][0][:, span][kept])
+
+
+def test_expected_digits(rich_set, monkeypatch):
+    """Of a model that is sure they are those of its tokens; between two tokens the mean of both."""
+    layout, span, tokens = rich_set.layout, rich_set.layout.span["rgb"], rich_set.tokens[:2]
+    shown = studio.Studio()
+    stub = SimpleNamespace(layout=layout, model=None, show=SimpleNamespace(studio=shown), autocast=contextlib.nullcontext,
+                           only=lambda rows, m: layout.kind == layout.names.index(m))
+
+    def sure(model, rows, known, places):
+        return torch.nn.functional.one_hot(tokens.gather(1, places), 4096).float().log()
+    monkeypatch.setattr(train_4m, "predict", sure)
+    assert torch.allclose(abilities.expected(stub, tokens, "depth", "rgb"), shown.pictures(tokens[:, span]), atol=1e-5)
+
+    def torn(model, rows, known, places):
+        both = [torch.nn.functional.one_hot(ids.gather(1, places), 4096).float() for ids in (tokens, tokens.roll(1, 0))]
+        return ((both[0] + both[1]) / 2).log()
+    monkeypatch.setattr(train_4m, "predict", torn)
+    one, other = abilities.expected(stub, tokens, "depth", "rgb")
+    assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_a_glimpse_is_of_the_nearest_object(rich_set):
