@@ -69,8 +69,9 @@ rank {transfer.RANK}, with all of it trained, and from scratch. {transfer.STEPS}
 in the dark and how high surfaces are (error in world units) is asked pixel by pixel. It needs `data/scenes64-rich64`."""),
     "added": ("rich", transfer.added, "A modality added", """
 Shadows as a picture that the ready model is taught after its training, 600 steps of 64 scenes of 5,000: how well it draws
-them, and what it has lost meanwhile of the rest, in nats a token. In turn with the links it knows, they cost as many
-steps again. It needs `data/scenes64-rich64`."""),
+them, and what it has lost meanwhile of the rest, in nats a token. Alone, they make it forget everything else and come no
+sooner than from scratch; in turn with the links it knows, which is as many steps again, it keeps what it has. It needs
+`data/scenes64-rich64`."""),
     "retrieval": ("rich", abilities.retrieval, "Retrieval", """
 The right one of 2,000 pictures, by the eight tokens of features that the model foretells from a single modality."""),
     "likelihood": ("rich", abilities.retrieval_by_likelihood, "Retrieval by likelihood", f"""

@@ -144,7 +144,7 @@ def heard(show, model):
     """What it understands of speech and says of captions and pictures, what it takes an impact for, and the impacts that
     it foretells of a picture."""
     tokens, Output, span = show.tokens[:min(SCENES, show.quality_scenes)], show.script.Output, show.layout.span
-    show.bar.total += 13
+    show.bar.total += 15
     caption, timing, desc = (Output(m, temperature=0) for m in ("caption", "timing", "desc"))
     speech, sound = (Output(m, **LISTENING) for m in ("speech", "sound"))
 
@@ -156,7 +156,8 @@ def heard(show, model):
     named = made(tokens, ["sound"], desc)
     struck = made(tokens, ["rgb"], sound)[:, span["sound"]]
     drawn = {name: show.pictures(made(rows, [given], show.drawing), "rgb")
-             for name, rows, given in (("speech", tokens, "speech"), ("speech_by_caption", understood, "caption"))}
+             for name, rows, given in (("speech", tokens, "speech"), ("speech_by_caption", understood, "caption"),
+                                       ("speech_by_desc", made(tokens, ["speech"], desc), "desc"))}
     few = tokens[:SPOKEN]
     told_of_rgb = made(made(few, ["rgb"], desc), ["desc"], Output("voice"), caption)
     coder, listener, spoken = codec.load(), recogniser.load(), {}

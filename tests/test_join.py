@@ -252,7 +252,7 @@ def test_numbers_of_the_truth_are_the_bounds(joined, layout, monkeypatch):
     assert right["speech_from_caption_word_errors"] < 0.05 and right["speech_from_timing_word_errors"] < 0.05
     assert right["speech_from_rgb_f1"] > 0.93 and right["voice_from_speech"] == 1
     assert right["sound_from_rgb_impacts"] > 0.97 and right["rgb_from_speech_f1"] > 0.95
-    assert right["rgb_from_speech_by_caption_f1"] > 0.95
+    assert right["rgb_from_speech_by_caption_f1"] > 0.95 and right["rgb_from_speech_by_desc_f1"] > 0.95
     for name in right:
         less = name.endswith(("error", "errors", "corner"))
         assert wrong[name] > right[name] if less else wrong[name] < right[name], name
