@@ -94,13 +94,12 @@ def retrieved(ready, tokens):
 def finer(ready, tokens):
     """A sheet: pictures enlarged, drawn with twice as many pixels across from the same tokens, and rendered there; and the
     like of pictures that were drawn from captions."""
-    size, Output, rows = ready.show.size, ready.output, []
-    true = ready.show.studio.truth(2 * size, max(SCENES) + 1)
-    fine = [Output(f"fine_{m}", **show_more.CAREFUL) for m in ("rgb", "normal")]
-    drawing = [ready.show.drawing, Output("normal", temperature=0.3)]
+    true, rows = ready.show.studio.truth(2 * ready.show.size, max(SCENES) + 1), []
+    drawing = [ready.show.drawing, ready.output("normal", temperature=0.3)]
     for given, first in (("rgb", "normal"), []), (("caption",), drawing):
-        made = ready.generate(tokens, given, [*first, *fine])
-        shown = {m: ready.show.pictures(made, m) for m in ("rgb", "normal", "fine_rgb", "fine_normal")}
+        made = ready.generate(tokens, given, first)
+        shown = {m: ready.show.pictures(made, m) for m in ("rgb", "normal")}
+        shown |= {f"fine_{m}": abilities.expected(ready, made, m, f"fine_{m}") for m in ("rgb", "normal")}
         for b, text in enumerate(ready.show.texts(tokens, "caption")):
             cells = []
             for m in ("rgb", "normal"):
@@ -268,10 +267,11 @@ the judge reads {number("rich", "rgb_from_desc_f1")} of the objects right (F1), 
 instances, outlines, poses with a box around each object, colours, numbers. Normals are off by
 {tasks["normal, degrees"]:.3g} degrees, corners by {tasks["pose, corner"]:.2g} (a cube is 2.0 or 2.6 across)."""),
         "<h2>Twice as many pixels across</h2>",
-        figure("finer.png", "pictures enlarged, drawn finer and rendered", f"""Tokens of 64 pixels become tokens of 128: rgb gains
-{number("fine", "fine_rgb_gain")} dB over the same picture enlarged (true tokens {number("fine", "fine_rgb_gain", "bound")}),
-normals {number("fine", "fine_normal_gain")} ({number("fine", "fine_normal_gain", "bound")}). Below, pictures that were
-themselves drawn, from captions."""),
+        figure("finer.png", "pictures enlarged, drawn finer and rendered", f"""From the tokens of 64 pixels those of 128, decoded
+from the digits that the model expects: rgb gains {number("finer", "the expected digits", "rgb")} dB over the same picture
+enlarged (the true tokens {number("finer", "bound: the true tokens", "rgb")}), normals
+{number("finer", "the expected digits", "normal")} ({number("finer", "bound: the true tokens", "normal")}). Below, pictures
+that were themselves drawn, from captions."""),
         "<h2>One word changed</h2>",
         figure("edits.png", "pictures with one attribute changed", f"""The nearest object's colour, shape or material is
 another one: {number("edits", "color", "follows")} of the pictures follow in colour,

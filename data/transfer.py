@@ -21,7 +21,7 @@ from ready import train_4m
 
 LABELS = (100, 1000, 20000)
 WAYS = {"frozen, linear": 1e-2, "LoRA, rank 8": 3e-3, "all of it": 1e-3, "from scratch": 1e-3}  # and their learning rates
-STEPS, BATCH, RANK, VALID = 500, 64, 8, 1000
+STEPS, BATCH, RANK, VALID = 200, 64, 8, 1000
 CELL = 64  # pixels of a cell of the grid: 8 x 8
 
 
@@ -126,7 +126,7 @@ def teach(ready, model, way, task, tokens, labels):
     rng = torch.Generator().manual_seed(0)
     with torch.enable_grad():
         for step in range(STEPS):
-            optimizer.param_groups[0]["lr"] = WAYS[way] * min(1, (step + 1) / 50, 1.02 - step / STEPS)
+            optimizer.param_groups[0]["lr"] = WAYS[way] * min(1, (step + 1) / 20, 1.02 - step / STEPS)
             rows = torch.randint(len(tokens), (BATCH,), generator=rng)
             with ready.autocast():
                 output = head(tokens[rows].long() & 0xFFFF)
