@@ -112,8 +112,8 @@ def test_other_scenes_are_noticed(root, make, monkeypatch, tmp_path):
 def test_validation_scenes_alone(joined, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(join, "ROOT", tmp_path)
     join.main(list(SETS), val_only=True)
-    assert "--frozen=data/scenes64-rich64-audio64/val.npz" in capsys.readouterr().out
-    name = f"{tmp_path}/scenes64-rich64-audio64/val.npz"
+    assert f"--frozen=data/{'-'.join(SETS)}/val.npz" in capsys.readouterr().out
+    name = f"{tmp_path}/{'-'.join(SETS)}/val.npz"
     again = train_4m.read_frozen(SimpleNamespace(frozen=name, frozen_masks=name))
     assert all(torch.equal(a, b) for a, b in zip(again[:2], joined.frozen)) and again[2] == joined.frozen[2]
 
@@ -121,7 +121,7 @@ def test_validation_scenes_alone(joined, monkeypatch, tmp_path, capsys):
 def test_once_more(joined, make, capsys):
     make(*SETS)
     said = capsys.readouterr().out
-    assert "is there and whole" in said and "--frozen=data/scenes64-rich64-audio64/val.npz" in said
+    assert "is there and whole" in said and f"--frozen=data/{'-'.join(SETS)}/val.npz" in said
 
 
 @pytest.fixture(scope="module")
