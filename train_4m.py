@@ -91,13 +91,6 @@ CONFIGS = {
     "gpu": Config(track="gpu", data="data/scenes128/train", frozen="data/frozen/scenes128.npz",
                   frozen_masks="data/frozen/eval_4m_128.npz", dim=512, enc_depth=6, dec_depth=6, batch=512,
                   micro_batch=256, adam_lr=0.005, target=0.0, eval_every=250),
-    # more modalities of the same scenes, joined by data/join.py
-    "cpu-rich": Config(track="cpu-rich", data="data/scenes64-rich64/train", frozen="data/scenes64-rich64/val.npz",
-                       frozen_masks="data/scenes64-rich64/val.npz", num_steps=3000, target=0.0, eval_every=500),
-    "cpu-fine": Config(track="cpu-fine", data="data/scenes64-fine64/train", frozen="data/scenes64-fine64/val.npz",
-                       frozen_masks="data/scenes64-fine64/val.npz", num_steps=3000, target=0.0, eval_every=500),
-    "cpu-audio": Config(track="cpu-audio", data="data/scenes64-audio64/train", frozen="data/scenes64-audio64/val.npz",
-                        frozen_masks="data/scenes64-audio64/val.npz", num_steps=3000, target=0.0, eval_every=500),
     # the course's own data, of data/course.py; links to texts ask for 512 of 50,304 words per scene: few at a time
     "course": Config(track="course", data="data/course/train", frozen="data/course/val.npz",
                      frozen_masks="data/course/val.npz", pads=True, dim=512, head_dim=64, enc_depth=6, dec_depth=6,
@@ -126,6 +119,10 @@ WORD_LINKS = 3
 for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
     CONFIGS[name] = dataclasses.replace(CONFIGS["gpu"], track=name, dim=dim, enc_depth=24, dec_depth=24, shard=True,
                                         micro_batch=2 ** 15 // dim, target=0.0)
+for name in "rich", "audio", "fine":  # more modalities of the same scenes, joined by data/join.py
+    folder = f"data/scenes64-{name}64"
+    CONFIGS[f"cpu-{name}"] = Config(track=f"cpu-{name}", data=f"{folder}/train", frozen=f"{folder}/val.npz",
+                                    frozen_masks=f"{folder}/val.npz", num_steps=3000, target=0.0)
 ARCHITECTURE = ("dim", "head_dim", "enc_depth", "dec_depth", "mlp_ratio", "dec_self")  # what a checkpoint must agree on
 LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
     "dim": (1, 8192), "head_dim": (1, 256), "enc_depth": (1, 96), "dec_depth": (1, 96), "batch": (1, math.inf),

@@ -10,6 +10,7 @@ import json
 import torch
 
 import abilities
+import search
 import transfer
 from hub import sentences
 from ready import Ready
@@ -60,9 +61,8 @@ which are no whole numbers. A draw has to choose where edges are, and PSNR punis
 The table of 4M-21 in this world: rgb is given. Ten draws together: the mean of pictures, and of texts and codes the one
 that the others agree with most."""),
     "specialists": ("rich", abilities.specialists, "Specialists", """
-Eight models of the same size, each trained for one column of that table and nothing else, 1,000 steps of 64 scenes: the
-ready model has had 500 of each, and 1,000 of normals and depth, among all that it learned. They need
-`data/scenes64-rich64`."""),
+Eight models of the same size, each trained for one column of that table and nothing else, 1,000 steps of 64 scenes; the
+ready model shared its steps among all of its links. They need `data/scenes64-rich64`."""),
     "transfer": ("rich", transfer.transfer, "Transfer", f"""
 Tasks that no training knew, with a linear layer on the encoder's states of rgb: on the frozen model, with it and LoRA of
 rank {transfer.RANK}, with all of it trained, and from scratch. {transfer.STEPS} steps of {transfer.BATCH} each. What is
@@ -81,18 +81,18 @@ which takes a few forward passes in all, and by log p(caption | rgb), which take
     "guidance": ("rich", abilities.guidance, "Guidance by two conditions", """
 A picture from the caption of one scene and the normals of another, which contradict each other, over the weight of the
 caption, that of the normals being 1: u + sum of w (c - u). F1 of the caption's objects, and of the normals' shapes."""),
-    "search": ("rich", abilities.search, "Search at test time", """
+    "search": ("rich", search.best_of_many, "Search at test time", """
 Pictures from descriptions in few steps at temperature 1, the best of 1 to 16. Cycle: the model's own log p(desc | rgb)
 chooses and the judge tells the F1. Judge: it chooses, and the model's own reading tells. Oracle: the judge does both.
 A single draw in one step is nearly always right, and where it is not a likelihood does not know it: search has little
 left to win here."""),
-    "schedules": ("rich", abilities.schedules, "Order and temperature", """
+    "schedules": ("rich", search.schedules, "Order and temperature", """
 Pictures from captions in 16 steps, cosine: the order of cells against how the temperature falls over the tokens."""),
-    "beam": ("rich", abilities.beam, "A beam with look-ahead", f"""
-Pictures from descriptions in one step at temperature 1. In each of {abilities.ROUNDS} rounds {abilities.WIDTH} whole ones
+    "beam": ("rich", search.beam, "A beam with look-ahead", f"""
+Pictures from descriptions in one step at temperature 1. In each of {search.ROUNDS} rounds {search.WIDTH} whole ones
 are drawn, the best keeps a third, then two thirds of its tokens, and the next round draws the rest again; beside it the
 best of as many draws at once. Verifiers are those of search."""),
-    "chains": ("rich", abilities.chains, "Chains", """
+    "chains": ("rich", search.chains, "Chains", """
 Pictures from captions, directly and over what is generated on the way."""),
     "probing": ("rich", abilities.probing, "A glimpse", """
 Pictures drawn from one word, one box, one patch or half a picture: in how many there is something of the nearest object's

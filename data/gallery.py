@@ -18,6 +18,7 @@ import capabilities
 import codec
 import draw
 import previews
+import search
 import show_more
 import wav
 from guidance import Guided
@@ -157,7 +158,7 @@ def curves(found):
         for line, steps in ("-", "1 step"), ("--", "4 steps"):
             row = found["search"][f"{name}, {steps}"]
             ax.plot([int(n) for n in row], list(row.values()), line, color=color, marker="o", label=f"{label}, {steps}")
-    ax.set(xscale="log", xticks=abilities.COUNTS, xticklabels=abilities.COUNTS, xlabel="draws", ylabel="object F1")
+    ax.set(xscale="log", xticks=search.COUNTS, xticklabels=search.COUNTS, xlabel="draws", ylabel="object F1")
     ax.minorticks_off()
     ax.legend(fontsize=7)
     draw.write(FOLDER / "search.png", figure.savefig, format="png", dpi=130)
@@ -185,16 +186,6 @@ def sounds(ready):
 # ------------------------------------------------------------------------------------------------------------
 # The page
 
-STYLE = """
-.strips { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .5rem }
-.strip { width: 128px; height: 128px; overflow: hidden }
-.strip img { max-width: none; margin: 0; transition: none }
-input[type=range] { width: min(25rem, 100%); accent-color: var(--accent) }
-.heard { display: flex; flex-wrap: wrap; gap: 1rem; margin: 0 0 1.5rem }
-.heard img { width: 118px; height: 132px; object-fit: cover; object-position: top }
-.heard div { flex: 1 1 15rem; min-width: 0 }
-audio { display: block; width: 100%; max-width: 20rem; height: 2.25rem; margin: .125rem 0 .5rem }
-"""
 PAGE = """<h1>Any modality from any other</h1>
 <p class="lead">What three small nano4Ms of {parameters} million parameters, trained for an hour or less on one core of a CPU, make of
 scenes that they have never seen. One knows pictures, geometry, outlines, poses, palettes and features, one speech and
@@ -202,18 +193,7 @@ sounds, and one more pixels.</p>
 <nav><a href="../index.html">Leaderboard</a> <a href="../CAPABILITIES.md">Every number</a>
 <a href="../RICH.md">The modalities</a> <a href="../SOUND.md">The sounds</a></nav>
 {sections}
-<script>
-for (const slider of document.querySelectorAll("input[type=range]")) {{
-  const images = slider.closest("figure").querySelectorAll(".strip img"), out = slider.closest("figure").querySelector("output");
-  const values = slider.dataset.values.split(" ");
-  const show = () => {{
-    for (const image of images) image.style.transform = `translateX(${{-128 * slider.value}}px)`;
-    out.textContent = values[slider.value];
-  }};
-  slider.addEventListener("input", show);
-  show();
-}}
-</script>
+<script src="sliders.js"></script>
 <footer class="quiet"><p>Made by <code>python data/gallery.py</code> from the ready weights; numbers are those of
 <a href="../capabilities.json">capabilities.json</a>.</p></footer>
 </body>
@@ -254,7 +234,7 @@ def page(found):
     """The page as text. found: what capabilities.json holds."""
     def number(section, row, column="model"):
         return f"{found[section][row][column]:.3g}"
-    tasks, search = found["tasks"]["eight steps"], found["search"]["cycle, 1 step"]
+    tasks, draws = found["tasks"]["eight steps"], found["search"]["cycle, 1 step"]
     sections = [
         "<h2>A picture from anything</h2>",
         figure("any_to_rgb.png", "scenes drawn from each modality alone", f"""Each row is drawn from one modality alone: the
@@ -283,7 +263,7 @@ another one: {number("edits", "color", "follows")} of the pictures follow in col
                "contradict each other: at 0 the geometry alone decides."),
         "<h2>Search</h2>",
         figure("search.png", "F1 against the number of draws", f"""Pictures from descriptions in a single hasty step, the best of
-several by what the model itself thinks of them: from {search["1"]:.2g} to {search["8"]:.2g} with eight draws."""),
+several by what the model itself thinks of them: from {draws["1"]:.2g} to {draws["8"]:.2g} with eight draws."""),
         "<h2>Retrieval</h2>",
         figure("retrieved.png", "captions and the nearest pictures", f"""A caption becomes eight tokens of features, and these
 find pictures: the right one of 2,000 comes first for {number("retrieval", "caption", "R@1")} of captions and
@@ -296,7 +276,7 @@ gets {number("audio", "caption_from_speech_word_errors")} of the words wrong.</p
     *most, last = (f"{parameters(weights) / 1e6:.1f}" for weights, _ in list(capabilities.MODELS.values())[1:])
     sizes = f"{', '.join(most)} and {last}"
     body = PAGE.format(sections="\n".join(sections), parameters=sizes)
-    return head("modded-nano4M: any modality from any other", "../page.css", STYLE) + body
+    return head("modded-nano4M: any modality from any other", "../page.css") + body
 
 
 @sentences("gallery.py")

@@ -45,7 +45,7 @@ HEAD = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <link rel="icon" href="data:,">
-<link rel="stylesheet" href="{css}">{style}
+<link rel="stylesheet" href="{css}">
 </head>
 <body>
 """
@@ -114,9 +114,9 @@ def shell(text):
     """Commands, their comments set apart."""
     return "<pre>" + re.sub(r"(?m)(^|[ ]+)(#.*)$", r"\1<i>\2</i>", html.escape(text.strip(), quote=False)) + "</pre>"
 
-def head(title, css, style=""):
-    """The beginning of a page, up to its body; css: where page.css is, style: rules of its own."""
-    return HEAD.format(title=title, css=css, style=f"\n<style>{style}</style>" if style else "")
+def head(title, css):
+    """The beginning of a page, up to its body; css: where page.css is."""
+    return HEAD.format(title=title, css=css)
 
 def picture(path, link, alt, caption=""):
     """A figure, a sample if it has a caption; its size is in the page, so that this does not jump while it loads."""

@@ -10,6 +10,7 @@ import torch
 import abilities
 import capabilities
 import rich
+import search
 import studio
 import train_4m
 from guidance import Guided
@@ -121,8 +122,8 @@ def test_a_beam_keeps_the_best(rich_set):
         return rows[:, span].float().mean(1)
     stub = SimpleNamespace(layout=layout, generate=generate, output=train_4m.Output,
                            only=lambda tokens, m: layout.valid(tokens) & (layout.kind == layout.names.index(m)))
-    rank = abilities.random_order(rich_set.tokens)
-    rows = abilities.in_rounds(stub, rich_set.tokens, ("desc",), rank, (1 / 3, 2 / 3, 1), (1.0,) * 3, 4, total)
+    rank = search.random_order(rich_set.tokens)
+    rows = search.in_rounds(stub, rich_set.tokens, ("desc",), rank, (1 / 3, 2 / 3, 1), (1.0,) * 3, 4, total)
     shares = [known[:, span].float().mean().item() for _, known in seen]
     assert shares == pytest.approx([0] * 4 + [21 / 64] * 4 + [43 / 64] * 4)
     finished = [[generate(*case, [], 1 + i + k) for k in range(4)] for i, case in ((0, seen[0]), (4, seen[4]), (8, seen[8]))]
