@@ -25,6 +25,7 @@ from texts import parse_boxes, parse_desc
 PICTURES = ("normal", "depth", "seg", "inst")
 ROWS = ("bbox", "desc", "pose", "feat_global")
 DRAWS = 10  # of an ensemble
+LESSONS = 1000  # steps of a specialist
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def tasks(ready, n=150):
     return {name: truth.measure(made) for name, made in rows.items()}
 
 
-def specialists(ready, n=150, steps=1000):
+def specialists(ready, n=150, steps=LESSONS):
     """The same of models of the same size that have learned one of its columns and nothing else."""
     truth, tokens = Truth(ready, n), lessons.training_tokens(ready)
     models = {m: lessons.learn(ready, lessons.fresh(ready), ((("rgb",), (m,)),), steps, tokens)

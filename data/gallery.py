@@ -6,6 +6,7 @@
 import argparse
 import html
 import json
+import re
 import sys
 
 import numpy as np
@@ -187,7 +188,7 @@ def sounds(ready):
 # The page
 
 PAGE = """<h1>Any modality from any other</h1>
-<p class="lead">What three small nano4Ms of {parameters} million parameters, trained for an hour or less on one core of a CPU, make of
+<p class="lead">What three small nano4Ms of {parameters} million parameters, trained for {minutes} minutes on one core of a CPU, make of
 scenes that they have never seen. One knows pictures, geometry, outlines, poses, palettes and features, one speech and
 sounds, and one more pixels.</p>
 <nav><a href="../index.html">Leaderboard</a> <a href="../CAPABILITIES.md">Every number</a>
@@ -228,6 +229,16 @@ def heard(told):
 def parameters(name):
     with safe_open(FROZEN / f"{name}.safetensors", "pt") as file:
         return sum(file.get_tensor(key).numel() for key in file.keys())
+
+
+def seconds(name):
+    """How long a ready model was trained, by its log."""
+    return float(re.findall(r"(?m)^train_seconds: (.+)$", (FOLDER.parent / f"{name}.log").read_text())[-1])
+
+
+def listed(words):
+    *most, last = words
+    return f"{', '.join(most)} and {last}"
 
 
 def page(found):
@@ -273,9 +284,10 @@ find pictures: the right one of 2,000 comes first for {number("retrieval", "capt
 of those of the true tokens {number("audio", "speech_from_caption_word_errors", "bound")}. Listening to the voices, the model
 gets {number("audio", "caption_from_speech_word_errors")} of the words wrong.</p>""",
         heard(json.loads((FOLDER / "captions.json").read_text()))]
-    *most, last = (f"{parameters(weights) / 1e6:.1f}" for weights, _ in list(capabilities.MODELS.values())[1:])
-    sizes = f"{', '.join(most)} and {last}"
-    body = PAGE.format(sections="\n".join(sections), parameters=sizes)
+    names = [weights for weights, _ in list(capabilities.MODELS.values())[1:]]  # the first one is README's
+    sizes = listed(f"{parameters(name) / 1e6:.1f}" for name in names)
+    times = listed(f"{seconds(name) / 60:.0f}" for name in names)
+    body = PAGE.format(sections="\n".join(sections), parameters=sizes, minutes=times)
     return head("modded-nano4M: any modality from any other", "../page.css") + body
 
 

@@ -21,8 +21,9 @@ from ready import train_4m
 
 LABELS = (100, 20000)
 WAYS = {"frozen, linear": 1e-2, "LoRA, rank 8": 3e-3, "all of it": 1e-3, "from scratch": 1e-3}  # and their learning rates
-STEPS, BATCH, RANK, VALID = 200, 64, 8, 1000
-CELL = 64  # pixels of a cell of the grid: 8 x 8
+STEPS, BATCH, RANK = 200, 64, 8  # of training, and of LoRA's matrices
+VALID = 1000  # validation scenes
+ADDED_STEPS, ADDED_SCENES = 600, 5000  # for a modality that is added
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def shadows(codes, coder):
     return masks[:, 0], torch.from_numpy(np.concatenate(rows).astype(np.int16))
 
 
-def added(ready, steps=600, scenes=5000, valid=250):
+def added(ready, steps=ADDED_STEPS, scenes=ADDED_SCENES, valid=250):
     """{taught how: {..}}: how well it draws shadows, and what it has lost meanwhile of the rest, in nats a token."""
     coder, codes = tokenizer.load_tokenizer("cpu"), training_codes(ready)[:scenes]
     truth, true_rows = shadows(valid_codes(valid), coder)
