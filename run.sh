@@ -71,9 +71,14 @@ prepare() {  # prepare TASK TRACK [--field=value ...]: the data a script trains 
             cpu-rich|cpu-audio|cpu-fine) $PY -u data/scenes.py; $PY -u data/scenes.py "--${track#cpu-}"; set -- join scenes64 "${track#cpu-}64";;
             *) set -- scenes;;
         esac;;
-        "gpt ") if [[ $track = gpu* ]]; then set -- fineweb; else set -- shakespeare; fi;;
+        "gpt ") case $track in gpu*) set -- fineweb;; cpu-code) set -- pycode;; *) set -- shakespeare;; esac;;
         "maskgit text") set -- shakespeare;;
-        "flow "|"maskgit ") if [[ $track = gpu* ]]; then set -- scenes --objects --size=128; else set -- scenes --objects; fi;;
+        "flow ") case $track in
+            gpu*) set -- scenes --objects --size=128;;
+            cpu-mnist) set -- mnist;;
+            *) set -- scenes --objects;;
+        esac;;
+        "maskgit ") if [[ $track = gpu* ]]; then set -- scenes --objects --size=128; else set -- scenes --objects; fi;;
         "vlm ") if [[ $track = gpu* ]]; then set -- scenes --qa --num=200000; else set -- scenes --qa; fi;;
         "gpt scenes") set -- scenes --objects;;
         *" mnist14") set -- mnist;;

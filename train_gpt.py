@@ -823,7 +823,7 @@ def generate(model, tokens, options, seed=0, cache=None):
 # --- frozen: eval ---
 EVAL_BATCH = 64  # windows at a time; so many are predicted a second time
 # tokens of a window, how far on the next one is, and of how many log-probabilities a batch is at most
-EVAL_WINDOWS = {"cpu": (256, 128, 2 ** 26), "cpu-code": (256, 128, 2 ** 26), "gpu": (2048, 1024, 2 ** 29)}
+EVAL_WINDOWS = {"cpu": (256, 128, 2 ** 26), "cpu-code": (256, 128, 2 ** 26), "gpu": (1024, 1024, 2 ** 29)}
 
 
 def eval_sha256(*paths):
@@ -893,7 +893,7 @@ def check_again(model, stream, seen, vocab):
 def evaluate(model, stream, vocab, config, rank, world):
     """Mean cross-entropy in nats of stream[1:] (N,), tokens of a vocabulary, and further numbers for the footer.
 
-    Windows overlap; a token counts in the first one that holds it. model.log_probs(tokens (B, T)) has one window in
+    Windows may overlap; a token counts in the first one that holds it. model.log_probs(tokens (B, T)) has one window in
     each row and gives float32 (B, T, vocab): at each place, of the next token. It is checked by target_log_probs and
     check_again; the model's tensors must be the same afterwards. Ranks share the windows; all get the result.
     """

@@ -92,6 +92,7 @@ class Options:
 
 CONFIGS = {
     "cpu": Config(),
+    "cpu-mnist": Config(track="cpu-mnist", data="data/mnist/train", frozen="data/frozen/mnist32.npz", target=0.0),
     # the course's numbers: 19,500 steps of 256 images are 100 epochs of CIFAR-10's 50,000
     "gpu": Config(track="gpu", data="data/objects128/train", pixels="pixels64", frozen="data/frozen/objects128.npz",
                   dim=256, head_dim=32, depth=10, batch=256, num_steps=19500, target=0.0, eval_every=1950),

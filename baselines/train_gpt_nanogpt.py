@@ -15,10 +15,10 @@ here, and why:
           head      the 50,257 tokens that there are, not filled up to 50,304: the evaluation asks for no others
           steps     20,000, not 600,000: 10 billion tokens and not 300
 
-Learned positions end at the context, which is 1,024 on the gpu track, where the evaluation's windows are of 2,048. A
-longer row is read in windows of the context that overlap by half, and a token is predicted in the first one that holds
-it: from all tokens before it as long as these fit, and from no fewer than half a context of them further on. Samples
-are drawn without a cache, as nanoGPT draws them: once the context is full, every token moves to another position.
+Learned positions end at the context. A longer row, such as the cpu tracks' windows of 256 tokens, is read in windows of
+the context that overlap by half, and a token is predicted in the first one that holds it: from all tokens before it as
+long as these fit, and from no fewer than half a context of them further on. Samples are drawn without a cache, as
+nanoGPT draws them: once the context is full, every token moves to another position.
 
     python baselines/train_gpt_nanogpt.py             # the cpu track, data from `python data/shakespeare.py`
     torchrun --standalone --nproc_per_node=8 baselines/train_gpt_nanogpt.py     # the gpu track, data/fineweb.py
@@ -628,7 +628,7 @@ def generate(model, tokens, options, seed=0):
 # --- frozen: eval ---
 EVAL_BATCH = 64  # windows at a time; so many are predicted a second time
 # tokens of a window, how far on the next one is, and of how many log-probabilities a batch is at most
-EVAL_WINDOWS = {"cpu": (256, 128, 2 ** 26), "cpu-code": (256, 128, 2 ** 26), "gpu": (2048, 1024, 2 ** 29)}
+EVAL_WINDOWS = {"cpu": (256, 128, 2 ** 26), "cpu-code": (256, 128, 2 ** 26), "gpu": (1024, 1024, 2 ** 29)}
 
 
 def eval_sha256(*paths):
@@ -698,7 +698,7 @@ def check_again(model, stream, seen, vocab):
 def evaluate(model, stream, vocab, config, rank, world):
     """Mean cross-entropy in nats of stream[1:] (N,), tokens of a vocabulary, and further numbers for the footer.
 
-    Windows overlap; a token counts in the first one that holds it. model.log_probs(tokens (B, T)) has one window in
+    Windows may overlap; a token counts in the first one that holds it. model.log_probs(tokens (B, T)) has one window in
     each row and gives float32 (B, T, vocab): at each place, of the next token. It is checked by target_log_probs and
     check_again; the model's tensors must be the same afterwards. Ranks share the windows; all get the result.
     """

@@ -54,6 +54,7 @@ class Residual(nn.Module):
 
 class Judge(nn.Module):
     """Pictures (B, 3, 64, 64) in [0, 1] -> logits (B, 1 + 3 + 8 + 2 + 2, 8, 8): occupied, then HEADS."""
+    classes = len(world.CLASSES)  # of close-ups
 
     def __init__(self):
         super().__init__()

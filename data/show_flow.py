@@ -6,6 +6,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
+import digits
 import draw
 import judge as judges
 import world
@@ -15,6 +16,7 @@ SHEET_STEPS = 25  # of Heun's that the sheet's classes are drawn in, and the ima
 CHURN = 0.5  # of Heun's: Frechet distances of six draws are 1.5 to 2.9, without 1.4 to 3.5, and more classes are right
 GUIDANCE = 1.5  # of both, unless the model cannot be guided: after 2,700 steps the judge sees 94 % right, not 89 %
 PART = 250  # images drawn at a time
+DIGITS = "data/frozen/mnist32.npz", "data/mnist/val.npz"  # which digits.py judges
 
 
 def to_unit(images):
@@ -35,16 +37,18 @@ def churn_of(model, solver):
 
 
 class Show:
-    """Opened before the clock starts: the names of the classes, and the judge, if the images are of our objects."""
+    """Opened before the clock starts: the names of the classes, and the judge of our objects or of digits."""
 
     def __init__(self, script, run, classes):
-        ours = run.config.frozen in [config.frozen for config in script.CONFIGS.values()]
         self.script, self.seed = script, run.config.seed
-        self.judge = judges.load(run.device) if ours else None
-        self.names = world.CLASSES if ours else class_names(script.ROOT / run.config.frozen, classes)
+        self.judge, self.names = None, class_names(script.ROOT / run.config.frozen, classes)
+        if run.config.frozen in DIGITS:
+            self.judge, self.reference = digits.load(run.device), "exact"
+        elif run.config.frozen in [config.frozen for config in script.CONFIGS.values()]:
+            self.judge, self.reference, self.names = judges.load(run.device), "objects_exact", world.CLASSES
         self.classes = torch.arange(classes, device=run.device)
         self.few = self.classes[::max(1, classes // 3)][:3]
-        n = run.options.quality_pictures if ours else 0
+        n = run.options.quality_pictures if self.judge else 0
         self.wanted = self.classes.repeat(-(-n // classes))[:n]
         # without --label_drop a model never learns what images without a label look like; one class is all images
         guided = classes > 1 and any(checkpoints.label_drops(run))
@@ -121,4 +125,4 @@ class Show:
         made = [self.sample(model, part, steps, solver, guidance=self.guidances[-1], seed=i) for i, part in parts]
         made = to_unit(torch.cat(made))
         return (round(self.judge.accuracy(made, self.wanted), 4),
-                round(self.judge.frechet_distance(made, "objects_exact"), 3))
+                round(self.judge.frechet_distance(made, self.reference), 3))

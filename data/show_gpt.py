@@ -7,12 +7,13 @@ import tokenize
 import torch
 from tqdm import tqdm
 
+import digits
 import speculate
 import streams
 from kv_cache import KVCache
 
 PICTURE_TOKENS = {"scenes": 64, "patches2": 49}  # of a picture, by the encoding of a stream of pictures
-PER_LABEL, PER_ROW = 4, 8
+PER_LABEL, PER_ROW, JUDGED_PER_LABEL = 4, 8, 40
 TEXTS, TEMPERATURE = 40, 0.8  # texts whose words are looked at, and how they are drawn, whatever the samples' options
 KNOWN_TOKENS = 10_000_000  # of the training stream, the first ones of its first file, whose words are known
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
@@ -80,7 +81,7 @@ class Show:
         with torch.autocast(self.device.type, enabled=False):  # casting all weights for one token takes longer
             if self.is_pictures:
                 self.sheet(model, folder / "gpt.png")
-                return {}
+                return self.judged(model) if self.options.quality_tokens else {}
             return self.text(model, folder / "gpt.txt")
 
     def text(self, model, path):
@@ -132,10 +133,23 @@ class Show:
     def sheet(self, model, path):
         """Pictures of every label, four each."""
         import draw
+        pictures = list(self.drawn_pictures(model, self.labels.repeat_interleave(PER_LABEL)))
+        draw.sheet([pictures[i:i + PER_ROW] for i in range(0, len(pictures), PER_ROW)], path)
+
+    def drawn_pictures(self, model, labels):
+        """Pictures (B, 3, S, S) of the tokens that continue labels (B,), which are tokens too."""
         length = PICTURE_TOKENS[self.meta["encoding"]]
         options = dataclasses.replace(self.options, sample_tokens=length)
-        tokens = self.generate(model, self.labels.repeat_interleave(PER_LABEL)[:, None], options)
+        tokens = self.generate(model, labels[:, None], options)
         bar = tqdm(tokens, total=length, desc="samples", unit="token", dynamic_ncols=True)
-        drawn = torch.cat(list(bar), 1).clamp(max=self.meta["document_start"] - 1)
-        pictures = list(self.studio.pictures(drawn))
-        draw.sheet([pictures[i:i + PER_ROW] for i in range(0, len(pictures), PER_ROW)], path)
+        return self.studio.pictures(torch.cat(list(bar), 1).clamp(max=self.meta["document_start"] - 1))
+
+    def judged(self, model):
+        """The share of pictures in which a judge sees the class that was asked for, if it knows the classes."""
+        judge, reference = digits.judge_of_tokens(self.studio, self.device)
+        if judge.classes != len(self.labels):
+            return {}
+        labels = self.labels.repeat(JUDGED_PER_LABEL)
+        pictures = self.drawn_pictures(model, labels)
+        return {"quality_class_accuracy": round(judge.accuracy(pictures, labels - self.labels[0]), 4),
+                "quality_frechet": round(judge.frechet_distance(pictures, reference), 3)}

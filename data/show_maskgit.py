@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
+import digits
 import draw
-import judge as judges
 import streams
 import studio
 import world
@@ -86,13 +86,13 @@ class Show:
 
     def open_judge(self, run):
         """The judge, if it can judge these pictures. Raises Fault."""
-        known, wanted = len(world.CLASSES), run.options.quality_pictures
-        if len(self.classes) != known or self.side % 8:
-            raise self.script.Fault(f"the judge knows the {known} classes of data/objects64 and not those of "
-                                    f"{run.config.frozen}: pass --quality_pictures=0")
+        self.judge, self.reference = digits.judge_of_tokens(self.studio, run.device)
+        if len(self.classes) != self.judge.classes:
+            raise self.script.Fault(f"the judge knows {self.judge.classes} classes and not those of {run.config.frozen}: "
+                                    "pass --quality_pictures=0")
         if not self.per_class:
-            raise self.script.Fault(f"--quality_pictures={wanted} is less than one for each of the {known} classes")
-        self.judge = judges.load(run.device)
+            raise self.script.Fault(f"--quality_pictures={run.options.quality_pictures} is less than one for each of the "
+                                    f"{self.judge.classes} classes")
 
     def show(self, model, folder):
         tasks = len(TEXT_STEPS) + 2 if self.is_text else 3
@@ -209,13 +209,13 @@ class Show:
         labels = self.classes.repeat(per_class)
         pictures = self.drawn(model, f"in {steps} steps", steps, labels)
         return (round(self.judge.accuracy(pictures, labels), 4),
-                round(self.judge.frechet_distance(pictures, "objects_decoded"), 3))
+                round(self.judge.frechet_distance(pictures, self.reference), 3))
 
     def drawn(self, model, what, steps, *given):
-        """Pictures as the judge knows them, of 64 pixels, for labels and perhaps tokens and masks; one task of the bar."""
+        """Pictures as the judge knows them, for labels and perhaps tokens and masks; one task of the bar."""
         self.bar.set_postfix_str(f"{len(given[0])} pictures {what}")
         settings = {"steps": steps, "guidance": self.guidance, "order": self.order}
         parts = zip(*(part.split(PART) for part in given))
         tokens = [self.script.generate(model, *part, seed=i, **settings) for i, part in enumerate(parts)]
         self.bar.update()
-        return F.avg_pool2d(self.studio.pictures(torch.cat(tokens)), self.side // 8)
+        return F.avg_pool2d(self.studio.pictures(torch.cat(tokens)), max(1, self.side // 8))

@@ -104,7 +104,7 @@ def describe_track(args, log, root):
     files = args.eval_file or [value for value in fields.values() if isinstance(value, str) and
                                value.startswith("data/") and Path(root, value).is_file()]
     track = {"task": foot["task"], "track": foot["track"], "data": args.data, "data_sha256": foot["data_sha256"],
-             "eval_sha256": foot["eval_sha256"], **hashes, "target": foot["target"],
+             "eval_sha256": [foot["eval_sha256"]], **hashes, "target": foot["target"],
              "floors": parse_floors(args.floor), "device": device,
              "command": f"./run.sh {foot['task']} --track={foot['track']}", "eval_config": fixed}
     found = eval_sha256(log["source"], [Path(root, file) for file in files])

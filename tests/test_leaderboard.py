@@ -12,7 +12,7 @@ import rules
 SCRIPT = "import torch\nprint('hello')\n"
 # A script as awkward as can be: it holds rules, step lines and a footer of its own, and a form feed.
 NASTY = f'text = """\n{rules.RULE}\nstep:9/9 val_loss:0.1 train_time:1ms\n{rules.RULE}\nval_loss: 0.1\n"""\n\x0c\n'
-TRACK = dict(task="4m", track="cpu", data="scenes, 64 px", data_sha256="ab12", eval_sha256="cd34", run_sha256=["11"],
+TRACK = dict(task="4m", track="cpu", data="scenes, 64 px", data_sha256="ab12", eval_sha256=["cd34"], run_sha256=["11"],
              frozen_sha256=["22"], target=3.0, floors={"quality_f1": [">=", 0.9]}, device="cpu",
              baseline=dict(recipe="the course's nano4M", reached=True, seconds=100.0, loss=2.9,
                            parameters_and_buffers=1000, eval_seconds=0.1))

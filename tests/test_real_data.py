@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import checks
+import digits
 import draw
 import easy_vqa
 import mnist
@@ -306,6 +307,38 @@ def digits14(root, npm, monkeypatch):
     return root / "mnist14"
 
 
+def frozen_digits():
+    """Pictures (1000, 3, 32, 32) in [0, 1] and labels (1000,) of the frozen validation digits, which stand there twice."""
+    with np.load(ROOT / "data/frozen/mnist32.npz") as arrays:
+        pictures, labels = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("pixels32", "label"))
+    assert pictures.shape == (2000, 3, 32, 32) and (pictures[:1000] == pictures[1000:]).all()
+    return pictures[:1000] / 255, labels[:1000, 0]
+
+
+def test_judge_reads_validation_digits():
+    pictures, labels = frozen_digits()
+    judge = digits.load()
+    assert judge.accuracy(pictures, labels) > 0.97 and judge.accuracy(pictures, (labels + 1) % 10) < 0.02
+    own = judge.frechet_distance(pictures, "exact")
+    assert own < 0.01 < judge.frechet_distance(pictures[:200], "exact") < judge.frechet_distance(1 - pictures, "exact")
+    for wrong in (pictures[:2, :1], torch.zeros(2, 3, 64, 64)):
+        with pytest.raises(ValueError, match="S 32 or 56, not"):
+            judge.look(wrong)
+    with pytest.raises(ValueError, match="2 pictures and 1 labels"):
+        judge.accuracy(pictures[:2], labels[:1])
+
+
+def test_judge_reads_digits_of_tokens():
+    """The validation digits as tokens: 28 pixels across in the frozen pictures, 14 in tokens."""
+    pictures, labels = frozen_digits()
+    grey = (255 * pictures[:, 0, 2:30, 2:30]).byte().numpy()
+    tokens = torch.from_numpy(mnist.tokens_of(grey).astype(np.int64))
+    shown = studio.Studio(decoder="patches2")
+    judge, reference = digits.judge_of_tokens(shown, "cpu")
+    pictures = shown.pictures(tokens)
+    assert judge.accuracy(pictures, labels) > 0.96 and judge.frechet_distance(pictures, reference) < 0.01
+
+
 def test_gpt_trains_on_digits(digits14, tmp_path, monkeypatch):
     footer, where = train_on("gpt", monkeypatch, tmp_path, [
         f"--data={digits14}", "--dim=32", "--head_dim=16", "--depth=1", "--orders=2", "--grams=64", "--batch=8",
@@ -313,13 +346,17 @@ def test_gpt_trains_on_digits(digits14, tmp_path, monkeypatch):
     assert footer["steps"] == 2
     with Image.open(where / "samples/gpt.png") as sheet:  # 40 digits, eight a row
         assert sheet.height == 5 * (draw.CELL + draw.LABEL + draw.GAP) + draw.GAP
+    numbers = rules.parse_log(next((where / "logs").iterdir()))["footer"]
+    assert 0 <= numbers["quality_class_accuracy"] < 0.5 and numbers["quality_frechet"] > 1, "after two steps"
 
 
 def test_maskgit_trains_on_digits(digits14, tmp_path, monkeypatch):
     argv = [f"--data={digits14}/train", f"--frozen={digits14}/val.npz", f"--frozen_masks={digits14}/val.npz",
             "--dim=32", "--head_dim=16", "--depth=1", "--batch=8"]
-    footer, where = train_on("maskgit", monkeypatch, tmp_path, [*argv, "--quality_pictures=0"])
+    footer, where = train_on("maskgit", monkeypatch, tmp_path, [*argv, "--quality_pictures=10"])
     made = {path.name for path in (where / "samples").iterdir() if path.is_file()}
+    numbers = rules.parse_log(next((where / "logs").iterdir()))["footer"]
+    assert 0 <= numbers["quality_class_accuracy"] < 0.8 and numbers["quality_frechet"] > 1, "after two steps"
     assert footer["steps"] == 2 and made == {"maskgit.png", "maskgit_steps.gif"}
 
 
@@ -353,7 +390,7 @@ def test_missing_digits_name_their_script(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, script", [
     ("gpt cpu --data=mnist14", "mnist"), ("maskgit cpu --data=data/mnist14/train", "mnist"),
-    ("flow gpu --data=data/mnist/train", "mnist"), ("vlm cpu --data=data/easy_vqa/train", "easy_vqa"),
+    ("flow gpu --data=data/mnist/train", "mnist"), ("flow cpu-mnist", "mnist"), ("gpt cpu-code", "pycode"), ("vlm cpu --data=data/easy_vqa/train", "easy_vqa"),
     ("gpt cpu --data=scenes", "scenes --objects"), ("flow cpu --data=data/here/train", ""),
     ("4m gpu-l", "scenes --size=128"), ("flow gpu", "scenes --objects --size=128"),
     ("flow cpu --data=/elsewhere/mnist/train", ""), ("gpt cpu --data=mine", "")])

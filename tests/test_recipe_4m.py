@@ -339,4 +339,4 @@ def test_its_log_opens_a_track(tiny, tmp_path):  # noqa: F811
     folder = submit.submit(args, root)
     track = json.loads((folder.parent / "track.json").read_text())
     assert track["baseline"]["recipe"] == "the course's nano4M" and track["baseline"]["reached"] is False
-    assert track["eval_sha256"] == foot["eval_sha256"] and (folder / SCRIPT.name).exists()
+    assert track["eval_sha256"] == [foot["eval_sha256"]] and (folder / SCRIPT.name).exists()
