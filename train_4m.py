@@ -55,6 +55,7 @@ class Config:
     mlp_ratio: int = 4  # hidden channels of an MLP per channel
     dec_self: bool = False  # in the decoder the targets of a modality attend to each other too, as in 4M
     shard: bool = False  # divide the blocks among the processes by FSDP2: for what one GPU cannot hold
+    recompute: bool = False  # of a divided block keep what enters it alone; the backward pass computes the rest again
     # optim
     muon_lr: float = 0.02  # of hidden matrices
     momentum: float = 0.9  # of Muon
@@ -114,11 +115,11 @@ LINKS = ((("rgb",), ("desc", "bbox", "caption")), (("desc",), ("rgb",)), (("capt
          (("speech",), ("caption",)), (("caption", "timing", "voice"), ("speech",)), (("rgb",), ("sound",)),
          (("desc",), ("sound",)), (("sound",), ("desc",)), None)
 WORD_LINKS = 3
-# 4M's L and XL, for which weights, gradients and momentum are divided among the GPUs; scenes at a time as many as leave
-# dim x blocks x scenes, and with it the memory of activations, what it is for gpu
-for name, dim in ("gpu-l", 1024), ("gpu-xl", 2048):
-    CONFIGS[name] = dataclasses.replace(CONFIGS["gpu"], track=name, dim=dim, enc_depth=24, dec_depth=24, shard=True,
-                                        micro_batch=2 ** 15 // dim, target=0.0)
+# 4M's L and XL, for which weights, gradients and momentum are divided among the GPUs. L has as many scenes at a time as
+# leave dim x blocks x scenes, and with it the memory of activations, what it is for gpu; XL would have 16
+CONFIGS["gpu-l"] = dataclasses.replace(CONFIGS["gpu"], track="gpu-l", dim=1024, enc_depth=24, dec_depth=24, shard=True,
+                                       micro_batch=32)
+CONFIGS["gpu-xl"] = dataclasses.replace(CONFIGS["gpu-l"], track="gpu-xl", dim=2048, recompute=True, micro_batch=64)
 for name in "rich", "audio", "fine":  # more modalities of the same scenes, joined by data/join.py
     folder = f"data/scenes64-{name}64"
     CONFIGS[f"cpu-{name}"] = Config(track=f"cpu-{name}", data=f"{folder}/train", frozen=f"{folder}/val.npz",
@@ -142,6 +143,8 @@ def check_config(config, run, layout, valid_scenes):
     if config.image_targets > images or config.text_targets > texts:
         raise Fault(f"--image_targets={config.image_targets}, --text_targets={config.text_targets}: a scene has places "
                     f"for {images} and {texts}")
+    if config.recompute and not config.shard:
+        raise Fault("--recompute=true is for divided blocks: pass --shard=true")
     if config.shard:
         import_ours("sharding").check(run, valid_scenes)
 

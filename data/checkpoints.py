@@ -23,7 +23,8 @@ from shards import check_file, first_line, printable
 FULL_STATE = StateDictOptions(full_state_dict=True)  # of a model that is sharded, too
 ON_RANK_0 = StateDictOptions(full_state_dict=True, cpu_offload=True)
 COUNTERS = ("step", "tokens", "flops", "seconds")  # of a Run
-MAY_CHANGE = {"num_steps", "eval_every", "target", "shard"}  # fields of Config that a resumed run may have another of
+# fields of Config that a resumed run may have another of
+MAY_CHANGE = {"num_steps", "eval_every", "target", "shard", "recompute"}
 
 
 def write_safely(path, save, value, *more):

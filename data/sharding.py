@@ -6,6 +6,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def check(run, valid_scenes):
@@ -31,6 +32,8 @@ def shard_blocks(model, blocks, run, init_weights):
     policy = MixedPrecisionPolicy(weights, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (run.world,))
     for block in blocks:
+        if run.config.recompute:
+            block.forward = recomputed(block.forward)
         fully_shard(block, mesh=mesh, mp_policy=policy)
         block.set_gradient_divide_factor(1.0)
         block.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
@@ -38,6 +41,13 @@ def shard_blocks(model, blocks, run, init_weights):
     register_fsdp_forward_method(model, "hidden")
     model.to_empty(device=device)
     init_weights(types.SimpleNamespace(named_parameters=lambda: whole_parameters(model, device)))
+
+
+def recomputed(forward):
+    """A block's forward that keeps nothing but what enters it: the backward pass calls it once more."""
+    def again(*inputs, **named):
+        return checkpoint(forward, *inputs, use_reentrant=False, **named)
+    return again
 
 
 @torch.no_grad()

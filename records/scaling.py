@@ -47,8 +47,9 @@ COMPILED = "blocks any length, 128 scenes at a time,"  # the way that came close
 GPU_STEP = re.compile(rf"(?m)^{COMPILED} (.*), (\S+)\) compile \S+ step (\S+)ms (\S+) TF/s$")
 WHOLE_MEMORY = re.compile(r"(?m)^blocks static muon .* mem (\d+)$")  # MiB at most, all 512 scenes at a time
 # 4M's (arXiv:2312.06647) and ours: channels, blocks of encoder and of decoder, whether they are divided among the GPUs
-SIZES = {"gpu": (512, 6, False), "4M-B": (768, 12, False), "4M-L, gpu-l": (1024, 24, True),
-         "4M-XL, gpu-xl": (2048, 24, True)}
+# dim, blocks of encoder and of decoder, divided among the GPUs, with activations computed again
+SIZES = {"gpu": (512, 6, False, False), "4M-B": (768, 12, False, False), "4M-L, gpu-l": (1024, 24, True, False),
+         "4M-XL, gpu-xl": (2048, 24, True, True)}
 TIMED = "<!-- timed -->"  # in docs/SCALING.md before what only a whole run of this script may change
 ADAM_PASSES = 7  # over a parameter: reads it, its gradient and two moments, writes all but the gradient
 # over the global batch, 8 bytes per place: random numbers, sorts and comparisons of a course step, counted roughly
@@ -287,7 +288,7 @@ def bytes_table(stacks, rest, sharded):
 def sizes_table(script, layout, activations):
     """Parameters and memory of train_4m.py's gpu track in 4M's sizes. activations: bytes per dim x block x scene."""
     rows, gpu = [], script.CONFIGS["gpu"]
-    for name, (dim, depth, divided) in SIZES.items():
+    for name, (dim, depth, divided, recompute) in SIZES.items():
         config = dataclasses.replace(gpu, dim=dim, enc_depth=depth, dec_depth=depth)
         blocks, memory = [], {}
         for dec_self in (False, True):
@@ -298,6 +299,9 @@ def sizes_table(script, layout, activations):
                 total = sum(p.numel() for p in model.parameters())
         at_a_time = gpu.micro_batch * gpu.dim * gpu.enc_depth // (dim * depth)
         kept = activations * dim * 2 * depth * at_a_time
+        if recompute:  # what enters blocks, in float32 and at most all places of a scene, and the inside of one
+            at_a_time = script.CONFIGS["gpu-xl"].micro_batch
+            kept = (4 * layout.size * 2 * depth + activations) * dim * at_a_time
         states = [f"{plain / 1e9:.1f} / {more / 1e9:.1f}" for plain, more in zip(*memory.values())]
         rows.append([name, dim, f"{depth} + {depth}", f"{total / 1e6:,.0f}",
                      *(f"{count / 1e6:,.0f}" for count in blocks), *states, at_a_time, f"{kept / 1e9:.0f}"])
@@ -344,8 +348,9 @@ Parameters in millions, those of the blocks also with `--dec_self=true`, 4M's de
 other within their modality: 198 M, 705 M and 2.8 B are the paper's. States are weights, gradients, momentum and Adam's
 two moments, all float32, counted from the shapes, without and with it; gpu-l and gpu-xl divide them among several
 GPUs. Activations are computed: {memory_mib:,} MiB at most were measured on one H100 for 512 scenes at a time at dim
-512, 6 + 6 blocks; what is beyond the states is taken to grow with dim x blocks x scenes at a time. A divided block
-that is gathered, and buffers of messages, come on top.
+512, 6 + 6 blocks; what is beyond the states is taken to grow with dim x blocks x scenes at a time. gpu-xl keeps what
+enters its blocks alone (`--recompute=true`) and computes the rest again, which takes a third more time: otherwise 16
+scenes would have as much memory as the rest has. A divided block that is gathered, and buffers of messages, come on top.
 
 {sizes}
 

@@ -51,11 +51,13 @@ def test_muon_is_the_same_on_any_number_of_processes(processes, dtype, error, mu
 # FSDP2
 
 def test_a_divided_model_is_the_same_run(tiny, tmp_path):
-    """--shard=true on two processes against one process with the whole model, and its state resumed by that one."""
+    """--shard=true on two processes, whose activations are computed again, against one process with the whole model, and
+    its state resumed by that one."""
     argv = [*SMALL, *tiny[1], "--enc_depth=2", "--dec_depth=2", "--num_steps=20", "--eval_every=10", "--micro_batch=2"]
     roots = [make_root(tmp_path / name) for name in ("whole", "divided")]
     worlds = [runs.start("4m", [*argv, "--save=true"], roots[0], spy=ranks.seed_weights),
-              runs.start("4m", [*argv, "--shard=true", "--save_every=10"], roots[1], 2, ranks.keep_states)]
+              runs.start("4m", [*argv, "--shard=true", "--recompute=true", "--save_every=10"], roots[1], 2,
+                         ranks.keep_states)]
     (whole,), (divided,) = (runs.footers(root) for world, root in zip(worlds, roots) if world.succeed())
     assert divided["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-4)
     assert divided["parameters"] == whole["parameters"] and divided["world_size"] == 2
@@ -88,6 +90,8 @@ def test_no_process_holds_a_divided_model(layout, tmp_path):
 def test_dividing_needs_processes(tiny, tmp_path, monkeypatch):
     with pytest.raises(train_4m.Fault, match="start several with torchrun"):
         test_train_4m.run_here(monkeypatch, make_root(tmp_path / "root"), [*SMALL, *tiny[1], "--shard=true"])
+    with pytest.raises(train_4m.Fault, match="--recompute=true is for divided blocks: pass --shard=true"):
+        test_train_4m.run_here(monkeypatch, make_root(tmp_path / "more"), [*SMALL, *tiny[1], "--recompute=true"])
 
 
 @pytest.mark.parametrize("track,millions", [("gpu", 41), ("gpu-l", 613), ("gpu-xl", 2435)])
@@ -98,7 +102,8 @@ def test_sizes_of_the_gpu_configs(track, millions, layout):
         model = train_4m.Nano4M(config, layout)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
     assert config.track == track and config.shard == (track != "gpu")
-    assert config.micro_batch * config.dim * (config.enc_depth + config.dec_depth) == 256 * 512 * 12
+    assert config.recompute == (track == "gpu-xl")
+    assert config.recompute or config.micro_batch * config.dim * (config.enc_depth + config.dec_depth) == 256 * 512 * 12
 
 
 @pytest.mark.parametrize("dim,depth,millions", [(768, 12, 198), (1024, 24, 705), (2048, 24, 2819)])
@@ -157,7 +162,8 @@ def test_the_blocks_of_4m_are_two_graphs_for_all_shapes(layout, frozen):
 
 def test_a_divided_model_is_compiled_once(tiny, tmp_path):
     """Its blocks are, for any length and on any process: in 20 steps nothing meets a limit of torch.compile."""
-    argv = [*SMALL[:-1], "--word_steps=4", *tiny[1], "--enc_depth=2", "--dec_depth=2", "--num_steps=20", "--shard=true"]
+    argv = [*SMALL[:-1], "--word_steps=4", *tiny[1], "--enc_depth=2", "--dec_depth=2", "--num_steps=20", "--shard=true",
+            "--recompute=true"]
     runs.start("4m", argv, make_root(tmp_path / "root"), 2, ranks.compile_divided_blocks, compiled=True).succeed()
     found = [int(path.read_text()) for path in (tmp_path / "root").glob("graphs*.txt")]
     assert len(found) == 2 and max(found) <= 8

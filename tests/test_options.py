@@ -15,7 +15,7 @@ tiny_4m, tiny_flow, tiny_gpt = test_resume.tiny_4m, test_resume.tiny_flow, test_
 tiny_maskgit, tiny_vlm, frozen = test_resume.tiny_maskgit, test_resume.tiny_vlm, test_resume.frozen
 # what a run depends on here, files, and what is not about a run of two steps
 FIXED = {"track", "data", "frozen", "frozen_masks", "frozen_draws", "pixels", "num_steps", "precision", "load", "save",
-         "resume", "log_to", "draft", "chat", "vit", "lm", "reflow", "shard", "target", "save_every", "prompt"}
+         "resume", "log_to", "draft", "chat", "vit", "lm", "reflow", "shard", "recompute", "target", "save_every", "prompt"}
 INTS, FLOATS = (-1, 0, 1, 2, 3, 5, 8, 16, 64, 10 ** 9), (-1.0, 0.0, 0.001, 0.5, 0.95, 1.0, 7.0, 1e30, float("inf"))
 
 

@@ -336,7 +336,7 @@ def test_judge_reads_digits_of_tokens():
     shown = studio.Studio(decoder="patches2")
     judge, reference = digits.judge_of_tokens(shown, "cpu")
     pictures = shown.pictures(tokens)
-    assert judge.accuracy(pictures, labels) > 0.96 and judge.frechet_distance(pictures, reference) < 0.01
+    assert judge.accuracy(pictures, labels) > 0.94 and judge.frechet_distance(pictures, reference) < 0.01
 
 
 def test_gpt_trains_on_digits(digits14, tmp_path, monkeypatch):
@@ -398,7 +398,7 @@ def test_run_sh_makes_the_set_that_is_asked_for(tmp_path, words, script):
     text = (ROOT / "run.sh").read_text()
     function = text[text.index("prepare() {"):text.index("\nlook() {")]
     (tmp_path / "data/here/train").mkdir(parents=True)
-    for name in ("mnist", "easy_vqa", "scenes", "here"):
+    for name in ("mnist", "easy_vqa", "pycode", "scenes", "here"):
         (tmp_path / f"data/{name}.py").touch()
     command = f"set -eu; PY=echo; {function}\nprepare {words}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100)

@@ -152,7 +152,7 @@ def test_torchrun_passes_sigterm_on(tiny_4m, tmp_path):
     root, out = make_root(tmp_path / "root"), tmp_path / "out"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_4m.py"]
     with open(out, "w") as file:
-        process = subprocess.Popen([*launcher, *SMALL, *tiny_4m[1], "--num_steps=1000000"], cwd=root, env=ENV,
+        process = subprocess.Popen([*launcher, *SMALL, *tiny_4m[1], "--num_steps=20000"], cwd=root, env=ENV,
                                    stdout=file, stderr=subprocess.STDOUT)
     while process.poll() is None and "loss=" not in out.read_text():
         time.sleep(0.02)

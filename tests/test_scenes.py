@@ -264,14 +264,14 @@ def test_validation_looks_are_kept_out():
     assert maker.validation_looks("qa") is validation and len(validation) == maker.VALIDATION
     again = world.sample_scenes(maker.VALIDATION, maker.VALIDATION_SEED)
     assert np.array_equal(world.look(again), validation), "the frozen scenes follow from their seed"
-    free = world.sample_scenes(2000, 1 << 32)
+    free = world.sample_scenes(600, 1 << 32)
     met = np.isin(world.look(free), validation)
     single = (free[:, len(world.FIELDS)] == -1).numpy()
     assert met[single].mean() > 0.05 and met[~single].mean() < 0.005, "scenes of one object meet again by chance"
-    codes = maker.sample("qa", 2000, 1 << 32, validation)
+    codes = maker.sample("qa", 600, 1 << 32, validation)
     assert not np.isin(world.look(codes), validation).any()
     assert (codes[:, len(world.FIELDS)] == -1).sum() == single.sum(), "they are drawn again"
-    assert torch.equal(codes[:5], maker.sample("scenes", 2000, 1 << 32, validation)[:5])
+    assert torch.equal(codes[:5], maker.sample("scenes", 600, 1 << 32, validation)[:5])
 
 
 # ------------------------------------------------------------------------------------------------------------

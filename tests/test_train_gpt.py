@@ -118,15 +118,14 @@ def test_window_and_documents():
     assert torch.equal(model.mask(tokens, 7)[0, 0], mask[7:]), "the rows from a place on"
 
 
-@pytest.mark.parametrize("document_start", [250, None])
-def test_block_mask_is_the_dense_mask(document_start):
+def test_block_mask_is_the_dense_mask():
     """Flex attention with the BlockMask against attend with the dense mask, forward; nothing is compiled twice."""
-    model = small_model({**META, "document_start": document_start})
+    model = small_model({**META, "document_start": 250})
     rng, mask_cache = torch.Generator().manual_seed(1), {}
     for i in range(3):
         tokens = torch.randint(256, (2, 256), generator=rng)
         dense = model.mask(tokens)
-        documents = (tokens >= 250).cumsum(1) if document_start else torch.zeros_like(tokens[:1])
+        documents = (tokens >= 250).cumsum(1)
         with torch._dynamo.config.patch(error_on_recompile=i > 0), torch.no_grad():
             block = train_gpt.block_mask(model.mask_mod, documents, mask_cache)
             q, k, v = (torch.randn(2, 2, 256, 32, generator=rng) for _ in range(3))
