@@ -1,8 +1,6 @@
 """What a GPT makes of a prompt: text, printed as it comes; of labels, in a stream of pictures: a sheet."""
 import dataclasses
-import io
 import re
-import tokenize
 
 import torch
 from tqdm import tqdm
@@ -18,8 +16,7 @@ TEXTS, TEMPERATURE = 40, 0.8  # texts whose words are looked at, and how they ar
 KNOWN_TOKENS = 10_000_000  # of the training stream, the first ones of its first file, whose words are known
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 REPEATED = 8  # words in a row
-SNIPPETS, SNIPPET_TOKENS = 200, 128  # of code, whose tokens Python's own tokenizer is asked for
-AT_THE_END = "EOF in multi-line", "unterminated triple-quoted"  # its words for what was still open where a text was cut
+SNIPPETS, SNIPPET_TOKENS, PYTHON = 200, 128, "3.11"  # of code, and by which version of Python its tokens are judged
 
 
 def words(text):
@@ -39,14 +36,14 @@ def word_numbers(texts, known):
 
 
 def tokenizes(text):
-    """Whether Python's tokenizer finds no fault in the whole lines of a text, whose end may be missing."""
-    lines = io.StringIO(text[:text.rfind("\n") + 1])
-    try:
-        return all(token.type != tokenize.ERRORTOKEN for token in tokenize.generate_tokens(lines.readline))
-    except tokenize.TokenError as error:
-        return any(words in str(error) for words in AT_THE_END)
-    except SyntaxError:  # of indentation
-        return False
+    """Whether the whole lines of a text, whose end may be missing, are tokens of Python: by parso, as Python's own
+    tokenizer has other opinions in every version. A string of several lines may be open at the end."""
+    from parso.python.tokenize import tokenize
+    from parso.utils import parse_version_string
+    for token in tokenize(text[:text.rfind("\n") + 1], version_info=parse_version_string(PYTHON)):
+        if token.type.name in ("ERRORTOKEN", "ERROR_DEDENT") and not re.match(r"\w*(\"{3}|'{3})", token.string):
+            return False
+    return True
 
 
 class Show:
@@ -112,7 +109,7 @@ class Show:
 
     def quality(self, model):
         """Whether what is drawn has words: of 40 texts that begin as the samples do by default, after a line end. Of code
-        also whether 200 snippets, each from a function's first word on, are Python to the eye of its tokenizer."""
+        also whether 200 snippets, each from a function's first word on, are tokens of Python."""
         texts = self.drawn(model, "\n", TEXTS, -(-self.options.quality_tokens // TEXTS))
         training = streams.read_bin(min(self.folder.glob("train*.bin")))[:KNOWN_TOKENS]
         known = set(words(self.decode(training.tolist()).decode(errors="replace")))
