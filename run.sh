@@ -73,12 +73,11 @@ prepare() {  # prepare TASK TRACK [--field=value ...]: the data a script trains 
         esac;;
         "gpt ") case $track in gpu*) set -- fineweb;; cpu-code) set -- pycode;; *) set -- shakespeare;; esac;;
         "maskgit text") set -- shakespeare;;
-        "flow ") case $track in
+        "flow "|"maskgit ") case $track in
             gpu*) set -- scenes --objects --size=128;;
             cpu-mnist) set -- mnist;;
             *) set -- scenes --objects;;
         esac;;
-        "maskgit ") if [[ $track = gpu* ]]; then set -- scenes --objects --size=128; else set -- scenes --objects; fi;;
         "vlm ") if [[ $track = gpu* ]]; then set -- scenes --qa --num=200000; else set -- scenes --qa; fi;;
         "gpt scenes") set -- scenes --objects;;
         *" mnist14") set -- mnist;;

@@ -65,12 +65,13 @@ Eight models of the same size, each trained for one column of that table and not
 scenes; the ready model shared its steps among all of its links. They need `data/scenes64-rich64`."""),
     "transfer": ("rich", transfer.transfer, "Transfer", f"""
 Tasks that no training knew, with a linear layer on the encoder's states of rgb: on the frozen model, with it and LoRA of
-rank {transfer.RANK}, with all of it trained, and from scratch. {transfer.STEPS} steps of {transfer.BATCH} each, at one learning rate for each way, not tuned. What is
-in the dark and how high surfaces are (error in world units) is asked pixel by pixel. 24 kinds of objects, which are rare,
-are learned by none in so few steps. It needs `data/scenes64-rich64`."""),
+rank {transfer.RANK}, with all of it trained, and from scratch. {transfer.STEPS} steps of {transfer.BATCH} each, at one
+learning rate for each way, not tuned. What is in the dark and how high surfaces are (error in world units) is asked pixel
+by pixel. 24 kinds of objects, which are rare, are learned by none in so few steps. It needs `data/scenes64-rich64`."""),
     "added": ("rich", transfer.added, "A modality added", f"""
 Shadows as a picture that the ready model is taught after its training, {transfer.ADDED_STEPS} steps of 64 scenes of
-{transfer.ADDED_SCENES:,}: how well it draws them, and what it has lost meanwhile of the rest, in nats a token. Alone, they make it forget everything else and come no
+{transfer.ADDED_SCENES:,}: how well it draws them, and what it has lost meanwhile of the rest, in nats a token. Alone, they
+make it forget everything else and come no
 sooner than from scratch; in turn with the links it knows, which is as many steps again, it keeps what it has. It needs
 `data/scenes64-rich64`."""),
     "retrieval": ("rich", abilities.retrieval, "Retrieval", """

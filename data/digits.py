@@ -13,7 +13,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -22,15 +21,14 @@ import shards
 from reports import write_sections
 from studio import Patches2
 
-WEIGHTS = shards.FROZEN / "digits.safetensors"
 SIDE, MARGIN = 32, 2  # pixels across a picture, of them black on each side of a digit
 CHANNELS = 64
-REFERENCES = ("exact", "decoded")
 
 
-class Judge(nn.Module):
+class Judge(judges.Reader):
     """Pictures (B, 1, 32, 32) in [0, 1] -> features (B, 64), and of them logits (B, 10)."""
-    classes = 10
+    weights, references, channels = shards.FROZEN / "digits.safetensors", ("exact", "decoded"), CHANNELS
+    classes, cells = 10, 7  # digits, tokens across one
 
     def __init__(self):
         super().__init__()
@@ -38,17 +36,14 @@ class Judge(nn.Module):
             nn.Conv2d(1, 32, 4, 2, 1), nn.SiLU(), nn.Conv2d(32, CHANNELS, 4, 2, 1), judges.Residual(CHANNELS),
             nn.SiLU(), nn.Conv2d(CHANNELS, CHANNELS, 4, 2, 1), judges.Residual(CHANNELS), nn.SiLU())
         self.head = nn.Linear(CHANNELS, self.classes)
-        for name in REFERENCES:
-            self.register_buffer(f"{name}_mean", torch.zeros(CHANNELS))
-            self.register_buffer(f"{name}_covariance", torch.zeros(CHANNELS, CHANNELS))
 
     def forward(self, pictures):
         return self.body(pictures * 2 - 1).mean((2, 3))
 
     @torch.no_grad()
     def look(self, pictures):
-        """Features (B, 64) and logits (B, 10), on the CPU, of pictures (B, 3, S, S) in [0, 1]: digits as pixels, S = 32,
-        or as studio.Patches2 has them of tokens, S = 56."""
+        """Features (B, 64) and logits (B, 10), on the CPU, of pictures (B, 3, S, S) in [0, 1]: digits as pixels,
+        S = 32, or as studio.Patches2 has them of tokens, S = 56."""
         if pictures.ndim != 4 or pictures.shape[1:] not in ((3, SIDE, SIDE), (3, 56, 56)):
             raise ValueError(f"pictures of digits are (B, 3, S, S) with S 32 or 56, not {tuple(pictures.shape)}")
         features = []
@@ -59,16 +54,8 @@ class Judge(nn.Module):
             features = torch.cat(features)
             return features.cpu(), self.head(features).cpu()
 
-    def accuracy(self, pictures, labels):
-        """Share of pictures that are read as their label; labels (B,) or (B, 1)."""
-        if labels.numel() != len(pictures):
-            raise ValueError(f"{len(pictures)} pictures and {labels.numel()} labels")
-        return (self.look(pictures)[1].argmax(1) == labels.flatten().cpu()).float().mean().item()
-
-    def frechet_distance(self, pictures, reference):
-        """Frechet distance between pictures and the validation digits, one of REFERENCES."""
-        mean, covariance = (self.get_buffer(f"{reference}_{name}").cpu() for name in ("mean", "covariance"))
-        return judges.frechet(*judges.moments(self.look(pictures)[0]), mean, covariance)
+    def classes_of(self, pictures):
+        return self.look(pictures)[1].argmax(1)
 
 
 def frame(pictures):
@@ -78,11 +65,7 @@ def frame(pictures):
     return F.pad(F.interpolate(pictures, SIDE - 2 * MARGIN, mode="area"), (MARGIN,) * 4)
 
 
-def load(device="cpu", path=WEIGHTS):
-    """The trained judge, frozen, in float32."""
-    model = Judge()
-    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
-    return model.requires_grad_(False).eval().to(device)
+load = Judge.load
 
 
 def judge_of_tokens(studio, device):
@@ -106,9 +89,10 @@ def moved(pictures):
     """Pictures turned by up to 12 degrees, scaled by up to a tenth and moved by up to two pixels."""
     B = len(pictures)
     angle, scale = (torch.rand(2, B) * 2 - 1) * torch.tensor([[math.radians(12)], [0.1]])
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(B, 2, 2) * (1 + scale[:, None, None])
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(B, 2, 2)
     shift = (torch.rand(B, 2, 1) * 2 - 1) * 2 * MARGIN / SIDE
-    return F.grid_sample(pictures, F.affine_grid(torch.cat([turn, shift], 2), pictures.shape, False), align_corners=False)
+    grid = F.affine_grid(torch.cat([turn * (1 + scale[:, None, None]), shift], 2), pictures.shape, align_corners=False)
+    return F.grid_sample(pictures, grid, align_corners=False)
 
 
 def train(steps=2500, batch=128, peak=2e-3, seed=0):
@@ -129,24 +113,15 @@ def train(steps=2500, batch=128, peak=2e-3, seed=0):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    save(model)
+    model.save()
     model, rows, n = load(), [], len(val_labels)  # in half precision
-    for name, val, real in zip(REFERENCES, val_pictures, train_pictures):
+    for name, val, real in zip(model.references, val_pictures, train_pictures):
         val, real = val.expand(-1, 3, -1, -1), real[:n].expand(-1, 3, -1, -1)
-        for key, value in zip(("mean", "covariance"), judges.moments(model.look(val)[0])):
-            model.get_buffer(f"{name}_{key}").copy_(value)
+        model.take_moments(name, val)
         distance = model.frechet_distance(real, name)
         rows.append(f"| {name} | {100 * model.accuracy(val, val_labels):.1f} % | {distance:.3f} |")
-    save(model)
+    model.save()
     write_sections(REPORT.format(parameters=sum(p.numel() for p in model.parameters()), n=n, rows="\n".join(rows)))
-
-
-def save(model):
-    """Write weights in half precision and moments in single precision, under a temporary name first."""
-    part = WEIGHTS.with_suffix(".part")
-    save_file({name: (value.float() if name.startswith(REFERENCES) else value.half()).contiguous()
-               for name, value in model.state_dict().items()}, part)
-    part.replace(WEIGHTS)
 
 
 REPORT = """## Judge of digits

@@ -52,9 +52,57 @@ class Residual(nn.Module):
         return x + self.conv2(F.silu(self.conv1(F.silu(x))))
 
 
-class Judge(nn.Module):
+class Reader(nn.Module):
+    """A net that measures drawn pictures. look gives features (B, channels) first, classes_of what pictures show; weights
+    are the file that holds it, with moments of the features of validation pictures, the references."""
+    weights = references = channels = None
+
+    def __init__(self):
+        super().__init__()
+        for name in self.references:
+            self.register_buffer(f"{name}_mean", torch.zeros(self.channels))
+            self.register_buffer(f"{name}_covariance", torch.zeros(self.channels, self.channels))
+
+    def accuracy(self, pictures, labels):
+        """Share of pictures that show the class of their label; labels (B,) or (B, 1)."""
+        if labels.numel() != len(pictures):
+            raise ValueError(f"{len(pictures)} pictures and {labels.numel()} labels")
+        return (self.classes_of(pictures) == labels.flatten().cpu()).float().mean().item()
+
+    def frechet_distance(self, pictures, reference):
+        """Frechet distance between pictures and validation pictures, one of the references.
+
+        A model of tokens is compared with "decoded": what the tokenizer loses is no fault of the model. It falls with
+        the number of pictures, so compare like numbers only. nan if a picture holds one.
+        """
+        if reference not in self.references:
+            raise ValueError(f"the reference is one of {', '.join(self.references)}, not {reference!r}")
+        mean, covariance = (self.get_buffer(f"{reference}_{name}").cpu() for name in ("mean", "covariance"))
+        return frechet(*moments(self.look(pictures)[0]), mean, covariance)
+
+    def take_moments(self, reference, pictures):
+        for name, value in zip(("mean", "covariance"), moments(self.look(pictures)[0])):
+            self.get_buffer(f"{reference}_{name}").copy_(value)
+
+    def save(self):
+        """Write weights in half precision and moments in single precision, under a temporary name first."""
+        part = self.weights.with_suffix(".part")
+        save_file({name: (value.float() if name.startswith(self.references) else value.half()).contiguous()
+                   for name, value in self.state_dict().items()}, part)
+        part.replace(self.weights)
+
+    @classmethod
+    def load(cls, device="cpu"):
+        """The trained net, frozen, in float32."""
+        model = cls()
+        model.load_state_dict({name: value.float() for name, value in load_file(cls.weights).items()})
+        return model.requires_grad_(False).eval().to(device)
+
+
+class Judge(Reader):
     """Pictures (B, 3, 64, 64) in [0, 1] -> logits (B, 1 + 3 + 8 + 2 + 2, 8, 8): occupied, then HEADS."""
-    classes = len(world.CLASSES)  # of close-ups
+    weights, references, channels = WEIGHTS, REFERENCES, CHANNELS
+    classes, cells = len(world.CLASSES), CELLS  # classes of close-ups, cells across them
 
     def __init__(self):
         super().__init__()
@@ -62,9 +110,6 @@ class Judge(nn.Module):
             nn.Conv2d(3, 32, 4, 2, 1), nn.SiLU(), nn.Conv2d(32, 48, 4, 2, 1), Residual(48), nn.SiLU(),
             nn.Conv2d(48, CHANNELS, 4, 2, 1), Residual(CHANNELS), Residual(CHANNELS), Residual(CHANNELS), nn.SiLU())
         self.head = nn.Conv2d(CHANNELS, 1 + sum(HEADS.values()), 1)
-        for name in REFERENCES:
-            self.register_buffer(f"{name}_mean", torch.zeros(CHANNELS))
-            self.register_buffer(f"{name}_covariance", torch.zeros(CHANNELS, CHANNELS))
 
     def forward(self, pictures):
         return self.head(self.body(pictures * 2 - 1))
@@ -116,25 +161,12 @@ class Judge(nn.Module):
                 scores.append(score.item())
         return sum(scores) / max(1, len(scores))
 
-    def accuracy(self, pictures, labels):
-        """Share of pictures of one object whose likeliest cell shows the class of their label; labels (B,) or (B, 1)."""
-        if labels.numel() != len(pictures):
-            raise ValueError(f"{len(pictures)} pictures and {labels.numel()} labels")
+    def classes_of(self, pictures):
+        """Of pictures of one object the class that their likeliest cell shows, one of world.CLASSES: (B,)."""
         _, occupied, values = self.look(pictures)
         cell = occupied.flatten(1).argmax(1)
         shape, color = (values[name].flatten(2)[torch.arange(len(cell)), :, cell].argmax(1) for name in ("shape", "color"))
-        return (shape * len(COLORS) + color == labels.flatten().cpu()).float().mean().item()
-
-    def frechet_distance(self, pictures, reference):
-        """Frechet distance between pictures and validation pictures, one of REFERENCES.
-
-        A model of tokens is compared with "decoded": what the tokenizer loses is no fault of the model. It falls with
-        the number of pictures, so compare like numbers only. nan if a picture holds one.
-        """
-        if reference not in REFERENCES:
-            raise ValueError(f"the reference is one of {', '.join(REFERENCES)}, not {reference!r}")
-        mean, covariance = (self.get_buffer(f"{reference}_{name}").cpu() for name in ("mean", "covariance"))
-        return frechet(*moments(self.look(pictures)[0]), mean, covariance)
+        return shape * len(COLORS) + color
 
 
 def enlarge(pictures):
@@ -146,11 +178,7 @@ def percent(cell):
     return int((cell + 0.5) * 100 / CELLS)
 
 
-def load(device="cpu", path=WEIGHTS):
-    """The trained judge, frozen, in float32."""
-    model = Judge()
-    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
-    return model.requires_grad_(False).eval().to(device)
+load = Judge.load
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -277,7 +305,7 @@ def train(steps=3000, batch=128, peak=2e-3, num=13000, seed=0):
         optimizer.zero_grad()
         if step % 100 == 99:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-    save(model)
+    model.save()
     take_moments()
 
 
@@ -285,18 +313,8 @@ def take_moments():
     """Of the features of the frozen validation pictures, by the saved weights."""
     model = load()
     for name, (images, _) in validation_sets(tokenizer.load_tokenizer()).items():
-        mean, covariance = moments(model.look(images)[0])
-        model.get_buffer(f"{name}_mean").copy_(mean)
-        model.get_buffer(f"{name}_covariance").copy_(covariance)
-    save(model)
-
-
-def save(model):
-    """Write weights in half precision and moments in single precision, under a temporary name first."""
-    part = WEIGHTS.with_suffix(".part")
-    save_file({name: (value.float() if name.startswith(REFERENCES) else value.half()).contiguous()
-               for name, value in model.state_dict().items()}, part)
-    part.replace(WEIGHTS)
+        model.take_moments(name, images)
+    model.save()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -87,12 +87,12 @@ class Show:
     def open_judge(self, run):
         """The judge, if it can judge these pictures. Raises Fault."""
         self.judge, self.reference = digits.judge_of_tokens(self.studio, run.device)
-        if len(self.classes) != self.judge.classes:
-            raise self.script.Fault(f"the judge knows {self.judge.classes} classes and not those of {run.config.frozen}: "
-                                    "pass --quality_pictures=0")
+        known, wanted = self.judge.classes, run.options.quality_pictures
+        if len(self.classes) != known or self.side % self.judge.cells:
+            raise self.script.Fault(f"the judge knows {known} classes and not those of {run.config.frozen}: pass "
+                                    "--quality_pictures=0")
         if not self.per_class:
-            raise self.script.Fault(f"--quality_pictures={run.options.quality_pictures} is less than one for each of the "
-                                    f"{self.judge.classes} classes")
+            raise self.script.Fault(f"--quality_pictures={wanted} is less than one for each of the {known} classes")
 
     def show(self, model, folder):
         tasks = len(TEXT_STEPS) + 2 if self.is_text else 3
@@ -218,4 +218,4 @@ class Show:
         parts = zip(*(part.split(PART) for part in given))
         tokens = [self.script.generate(model, *part, seed=i, **settings) for i, part in enumerate(parts)]
         self.bar.update()
-        return F.avg_pool2d(self.studio.pictures(torch.cat(tokens)), max(1, self.side // 8))
+        return F.avg_pool2d(self.studio.pictures(torch.cat(tokens)), self.side // self.judge.cells)

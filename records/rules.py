@@ -113,8 +113,8 @@ def read_logs(paths, track, source=None, whose="the record's script"):
         foot = log["footer"]
         for key in "task", "track", "data_sha256", "target":
             need(foot[key] == track[key], path, f"its {key} is {foot[key]}, and the track's is {track[key]}")
-        need(foot["eval_sha256"] in track["eval_sha256"], path, f"its eval_sha256 is {foot['eval_sha256']}, which is not "
-             "the track's")
+        need(foot["eval_sha256"] in track["eval_sha256"], path,
+             f"its eval_sha256 is {foot['eval_sha256']}, which is not the track's")
         words = set(re.findall(r"(\w+)\W*[=:]", str(foot["overrides"])))
         need(words <= set(FREE_OVERRIDES), path,
              f"a record runs with no override but {', '.join(FREE_OVERRIDES)}: {foot['overrides']}")

@@ -349,8 +349,8 @@ other within their modality: 198 M, 705 M and 2.8 B are the paper's. States are 
 two moments, all float32, counted from the shapes, without and with it; gpu-l and gpu-xl divide them among several
 GPUs. Activations are computed: {memory_mib:,} MiB at most were measured on one H100 for 512 scenes at a time at dim
 512, 6 + 6 blocks; what is beyond the states is taken to grow with dim x blocks x scenes at a time. gpu-xl keeps what
-enters its blocks alone (`--recompute=true`) and computes the rest again, which takes a third more time: otherwise 16
-scenes would have as much memory as the rest has. A divided block that is gathered, and buffers of messages, come on top.
+enters its blocks alone (`--recompute=true`) and computes the rest again, a third more to compute: otherwise it would
+have room for 16 scenes. A divided block that is gathered, and buffers of messages, come on top.
 
 {sizes}
 

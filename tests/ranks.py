@@ -102,7 +102,8 @@ def divided_weights(path):
     rank = dist.get_rank()
     world = dist.get_world_size()
     config = train_4m.Config(dim=64, head_dim=32, enc_depth=2, dec_depth=2)
-    run = types.SimpleNamespace(world=world, device=torch.device("cpu"), precision="fp32", script=train_4m, config=config)
+    run = types.SimpleNamespace(world=world, device=torch.device("cpu"), precision="fp32", script=train_4m,
+                                config=config)
     layout = train_4m.Layout(train_4m.read_frozen(config)[2])
     with torch.device("meta"):
         model = train_4m.Nano4M(config, layout)

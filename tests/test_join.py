@@ -56,7 +56,8 @@ def joined(root):
         few = {name: array[:100] if len(array) == 2000 else array for name, array in arrays.items()}
     np.savez(folder / "few.npz", **few)
     argv = [f"--data={folder}/train", f"--frozen={folder}/few.npz", f"--frozen_masks={folder}/few.npz"]
-    return SimpleNamespace(folder=folder, argv=argv, frozen=train_4m.read_frozen(SimpleNamespace(frozen=path, frozen_masks=path)))
+    frozen = train_4m.read_frozen(SimpleNamespace(frozen=path, frozen_masks=path))
+    return SimpleNamespace(folder=folder, argv=argv, frozen=frozen)
 
 
 def test_all_is_kept(joined):

@@ -390,7 +390,8 @@ def test_missing_digits_name_their_script(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, script", [
     ("gpt cpu --data=mnist14", "mnist"), ("maskgit cpu --data=data/mnist14/train", "mnist"),
-    ("flow gpu --data=data/mnist/train", "mnist"), ("flow cpu-mnist", "mnist"), ("gpt cpu-code", "pycode"), ("vlm cpu --data=data/easy_vqa/train", "easy_vqa"),
+    ("flow gpu --data=data/mnist/train", "mnist"), ("flow cpu-mnist", "mnist"), ("gpt cpu-code", "pycode"),
+    ("vlm cpu --data=data/easy_vqa/train", "easy_vqa"),
     ("gpt cpu --data=scenes", "scenes --objects"), ("flow cpu --data=data/here/train", ""),
     ("4m gpu-l", "scenes --size=128"), ("flow gpu", "scenes --objects --size=128"),
     ("flow cpu --data=/elsewhere/mnist/train", ""), ("gpt cpu --data=mine", "")])
