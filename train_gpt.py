@@ -51,6 +51,7 @@ class Config:
     window: int = 64  # tokens that attention looks back, the current one included
     orders: int = 5  # one hashed embedding table per n-gram order 2..orders
     grams: int = 12288  # rows of such a table, shared by hashing
+    frequent: int = 0  # first tokens, whose probabilities are always computed, those of others where needed; 0: all
     # optim
     muon_lr: float = 0.04  # of hidden matrices
     momentum: float = 0.95  # of Muon
@@ -90,16 +91,19 @@ class Options:
 
 CONFIGS = {
     "cpu": Config(),
-    "cpu-code": Config(track="cpu-code", data="pycode", target=0.0, eval_every=550),
+    # Python, 8,192 tokens: with probabilities of all of them a step takes four times as long
+    "cpu-code": Config(track="cpu-code", data="pycode", frequent=256, num_steps=1600, second_token=0.0, target=0.0,
+                       eval_every=400),
     # GPT-2 small's size on FineWeb, to modded-nanogpt's target
     "gpu": Config(track="gpu", data="fineweb", dim=768, depth=12, window=1024, orders=2, grams=65536, batch=512,
                   micro_batch=32, context=1024, num_steps=3000, muon_lr=0.02, adam_lr=0.005, cooldown=0.7,
                   second_token=0.0, table_lr=0.05, head_dim=64, target=3.28, eval_tokens=10485760, eval_every=250),
 }
-ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "window", "orders", "grams")  # what a checkpoint must agree on
+# what a checkpoint must agree on
+ARCHITECTURE = ("dim", "head_dim", "depth", "mlp_ratio", "window", "orders", "grams", "frequent")
 LIMITS = {  # what a field may be: least and most, or choices; data/options.py has those that scripts share
     "dim": (2, 8192), "head_dim": (2, 256), "depth": (0, 96), "window": (1, 2 ** 31), "orders": (1, 64),
-    "grams": (1, 2 ** 24), "batch": (1, 2 ** 16), "context": (1, 2 ** 16),
+    "grams": (1, 2 ** 24), "frequent": (0, 2 ** 24), "batch": (1, 2 ** 16), "context": (1, 2 ** 16),
     "eval_tokens": (1, 2 ** 40), "sample_tokens": (1, math.inf), "top_p": (1e-6, 1), "ahead": (1, 64),
 }
 
@@ -640,8 +644,46 @@ class Block(nn.Module):
         return x + self.down(F.relu(self.up(norm(x))).square())
 
 
+class Head(Linear):
+    """What a token may be, given states (..., C): its log-probabilities, and its nats, for which few are needed.
+
+    From token `frequent` on they are in clusters, each twice as large as the one before: a frequent token or a cluster
+    is drawn, then a token of the cluster (adaptive softmax, arXiv:1609.04309). frequent 0: there are no clusters.
+    """
+
+    def __init__(self, C, vocab, frequent):
+        frequent = frequent or vocab
+        self.cuts = [frequent << i for i in range(16) if frequent << i < vocab]  # first tokens of the clusters
+        super().__init__(C, len(self.cuts) + vocab)
+        ends = [*self.cuts, vocab]
+        self.sizes = [len(self.cuts) + ends[0], *(b - a for a, b in zip(ends, ends[1:]))]
+
+    def logits(self, y, part):
+        """float32 logits (..., size) of clusters and frequent tokens, part 0, or of the tokens of a cluster."""
+        weight = self.weight.split(self.sizes)[part]
+        if y.is_cuda:  # rows of 50,257 numbers are not aligned in memory, and GPUs multiply those slowly: 50,304 are
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % 128))
+        return F.linear(y, weight)[..., :self.sizes[part]].float()
+
+    def log_probs(self, y):
+        """float32 (..., vocab) from states (..., C)."""
+        first, n = self.logits(y, 0).log_softmax(-1), len(self.cuts)
+        clusters = [first[..., i:i + 1] + self.logits(y, i + 1).log_softmax(-1) for i in range(n)]
+        return torch.cat([first[..., n:], *clusters], -1)
+
+    def nats(self, y, targets):
+        """Cross-entropy, summed, of targets (N,) given states (N, C)."""
+        cluster = sum(targets >= cut for cut in self.cuts) if self.cuts else torch.zeros_like(targets)  # 0: frequent
+        choice = torch.where(cluster == 0, len(self.cuts) + targets, cluster - 1)
+        total = F.cross_entropy(self.logits(y, 0), choice, reduction="sum")
+        for i, cut in enumerate(self.cuts, 1):
+            rows = (cluster == i).nonzero()[:, 0]
+            total = total + F.cross_entropy(self.logits(y[rows], i), targets[rows] - cut, reduction="sum")
+        return total
+
+
 class GPT(nn.Module):
-    """Tokens in, logits of the next token out. The last 2, 3 .. tokens have embeddings of their own, hashed.
+    """Tokens in, log-probabilities of the next token out. The last 2, 3 .. tokens have embeddings of their own, hashed.
 
     sparse: gradients of their tables hold the rows that were looked up alone; several processes add up dense ones.
     """
@@ -655,8 +697,8 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(vocab, C)
         self.embed_ngrams = nn.EmbeddingBag((self.orders - 1) * self.grams, C, mode="sum", sparse=sparse)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head = Linear(C, vocab)
-        self.head_second = Linear(C, vocab)  # of the token after the next one; in training alone
+        self.head = Head(C, vocab, config.frequent)
+        self.head_second = Head(C, vocab, config.frequent)  # of the token after the next one; in training alone
 
     def embedding(self, tokens, start):
         """Embeddings (B, T - start, C) of the places of tokens (B, T) from start on."""
@@ -703,16 +745,9 @@ class GPT(nn.Module):
             x = block(x, cos, sin, mask, append)
         return norm(x)
 
-    def logits(self, y):
-        """float32 logits (..., vocab) from final states (..., C)."""
-        weight = self.head.weight
-        if y.is_cuda:  # rows of 50,257 numbers are not aligned in memory, and GPUs multiply those slowly: 50,304 are
-            weight = F.pad(weight, (0, 0, 0, -len(weight) % 128))
-        return F.linear(y, weight)[..., :len(self.head.weight)].float()
-
     def log_probs(self, tokens):
         """float32 (B, T, vocab): at each place of tokens (B, T), of the next token."""
-        return self.logits(self(tokens, self.mask(tokens, mask_cache=self.mask_cache))).log_softmax(-1)
+        return self.head.log_probs(self(tokens, self.mask(tokens, mask_cache=self.mask_cache)))
 
 
 def init_weights(model):
@@ -734,11 +769,10 @@ def total_nats(model, tokens, targets, second):
     """Cross-entropy in nats, summed, of targets (B, T), each given the tokens (B, T) up to its place; and of the target
     after it, by a head of its own, times `second`: states that foretell more learn faster (arXiv:2404.19737)."""
     y = model(tokens, model.mask(tokens, mask_cache=model.mask_cache))
-    nats = F.cross_entropy(model.logits(y).flatten(0, 1), targets.flatten(), reduction="sum")
+    nats = model.head.nats(y.flatten(0, 1), targets.flatten())
     if second == 0:
         return nats
-    later = model.head_second(y[:, :-1]).float()
-    return nats + second * F.cross_entropy(later.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum")
+    return nats + second * model.head_second.nats(y[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
 
 
 def train_step(step, inputs, targets, model, muon, adam, config, run):
@@ -797,10 +831,10 @@ def no_cache(k, v):
 
 
 def read_tokens(model, tokens, cache=None):
-    """Logits (B, new, V) after each of the tokens (B, T) that are not in the cache yet; then they are."""
+    """Log-probabilities (B, new, V) after each of the tokens (B, T) that are not in the cache yet; then they are."""
     start = cache.length if cache else 0
     appends = cache.appends(len(model.blocks)) if cache else None
-    return model.logits(model(tokens, model.mask(tokens, start), start, appends))
+    return model.head.log_probs(model(tokens, model.mask(tokens, start), start, appends))
 
 
 @torch.no_grad()

@@ -104,7 +104,7 @@ def read_checkpoint(script, path, config, given=()):
         check_file(file_path)
         with safe_open(file_path, "pt") as file:
             about = file.metadata()
-            off = {key: value for key, value in vars(script.Config()).items() if value is False}
+            off = {key: value for key, value in vars(script.Config()).items() if value == 0}
             saved = off | json.loads(about["config"])  # what an older script could not do was off
             # of the fields' types and within their limits
             architecture = {key: options.parse(script, key, str(saved[key]), type(getattr(config, key)))

@@ -17,6 +17,7 @@ KNOWN_TOKENS = 10_000_000  # of the training stream, the first ones of its first
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 REPEATED = 8  # words in a row
 SNIPPETS, SNIPPET_TOKENS, PYTHON = 200, 128, "3.11"  # of code, and by which version of Python its tokens are judged
+CODE_TEMPERATURE = 0.4  # of snippets, as one wrong quote spoils a whole one; repetition is counted beside it
 
 
 def words(text):
@@ -108,20 +109,23 @@ class Show:
         return [self.decode(row).decode(errors="replace") for row in rows.tolist()]
 
     def quality(self, model):
-        """Whether what is drawn has words: of 40 texts that begin as the samples do by default, after a line end. Of code
-        also whether 200 snippets, each from a function's first word on, are tokens of Python."""
-        texts = self.drawn(model, "\n", TEXTS, -(-self.options.quality_tokens // TEXTS))
+        """Whether what is drawn has words: of 40 texts that begin as the samples do by default, after a line end; or of
+        200 snippets of code, each from a function's first word on, and whether those are tokens of Python."""
+        code = self.folder.name == "pycode"
+        if code:
+            texts = ["def" + text for text in self.drawn(model, "\ndef", SNIPPETS, SNIPPET_TOKENS, CODE_TEMPERATURE)]
+        else:
+            texts = self.drawn(model, "\n", TEXTS, -(-self.options.quality_tokens // TEXTS), TEMPERATURE)
         training = streams.read_bin(min(self.folder.glob("train*.bin")))[:KNOWN_TOKENS]
         known = set(words(self.decode(training.tolist()).decode(errors="replace")))
         numbers = word_numbers(texts, known)
-        if self.folder.name == "pycode":
-            snippets = ["def" + text for text in self.drawn(model, "\ndef", SNIPPETS, SNIPPET_TOKENS)]
-            numbers["quality_python"] = sum(map(tokenizes, snippets)) / SNIPPETS
+        if code:
+            numbers["quality_python"] = sum(map(tokenizes, texts)) / SNIPPETS
         return numbers
 
-    def drawn(self, model, prompt, texts, tokens):
+    def drawn(self, model, prompt, texts, tokens, temperature):
         """What continues a prompt in so many tokens, so many times."""
-        options = dataclasses.replace(self.options, temperature=TEMPERATURE, top_k=0, top_p=1.0, sample_tokens=tokens)
+        options = dataclasses.replace(self.options, temperature=temperature, top_k=0, top_p=1.0, sample_tokens=tokens)
         start = torch.tensor([self.encode(prompt)] * texts, device=self.device)
         bar = tqdm(self.generate(model, start, options), total=tokens, desc="quality", unit="token",
                    dynamic_ncols=True)

@@ -98,11 +98,11 @@ def test_loader(tiny):
 
 def test_nothing_looks_ahead(model):
     tokens = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
-    before = model.logits(model(tokens, model.mask(tokens)))
+    before = model.head.log_probs(model(tokens, model.mask(tokens)))
     for place in (1, 20, 39):
         changed = tokens.clone()
         changed[:, place] = (changed[:, place] + 1) % 256
-        after = model.logits(model(changed, model.mask(changed)))
+        after = model.head.log_probs(model(changed, model.mask(changed)))
         assert torch.equal(before[:, :place], after[:, :place])
         assert not torch.allclose(before[:, place], after[:, place])
 
@@ -178,7 +178,7 @@ def test_gpu_model_on_the_meta_device():
         model = train_gpt.GPT(config, {"vocab": 50257, "document_start": 50256})
         tokens = torch.zeros(2, 1024, dtype=torch.long)
         mask = model.mask(tokens)
-        logits = model.logits(model(tokens, mask))
+        logits = model.head.log_probs(model(tokens, mask))
     assert logits.shape == (2, 1024, 50257) and mask.shape == (2, 1, 1024, 1024)
     hidden = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     assert hidden == 12 * 12 * 768 ** 2
@@ -191,15 +191,38 @@ def test_columns_that_fill_up_the_head_change_nothing():
     for vocab, columns in ((200, 256), (256, 256)):
         model, grads = small_model({**META, "vocab": vocab}), []
         for states in (y, y.as_subclass(on_gpu)):
-            logits = model.logits(states).as_subclass(torch.Tensor)
+            logits = model.head.logits(states, 0).as_subclass(torch.Tensor)
             found, = torch.autograd.grad(logits.square().sum(), model.head.weight)
             grads.append((logits, found))
         (plain, expected), (padded, found) = grads
         assert plain.shape == padded.shape == (2, 5, vocab)
         assert torch.allclose(plain, padded, atol=1e-5) and torch.allclose(expected, found, atol=1e-4)
         with mock.patch.object(train_gpt.F, "linear", side_effect=F.linear) as linear:
-            model.logits(y.as_subclass(on_gpu))
+            model.head.logits(y.as_subclass(on_gpu), 0)
         assert linear.call_args[0][1].shape[0] == columns
+
+
+@pytest.mark.parametrize("frequent, cuts", [(0, []), (1, [1, 2, 4, 8, 16, 32, 64, 128]), (60, [60, 120, 240]),
+                                            (128, [128]), (255, [255]), (256, []), (999, [])])
+def test_head_of_clusters(frequent, cuts):
+    """Probabilities are those of a cluster times those inside it, and the loss is theirs, gradients included."""
+    torch.manual_seed(0)
+    head, y = train_gpt.Head(8, 256, frequent), torch.randn(2, 256, 8)
+    targets = torch.stack([torch.randperm(256), torch.randint(min(cuts, default=256), (256,))])  # then no rare one
+    torch.nn.init.normal_(head.weight)
+    assert head.cuts == cuts
+    logs = head.log_probs(y)
+    assert logs.shape == (2, 256, 256) and torch.allclose(logs.exp().sum(-1), torch.ones(2, 256), atol=1e-5)
+    choice = F.linear(y, head.weight[:len(cuts) + min([*cuts, 256])]).softmax(-1)
+    for i, (cut, end) in enumerate(zip(cuts, [*cuts[1:], 256])):
+        inside = F.linear(y, head.weight[len(cuts) + cut:len(cuts) + end]).softmax(-1)
+        assert torch.allclose(logs[..., cut:end].exp(), choice[..., i:i + 1] * inside, atol=1e-6)
+    for row in range(2):
+        nats = head.nats(y[row], targets[row])
+        expected = -head.log_probs(y[row]).gather(-1, targets[row][:, None]).sum()
+        torch.testing.assert_close(nats, expected)
+        grads = [torch.autograd.grad(value, head.weight)[0] for value in (nats, expected)]
+        torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
 
 
 def test_every_parameter_has_one_optimizer(model):
@@ -263,7 +286,7 @@ def test_evaluation_against_a_plain_loop(model, monkeypatch):
     for i in range(150):  # the window that first holds input i ends at 60, 85, 110, 135 or 150
         end = next(e for e in (60, 85, 110, 135, 150) if i < e)
         window = stream[None, end - 60:end]
-        logits = model.logits(model(window, model.mask(window)))[0, i - (end - 60)]
+        logits = model.head.log_probs(model(window, model.mask(window)))[0, i - (end - 60)]
         total -= logits.log_softmax(-1)[stream[i + 1]].item()
     loss, numbers = train_gpt.evaluate(model, stream, 256, small_config(), 0, 1)
     assert loss == pytest.approx(total / 150, abs=1e-5) and numbers["eval_targets"] == 150
@@ -294,7 +317,7 @@ def test_probabilities():
 def next_logits(model, tokens):
     """Logits (B, V) of the token after tokens (B, T), without a cache."""
     with torch.no_grad():
-        return model.logits(model(tokens, model.mask(tokens)))[:, -1]
+        return model.head.log_probs(model(tokens, model.mask(tokens)))[:, -1]
 
 
 @pytest.mark.parametrize("documents", [False, True])
