@@ -673,7 +673,7 @@ class Head(Linear):
 
     def nats(self, y, targets):
         """Cross-entropy, summed, of targets (N,) given states (N, C)."""
-        cluster = sum(targets >= cut for cut in self.cuts) if self.cuts else torch.zeros_like(targets)  # 0: frequent
+        cluster = sum((targets >= cut for cut in self.cuts), torch.zeros_like(targets))  # 0: a frequent token
         choice = torch.where(cluster == 0, len(self.cuts) + targets, cluster - 1)
         total = F.cross_entropy(self.logits(y, 0), choice, reduction="sum")
         for i, cut in enumerate(self.cuts, 1):
