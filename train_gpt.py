@@ -91,7 +91,7 @@ class Options:
 
 CONFIGS = {
     "cpu": Config(),
-    # Python, 8,192 tokens: with probabilities of all of them a step takes four times as long
+    # Python; of its 8,192 tokens the head would take most of a step
     "cpu-code": Config(track="cpu-code", data="pycode", frequent=256, num_steps=1600, second_token=0.0, target=0.0,
                        eval_every=400),
     # GPT-2 small's size on FineWeb, to modded-nanogpt's target
@@ -645,7 +645,7 @@ class Block(nn.Module):
 
 
 class Head(Linear):
-    """What a token may be, given states (..., C): its log-probabilities, and its nats, for which few are needed.
+    """Log-probabilities of a token given states (..., C), and the loss of the true one, which needs few of them.
 
     From token `frequent` on they are in clusters, each twice as large as the one before: a frequent token or a cluster
     is drawn, then a token of the cluster (adaptive softmax, arXiv:1609.04309). frequent 0: there are no clusters.

@@ -71,9 +71,8 @@ by pixel. 24 kinds of objects, which are rare, are learned by none in so few ste
     "added": ("rich", transfer.added, "A modality added", f"""
 Shadows as a picture that the ready model is taught after its training, {transfer.ADDED_STEPS} steps of 64 scenes of
 {transfer.ADDED_SCENES:,}: how well it draws them, and what it has lost meanwhile of the rest, in nats a token. Alone, they
-make it forget everything else and come no
-sooner than from scratch; in turn with the links it knows, which is as many steps again, it keeps what it has. It needs
-`data/scenes64-rich64`."""),
+make it forget everything else and come no sooner than from scratch; in turn with the links it knows, which is as many
+steps again, it keeps what it has. It needs `data/scenes64-rich64`."""),
     "retrieval": ("rich", abilities.retrieval, "Retrieval", """
 The right one of 2,000 pictures, by the eight tokens of features that the model foretells from a single modality."""),
     "likelihood": ("rich", abilities.retrieval_by_likelihood, "Retrieval by likelihood", f"""

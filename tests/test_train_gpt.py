@@ -314,8 +314,8 @@ def test_probabilities():
     assert (probabilities(top_p=1e-6) > 0).tolist() == [[True, False, False, False]], "the likeliest always stays"
 
 
-def next_logits(model, tokens):
-    """Logits (B, V) of the token after tokens (B, T), without a cache."""
+def next_log_probs(model, tokens):
+    """Log-probabilities (B, V) of the token after tokens (B, T), without a cache."""
     with torch.no_grad():
         return model.head.log_probs(model(tokens, model.mask(tokens)))[:, -1]
 
@@ -327,7 +327,7 @@ def test_cache_gives_the_same_tokens(documents):
     options = sampling(temperature=0.0, sample_tokens=40)  # beyond the window of 16
     cached, tokens = torch.cat(list(train_gpt.generate(model, start, options, cache=KVCache())), 1), start
     for _ in range(40):
-        tokens = torch.cat([tokens, next_logits(model, tokens).argmax(-1, keepdim=True)], 1)
+        tokens = torch.cat([tokens, next_log_probs(model, tokens).argmax(-1, keepdim=True)], 1)
     assert torch.equal(cached, tokens[:, 5:]) and cached.shape == (3, 40)
     assert len(set(cached.flatten().tolist())) > 5, "a model that repeats itself proves nothing"
 
@@ -371,9 +371,9 @@ def test_speculation_follows_the_distribution(model):
     draft = small_model(seed=1, dim=32, depth=1)
     options = sampling(sample_tokens=2, ahead=2, top_k=4, temperature=0.7)
     start, exact = torch.tensor([[10, 65, 66]]), {}
-    for a, p in enumerate(train_gpt.probabilities(next_logits(model, start), options)[0].tolist()):
+    for a, p in enumerate(train_gpt.probabilities(next_log_probs(model, start), options)[0].tolist()):
         if p > 0:
-            logits = next_logits(model, torch.cat([start, torch.tensor([[a]])], 1))
+            logits = next_log_probs(model, torch.cat([start, torch.tensor([[a]])], 1))
             after = train_gpt.probabilities(logits, options)[0].tolist()
             exact.update({(a, b): p * q for b, q in enumerate(after) if q > 0})
     n, counts = 600, dict.fromkeys(exact, 0)
