@@ -198,7 +198,7 @@ def measure(folder, world, threads, argv):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
                            __file__, "--work", out, *argv], cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode or not out.exists():
-        raise ValueError(f"{world} processes failed: {done.stderr.strip()[-2000:]}")
+        raise ValueError(f"{world} processes failed: {done.stderr.strip()[-8000:]}")
     path, = set(Path(folder).glob("logs/*.txt")) - before
     log = parse_log(path)
     if log["footer"]["world_size"] != world:
@@ -218,7 +218,7 @@ def make_folder(folder, scenes):
     done = subprocess.run([sys.executable, "data/scenes.py", f"--num={scenes}"], cwd=folder, capture_output=True,
                           text=True)
     if done.returncode:
-        raise ValueError(f"data/scenes.py failed: {done.stderr.strip()[-2000:]}")
+        raise ValueError(f"data/scenes.py failed: {done.stderr.strip()[-8000:]}")
     return time.perf_counter() - start
 
 # -----------------------------------------------------------------------------
