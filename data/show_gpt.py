@@ -17,7 +17,8 @@ KNOWN_TOKENS = 10_000_000  # of the training stream, the first ones of its first
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 REPEATED = 8  # words in a row
 SNIPPETS, SNIPPET_TOKENS, PYTHON = 200, 128, "3.11"  # of code, and by which version of Python its tokens are judged
-CODE_TEMPERATURE = 0.4  # of snippets, as one wrong quote spoils a whole one; repetition is counted beside it
+FUNCTION = "\n\n\ndef"  # after two empty lines: after one its body could be a method's, further to the right
+CODE_TEMPERATURE = 0.5  # of snippets, as one wrong quote spoils a whole one; repetition is counted beside it
 
 
 def words(text):
@@ -113,7 +114,8 @@ class Show:
         200 snippets of code, each from a function's first word on, and whether those are tokens of Python."""
         code = self.folder.name == "pycode"
         if code:
-            texts = ["def" + text for text in self.drawn(model, "\ndef", SNIPPETS, SNIPPET_TOKENS, CODE_TEMPERATURE)]
+            texts = self.drawn(model, FUNCTION, SNIPPETS, SNIPPET_TOKENS, CODE_TEMPERATURE)
+            texts = ["def" + text for text in texts]
         else:
             texts = self.drawn(model, "\n", TEXTS, -(-self.options.quality_tokens // TEXTS), TEMPERATURE)
         training = streams.read_bin(min(self.folder.glob("train*.bin")))[:KNOWN_TOKENS]
