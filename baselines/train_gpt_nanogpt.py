@@ -108,8 +108,8 @@ class Options:
 
 CONFIGS = {
     "cpu": Config(),
-    "cpu-code": Config(track="cpu-code", data="pycode", num_steps=6000, target=4.27, eval_tokens=163840,
-                       eval_every=2000),
+    "cpu-code": Config(track="cpu-code", data="pycode", num_steps=7000, target=4.27, eval_tokens=163840,
+                       eval_every=3500),
     # GPT-2 (124M): 480 rows of 1,024 tokens, nanoGPT's 0.5M per step, can be divided among 1, 2, 4 and 8 GPUs
     "gpu": Config(track="gpu", data="fineweb", dim=768, head_dim=64, depth=12, context=1024, lr=6e-4, beta2=0.95,
                   num_steps=20000, warmup=2000, batch=480, micro_batch=30, target=3.28, eval_tokens=10485760,
