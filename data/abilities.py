@@ -19,13 +19,15 @@ import studio
 import texts
 import tokenizer
 from guidance import Guided
-from ready import train_4m
+from ready import Ready, train_4m
 from texts import parse_boxes, parse_desc
 
 PICTURES = ("normal", "depth", "seg", "inst")
 ROWS = ("bbox", "desc", "pose", "feat_global")
 DRAWS = 10  # of an ensemble
 LESSONS = 1000  # steps of a specialist
+FINE = ("rgb", "depth", "normal", "seg")  # that the fine set has with twice as many pixels across
+SPECIALIST = ("4m_finer", ("scenes64", "fine64"))  # of rgb > fine_rgb
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -216,18 +218,18 @@ def finer(ready, n=50):
     tokens, true, found = ready.tokens[:n], ready.show.studio.truth(2 * ready.show.size, n), {}
     ways = {"the likeliest tokens, one step": (1, 1, 0.0), "eight steps": (1, 8, 0.3), "one draw": (1, 1, 1.0),
             "the mean of ten draws": (DRAWS, 1, 1.0)}
-    for m in ("rgb", "depth", "normal", "seg"):
-        name = f"fine_{m}"
-        made = {}
-        for how, (draws, steps, temperature) in ways.items():
-            output = ready.output(name, steps=steps, temperature=temperature)
-            drawn = [ready.show.pictures(ready.generate(tokens, (m,), [output], seed=i), name) for i in range(draws)]
-            made[how] = torch.stack(drawn).mean(0)
-        made["the expected digits"] = expected(ready, tokens, m, name)
-        made["bound: the true tokens"] = ready.show.pictures(tokens, name)
-        base = studio.psnr(show_more.enlarged(ready.show.pictures(tokens, m)), true[m])
-        for how, pictures in made.items():
-            found.setdefault(how, {})[m] = studio.psnr(pictures, true[m]) - base
+    for model, modalities, whose in (ready, FINE, ""), (Ready(*SPECIALIST, n), ("rgb",), ", of a specialist"):
+        for m in modalities:
+            made, name = {}, f"fine_{m}"
+            for how, (draws, steps, temperature) in ways.items():
+                output = model.output(name, steps=steps, temperature=temperature)
+                drawn = [model.show.pictures(model.generate(tokens, (m,), [output], seed=i), name) for i in range(draws)]
+                made[how + whose] = torch.stack(drawn).mean(0)
+            made["the expected digits" + whose] = expected(model, tokens, m, name)
+            made["bound: the true tokens"] = model.show.pictures(tokens, name)
+            base = studio.psnr(show_more.enlarged(model.show.pictures(tokens, m)), true[m])
+            for how, pictures in made.items():
+                found.setdefault(how, {})[m] = studio.psnr(pictures, true[m]) - base
     return found
 
 

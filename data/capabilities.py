@@ -56,7 +56,8 @@ rgb. PSNR in dB against what is rendered at 128; gain: over the given tokens' pi
 is of pictures whose 64 pixels were drawn too."""),
     "finer": ("fine", abilities.finer, "Twice as many pixels across, in several ways", """
 The gain of the table above. Expected digits: the tokenizer decodes the four digits of a token that the model expects,
-which are no whole numbers. A draw has to choose where edges are, and PSNR punishes each that is not the true one."""),
+which are no whole numbers. A draw has to choose where edges are, and PSNR punishes each that is not the true one. The
+specialist went on from the same model, 1,200 steps of 64 scenes with rgb given and nothing but fine rgb asked."""),
     "tasks": ("rich", abilities.tasks, "What it tells of a picture", """
 The table of 4M-21 in this world: rgb is given. Ten draws together: the mean of pictures, and of texts and codes the one
 that the others agree with most."""),

@@ -93,7 +93,7 @@ def retrieved(ready, tokens):
     draw.sheet(rows, FOLDER / "retrieved.png", 112)
 
 
-def finer(ready, tokens):
+def finer(ready, specialist, tokens):
     """A sheet: pictures enlarged, drawn with twice as many pixels across from the same tokens, and rendered there; and the
     like of pictures that were drawn from captions."""
     true, rows = ready.show.studio.truth(2 * ready.show.size, max(SCENES) + 1), []
@@ -101,7 +101,8 @@ def finer(ready, tokens):
     for given, first in (("rgb", "normal"), []), (("caption",), drawing):
         made = ready.generate(tokens, given, first)
         shown = {m: ready.show.pictures(made, m) for m in ("rgb", "normal")}
-        shown |= {f"fine_{m}": abilities.expected(ready, made, m, f"fine_{m}") for m in ("rgb", "normal")}
+        shown |= {f"fine_{m}": abilities.expected(model, made, m, f"fine_{m}")
+                  for m, model in (("rgb", specialist), ("normal", ready))}
         for b, text in enumerate(ready.show.texts(tokens, "caption")):
             cells = []
             for m in ("rgb", "normal"):
@@ -259,8 +260,9 @@ instances, outlines, poses with a box around each object, colours, numbers. Norm
 {tasks["normal, degrees"]:.3g} degrees, corners by {tasks["pose, corner"]:.2g} (a cube is 2.0 or 2.6 across)."""),
         "<h2>Twice as many pixels across</h2>",
         figure("finer.png", "pictures enlarged, drawn finer and rendered", f"""From the tokens of 64 pixels those of 128, decoded
-from the digits that the model expects: rgb gains {number("finer", "the expected digits", "rgb")} dB over the same picture
-enlarged (the true tokens {number("finer", "bound: the true tokens", "rgb")}), normals
+from the digits that a model expects: a specialist's rgb gains
+{number("finer", "the expected digits, of a specialist", "rgb")} dB over the same picture enlarged (that of the model of all
+modalities {number("finer", "the expected digits", "rgb")}, the true tokens {number("finer", "bound: the true tokens", "rgb")}), normals
 {number("finer", "the expected digits", "normal")} ({number("finer", "bound: the true tokens", "normal")}). Below, pictures
 that were themselves drawn, from captions."""),
         "<h2>One word changed</h2>",
@@ -305,7 +307,7 @@ def main(page_only):
             retrieved(ready, tokens), decoding(ready, ready.tokens[:8]), sliders(ready, tokens)
             sounds(Ready(*capabilities.MODELS["audio"]))
             ready = Ready(*capabilities.MODELS["fine"])
-            finer(ready, ready.tokens[list(SCENES[:2])])
+            finer(ready, Ready(*abilities.SPECIALIST), ready.tokens[list(SCENES[:2])])
     curves(found)
     (FOLDER / "index.html").write_text(page(found))
     print(FOLDER / "index.html")

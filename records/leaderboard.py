@@ -108,7 +108,7 @@ def summary(tracks):
         if records:
             r = records[-1]
             title = f"[#{r['number']} {r['title']}](records/{folder.name}/{r['path'].name})"
-            rows.append([f"[{folder.name}](records/README.md#{folder.name})", title, show_time(r, track),
+            rows.append([folder.name, title, show_time(r, track),
                          show_speedup(r), show_loss(r["losses"]), track["target"], show_quality(r, track),
                          r["hardware"]])
     if not rows:
