@@ -94,7 +94,7 @@ CONFIGS = {
     "cpu": Config(),
     # Python; of its 8,192 tokens the head would take most of a step
     "cpu-code": Config(track="cpu-code", data="pycode", depth=2, orders=2, grams=65536, frequent=256, muon_lr=0.02,
-                       adam_lr=0.1, table_lr=0.25, num_steps=1600, second_token=0.0, target=4.27, eval_tokens=163840,
+                       adam_lr=0.1, table_lr=0.25, num_steps=1600, second_token=0.0, target=0.0, eval_tokens=163840,
                        eval_every=800),
     # GPT-2 small's size on FineWeb, to modded-nanogpt's target
     "gpu": Config(track="gpu", data="fineweb", dim=768, depth=12, window=1024, orders=2, grams=65536, batch=512,
