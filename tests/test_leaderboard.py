@@ -203,7 +203,7 @@ def test_record_row_and_front_page(root):
     assert "![validation loss against train time](4m-cpu/loss.png)" in section
     front = files["README.md"]
     assert front.startswith(f"# Hi\n\n{lb.START}\n| track") and front.endswith(f"history.png)\n{lb.END}\n\nbye\n")
-    best, = [line for line in front.splitlines() if line.startswith("| [4m-cpu]")]
+    best, = [line for line in front.splitlines() if line.startswith("| 4m-cpu |")]
     assert "#2 Muon" in best and "2.50x" in best
     lb.main([], root)
     assert lb.build(root)["README.md"] == front  # rebuilding over its own output changes nothing
