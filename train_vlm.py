@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group: its defaults would keep it, and gloo's threads, past the end
+import torch.distributed.nn  # now: imported later, its functions' defaults would keep the process group to the end
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record

@@ -218,7 +218,7 @@ def make_folder(folder, scenes):
     done = subprocess.run([sys.executable, "data/scenes.py", f"--num={scenes}"], cwd=folder, capture_output=True,
                           text=True)
     if done.returncode:
-        raise ValueError(f"data/scenes.py failed: {done.stderr.strip()[-8000:]}")
+        raise ValueError(f"data/scenes.py failed: {done.stderr.strip()[-2000:]}")
     return time.perf_counter() - start
 
 # -----------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """records/scaling.py: the formula by hand, its bytes against a real run's, the report of made-up measurements."""
 import os
 import re
-import sys
 
 import pytest
 import torch
@@ -165,7 +164,7 @@ def test_bytes_of_a_real_run(tiny, tmp_path, monkeypatch):  # noqa: F811
     sharded = "reduce_scatter" in (root / "train_4m.py").read_text()
     formula = sum(scaling.volume(2, stacks, rest, sharded).values())
     assert sum(run["sent"].values()) == pytest.approx(formula, rel=0.01)
-    for rank in range(2) if sys.platform == "linux" else ():
+    for rank in range(2):  # where there is no /proc the files are empty
         assert "gloo" not in (root / f"threads{rank}").read_text()
 
 
