@@ -90,7 +90,7 @@ class Options:
 
 CONFIGS = {
     "cpu": Config(),
-    "cpu-mnist": Config(track="cpu-mnist", data="data/mnist/train", frozen="data/frozen/mnist32.npz", target=0.0,
+    "cpu-mnist": Config(track="cpu-mnist", data="data/mnist/train", frozen="data/frozen/mnist32.npz", target=0.083,
                         eval_every=750),
     "gpu": Config(track="gpu", data="data/objects128/train", pixels="pixels64", frozen="data/frozen/objects128.npz",
                   dim=384, depth=8, num_steps=4000, batch=256, target=0.0, eval_every=250),
