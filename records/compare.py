@@ -20,6 +20,7 @@ import math
 import os
 import queue
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,8 @@ class Entry:
 def read_entries(words):
     """["train_4m.py", "train_4m.py --muon_lr=0.02"] -> entries."""
     entries = []
-    for i, (path, *overrides) in enumerate(word.split() or [""] for word in words):
+    for i, word in enumerate(words):
+        path, *overrides = [word] if Path(word).is_file() else shlex.split(word) or [""]
         for override in overrides:
             if not re.match(r"--\w+=.", override) or override.startswith("--seed="):
                 raise ValueError(f"{path} {override}: overrides look like --field=value, and --seeds sets the seeds")
@@ -78,7 +80,8 @@ def read_entries(words):
     return entries
 
 def run_trial(entry, seed, folder, device=None, root=ROOT):
-    """The log of one run, from `folder` if it is there. The script runs in a folder of its own, beside the data."""
+    """The log of one run, from `folder` if it is there. The script runs in a folder of its own, beside the data and
+    checkpoints. What fails after its result is said and costs no more than the numbers it would have added."""
     path = folder / f"{Path(entry.script).stem}-{entry.key}-{seed}.log"
     if path.exists():
         return parse_log(path)
@@ -86,14 +89,22 @@ def run_trial(entry, seed, folder, device=None, root=ROOT):
     with tempfile.TemporaryDirectory(dir=folder, prefix="run-") as work:
         work = Path(work)
         (work / entry.script).write_text(entry.source, encoding="utf-8")
-        (work / "data").symlink_to(Path(root, "data").resolve())
+        for name in "data", "checkpoints":
+            if Path(root, name).exists():
+                (work / name).symlink_to(Path(root, name).resolve())
         env = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         done = subprocess.run([sys.executable, work / entry.script, *words], env=env, capture_output=True, text=True)
         logs = list((work / "logs").glob("*.txt"))
-        if done.returncode or len(logs) != 1:
-            last = (done.stderr.strip().splitlines() or ["it wrote no log"])[-1]
+        last = ((done.stderr if done.returncode else "").strip().splitlines() or ["it wrote no log"])[-1]
+        try:
+            log = parse_log(logs[0]) if len(logs) == 1 else None
+        except ValueError:
+            log = None
+        if not log:
             raise ValueError(f"{entry.script} {' '.join(words)} failed: {last.replace(f'{work}/', '')}")
-        log = parse_log(logs[0])
+        if done.returncode:
+            said = [line for line in done.stdout.splitlines() if line.strip()]
+            tqdm.write(f"{entry.script} {' '.join(words)} has its result, and then: {said[-1] if said else last}")
         logs[0].rename(path)
         return log | {"path": path}
 
@@ -116,14 +127,15 @@ def expected_seconds(entry, feet):
     train = foot["train_seconds"] * steps / foot["steps"]
     return train, train + foot["compile_seconds"] + foot.get("eval_seconds", 0) + START_SECONDS
 
-def forecast(entries, count, root=ROOT):
-    """What is said before the first run: how long `count` rounds take, and whether the machine is busy."""
+def forecast(entries, count, root=ROOT, jobs=1):
+    """What is said before the first run: how long `count` rounds take, `jobs` at a time, and whether the machine is
+    busy."""
     path, names = Path(root, "records", "runs.jsonl"), {entry.script for entry in entries}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     feet = [foot for foot in map(json.loads, lines) if foot["script"] in names]
     runs, expected = count * len(entries), [expected_seconds(entry, feet) for entry in entries]
     if all(expected):
-        train, total = (count * sum(part) / 60 for part in zip(*expected))
+        train, total = (math.ceil(count / jobs) * sum(part) / 60 for part in zip(*expected))
         yield (f"{runs} runs, about {total:.1f} minutes: {train:.1f} of training, the rest start-up, warm-up and "
                "evaluation")
     else:
@@ -271,8 +283,8 @@ def compare_entry(entry, first, it, base, target, cause):
 
 def how_to_file(entry, first, logs):
     """The command that files an entry's logs, with the first's as those of the record before."""
-    mine, rival = (os.path.relpath(logs[e.name][0]["path"].with_name(f"{Path(e.script).stem}-{e.key}-")) + "*.log"
-                   for e in (entry, first))
+    paths = (logs[e.name][0]["path"].with_name(f"{Path(e.script).stem}-{e.key}-") for e in (entry, first))
+    mine, rival = (shlex.quote(os.path.relpath(path)) + "*.log" for path in paths)
     return (f" It meets the target at p < {ALPHA}; to file it, if {first} is the record: python records/submit.py "
             f"{mine} --rival {rival} --name CamelCase --note 'Title'")
 
@@ -329,7 +341,7 @@ def main(argv, root=ROOT):
         race_key = hashlib.sha256("".join(entry.key for entry in entries).encode()).hexdigest()[:8]
         folder = args.out / "-".join([Path(entry.script).stem for entry in entries[:3]] + [race_key])
         target, load, devices = args.target, busy(), find_devices(args.jobs)
-        print(*forecast(entries, args.seeds, root), sep="\n")
+        print(*forecast(entries, args.seeds, root, args.jobs), sep="\n")
 
         def estimate(logs):
             nonlocal target

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rules import ALPHA, MIN_TRIALS, ROOT, mean_seconds, missed, quality, read_settings, read_track
+from rules import ALPHA, CLAIMS, MIN_TRIALS, ROOT, mean_seconds, missed, quality, read_settings, read_track
 
 COLUMNS = (">#|>time (s, mean)|>speed-up|>loss mean ± std (n)|>p of loss, of time|quality|>lines (± vs previous)|"
            "description|date|hardware|logs")
@@ -110,7 +110,7 @@ def summary(tracks):
             title = f"[#{r['number']} {r['title']}](records/{folder.name}/{r['path'].name})"
             rows.append([folder.name, title, show_time(r, track),
                          show_speedup(r), show_loss(r["losses"]), track["target"], show_quality(r, track),
-                         r["hardware"]])
+                         re.sub(r"\(R\)| Processor", "", r["hardware"])])
     if not rows:
         return NO_RECORDS
     out = [table(FRONT_COLUMNS, rows)]
@@ -132,8 +132,7 @@ def claim(folder, track, records):
 
 def with_claims(text, claims):
     """A script with these lines, and no others about records, below its docstring's title."""
-    title, _, rest = text.partition("\n")
-    rest = re.sub(r"\A\n(Record: .*\n( .*\n)*)+", "", rest)
+    title, _, rest = CLAIMS.sub("\\1", text).partition("\n")
     if claims and title.count('"""') != 1:
         raise ValueError(f"a script with a record needs a docstring of more than its title: {title}")
     return title + "\n" + "\n" * bool(claims) + "".join(claims) + rest

@@ -62,7 +62,10 @@ def measure(path, fields, steps):
 
     script = show.load_script(path)
     counted = max(1, steps // 3)
-    found = {}
+    needed, found = WARM + steps + counted, {}
+    if short := [field for field in fields if re.fullmatch(r"--(num_steps|eval_every)=\d+", field)
+                 and int(field.partition("=")[2]) <= needed]:
+        sys.exit(f"profile_run.py: {short[0]} ends the run, or has it evaluated, before {needed} steps are measured")
 
     class Run(script.Run):
         def prepare_show(self, **data):
@@ -83,7 +86,7 @@ def measure(path, fields, steps):
                 activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
                 self.profiler = profile(activities=activities)
                 self.profiler.start()
-            if self.step == WARM + steps + counted:
+            if self.step == needed:
                 self.now()
                 self.profiler.stop()
                 found.update(table_of(self.profiler, counted, self.device))
@@ -91,7 +94,7 @@ def measure(path, fields, steps):
 
     script.Run = Run
     try:
-        script.main([f"--num_steps={max(2000, 2 * (WARM + steps + counted))}", "--eval_every=1000000", *fields])
+        script.main([f"--num_steps={max(2000, 2 * needed)}", "--eval_every=1000000", *fields])
     except Enough:
         pass
     except script.Fault as fault:

@@ -35,7 +35,7 @@ def watch(path, times, fields):
         def prepare(self, model, **show_data):
             found.update(task=self.task, model=model)
             super().prepare(model, **show_data)
-            if not hasattr(self.samples.task_show, "glimpse"):
+            if not getattr(self.samples.task_show, "glimpse", None):
                 raise script.Fault(f"there are no samples to draw of a {self.task} in training")
 
         def progress(self, *step):

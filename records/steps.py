@@ -31,7 +31,10 @@ if __name__ == "__main__":
     parser.add_argument("logs", nargs="+", type=Path)
     args = parser.parse_args()
     try:
-        found = dict(read(path) for path in args.logs)
+        found = {}
+        for name, numbers in map(read, args.logs):
+            again = sum(other.split(" (")[0] == name for other in found)
+            found[f"{name} ({again + 1})" if again else name] = numbers
     except (ValueError, OSError) as error:
         parser.error(str(error))
     leaderboard.save_plot(PLOT, draw_orders, found, panels=(1, 2))

@@ -119,6 +119,7 @@ def test_a_tiny_day(tiny_4m, tmp_path):
     (["records/gpu_day.py", "--tiny=5m"], "--tiny=5m is not one of 4m, maskgit"),
     (["records/profile_run.py", "train_5m.py"], "there is no train_5m.py"),
     (["records/profile_run.py", "train_4m.py", "--steps=0"], "--steps must be at least 1"),
+    (["records/profile_run.py", "train_4m.py", "--num_steps=20"], "--num_steps=20 ends the run, or has it evaluated, before 45"),
     (["records/profile_run.py", "train_4m.py", "--track=tpu"], "--track=tpu is not one of"),
 ])
 def test_bad_words(words, said):

@@ -60,8 +60,7 @@ def evaluate():
 # --- end: eval ---
 config = copy.copy(CONFIGS["cpu"])
 overrides = dict(word.lstrip("-").split("=") for word in sys.argv[1:] if "--track" not in word)
-for key, value in overrides.items():
-    setattr(config, key, type(getattr(config, key))(value))
+config = dataclasses.replace(config, **{key: type(getattr(config, key))(value) for key, value in overrides.items()})
 if config.final > 9:
     sys.exit("test.py: the loss is no number")
 code = HERE.read_text().partition("# --- " "frozen:")[2].partition("# --- " "end:")[0]
@@ -190,6 +189,7 @@ def test_committed_records():
 
 
 def test_good_tree(root, capsys):
+    (record_of(root) / "__pycache__").mkdir()  # as whoever imports an archived script leaves it
     assert verify.verify(root) == []
     said = capsys.readouterr().out
     assert re.search(r"toy-cpu #1 The baseline: loss 1.0064 ± 0.0032 \(5\), p 0.00035, 20.1 s, 1.00x", said)
@@ -276,6 +276,10 @@ ONE = {  # a log that contradicts itself, its script, its track or the other tri
     "script elsewhere": (footer(script="../train_toy.py"), "its script is no file name"),
     "settings": ([edit(r'"argv"', '"arguments"')], "its settings are not JSON with config, argv"),
     "truncated": ([lambda text: text[:-200]], "truncated log"),
+    "hardware in the settings": ([edit('"hardware": ".*"', '"hardware": "2 cores of Other CPU"')],
+                                 "its footer has hardware 2 cores of Some CPU, and its settings 2 cores of Other CPU"),
+    "times that fall": ([edit(r"(step:15/40.*train_time:).*", r"\g<1>30000ms step_avg:2000.00ms")],
+                        "its train times do not rise"),
     "turns": (footer(start_time=5e9), "did not take turns, as their start times have it"),
     "at the same time": ([edit(r"^start_time: (.*)", lambda m: f"start_time: {float(m[1]) - 10.5}")],
                          "ran at the same time"),
@@ -297,6 +301,15 @@ ALL = {  # all logs and the script tell the same story, and it breaks a rule
     "another batch": ([both("\nconfig = copy", "\nEVAL_BATCH = 1\nconfig = copy")], "its source redefines EVAL_BATCH"),
     "imported evaluate": ([both("import copy, ", "from math import exp as evaluate\nimport copy, ")],
                           "its source redefines evaluate"),
+    "evaluation in a string": ([both("# --- frozen: eval ---\n", 'UNUSED = """\n# --- frozen: eval ---\n'),
+                                both("# --- end: eval ---\n", '# --- end: eval ---\n"""\ndef evaluate():\n    return 0\n')],
+                               "its block frozen: eval is a part of something else"),
+    "parameter": ([both("\nconfig = copy", "\ndef main(evaluate=len):\n    return evaluate()\nconfig = copy")],
+                  "its source redefines evaluate"),
+    "part of a part": ([both("\nconfig = copy", "\nClock.read.own[0] = 1\nconfig = copy")], "its source redefines Clock"),
+    "globals": ([both("\nconfig = copy", "\nglobals()['evaluate'] = len\nconfig = copy")],
+                "its source redefines * outside the block it belongs to; * is any name, by import * or one of globals,"),
+    "setattr": ([both("\nconfig = copy", "\nsetattr(Clock, 'read', len)\nconfig = copy")], "its source redefines *"),
     "checkpoint": ([both('load: str = ""', 'load: str = "a"'), both('"load": ""', '"load": "a"')],
                    "starts from a checkpoint"),
     "evaluated": ([both("eval_tokens: int = 1000", "eval_tokens: int = 9"),
@@ -324,6 +337,11 @@ def test_doctored_logs(root, logs, case):
     changes, message = {"one": ONE, "all": ALL}[logs][case]
     doctor(root, logs, changes)
     assert any(message in fault for fault in faults(root)), faults(root)
+
+
+def test_frozen_files_are_those_of_the_logs(root):
+    (root / "data/frozen/val.npz").write_bytes(b"easier")
+    assert any("its eval_sha256 is not that of its source and frozen files" in fault for fault in faults(root))
 
 
 BASE = {
@@ -427,6 +445,28 @@ def test_slower_than_a_baseline_that_was_not_reached(late, tmp_path):
     assert "no less than the 20." in said and "in which the baseline did not reach the target" in said
 
 
+def test_a_baseline_that_runs_again_takes_turns(late, tmp_path):
+    """Or one log of it from a busy machine would be what a record is compared with."""
+    root = Path(shutil.copytree(late, tmp_path / "root"))
+    shutil.rmtree(record_of(root))
+    again, logs = make_logs(root, LATE, [5]), make_logs(root, FASTER)
+    assert "did not take turns" in refusal(submit.main, [*logs, "--rival", *again, "--name", "Shorter", *NOTE], root)
+
+
+def test_a_third_record_takes_turns_with_the_second(late, tmp_path):
+    root = Path(shutil.copytree(late, tmp_path / "root"))
+    logs = make_logs(root, FASTER)
+    assert "did not take turns" in refusal(submit.main, [*logs, "--name", "Faster", *NOTE], root)
+
+
+def test_claims_are_no_part_of_a_source():
+    claims = ["Record: toy-cpu, val_loss <= 1.02,\n    quality_f1 >= 0.9 in 10.1 s.\n", "Record: toy-gpu in 1 s.\n"]
+    text = leaderboard.with_claims(SCRIPT, claims)
+    assert text.count("Record: ") == 2 and "quality_f1 >= 0.9 in" in text
+    assert rules.without_claim(text) == rules.without_claim(SCRIPT) == SCRIPT.strip()
+    assert leaderboard.with_claims(text, []) == SCRIPT
+
+
 # -----------------------------------------------------------------------------
 # submit.py --baseline
 
@@ -515,6 +555,18 @@ def test_submit_rival(root):
     assert faults(root) == [] and len(list(record_of(root, "Faster").glob("rival/*.log"))) == 5
 
 
+def test_submit_refuses_chosen_or_copied_rivals(root):
+    for path in root.glob("logs/*.log"):
+        path.unlink()
+    argv = ["--name", "Faster", *NOTE]
+    pairs = [(make_logs(root, FASTER, [seed])[0], make_logs(root, FAST, [seed + 1])[0]) for seed in range(5)]
+    new, old = zip(*pairs)
+    assert "are 1, 2, 3, 4, 5, and they have to be 0 to 4" in refusal(submit.main, [*new, "--rival", *old, *argv], root)
+    new, old = take_turns(root, FASTER, FAST)
+    shutil.copy(record_of(root) / "1.log", old[1])
+    assert "1.log has the losses and times of" in refusal(submit.main, [*new, "--rival", *old, *argv], root)
+
+
 def test_submit_arguments(root):
     logs = make_logs(root, FASTER)
     assert "same seed, 0" in refusal(submit.main, [*logs, logs[0], "--name", "Faster", *NOTE], root)
@@ -533,9 +585,9 @@ def test_submit_arguments(root):
 def test_submit_against(root, monkeypatch, capsys):
     """On a machine half as fast both are run again, and the speed-up over the baseline is carried on."""
     old = record_of(root)
-    old.rename(old.with_name("2026-01-02_Shorter"))
+    old.rename(old.with_name("2000-01-02_Shorter"))
     base = record_of(root, "Baseline")
-    base.rename(base.with_name("2026-01-01_Baseline"))
+    base.rename(base.with_name("2000-01-01_Baseline"))
     leaderboard.main([], root)
     monkeypatch.setenv("MACHINE", "2 cores of Other CPU")
     monkeypatch.setenv("DRAG", "2")
@@ -553,7 +605,7 @@ def test_submit_against(root, monkeypatch, capsys):
     text = (root / "records/README.md").read_text()
     assert "The speed-up of #3 is that of #2 times its own over #2, run again in turn with it" in text
     kept = (folder / "rival/0.log").read_text()
-    shutil.copy(old.with_name("2026-01-02_Shorter") / "0.log", folder / "rival/0.log")  # filed logs are no re-run
+    shutil.copy(old.with_name("2000-01-02_Shorter") / "0.log", folder / "rival/0.log")  # filed logs are no re-run
     assert any("its trials must be on one kind of hardware" in fault for fault in faults(root))
     (folder / "rival/0.log").write_text(kept)
     (folder / "rival/4.log").unlink()
@@ -655,6 +707,8 @@ def test_forecast(scripts):
     entries = compare.read_entries(["a.py", "b.py --num_steps=10"])
     assert [*compare.forecast(entries, 6, scripts)] == [  # 60 s and 15 s of training, 30 s each besides
         "12 runs, about 13.5 minutes: 7.5 of training, the rest start-up, warm-up and evaluation"]
+    assert [*compare.forecast(entries, 6, scripts, jobs=4)] == [  # two rounds
+        "12 runs, about 4.5 minutes: 2.5 of training, the rest start-up, warm-up and evaluation"]
     assert [*compare.forecast(entries[1:], 6, scripts)] == ["6 runs; how long they take shows after the first"]
 
 
@@ -685,9 +739,36 @@ def test_compare_variants(scripts):
     assert "B b.py: time to the end -40.0 %" in one and "noise unknown: one seed" in one
 
 
+def test_compare_keeps_a_result_whose_samples_failed(scripts, capsys):
+    Path("d.py").write_text(FAST + 'print("\\nno samples (its forward takes no tokens)\\n")\nsys.exit(1)\n')
+    text, folder = race(scripts, "a.py", "d.py", "--seeds=2")
+    assert "B d.py: 50.0 %" in text and len(list(folder.glob("d-*.log"))) == 2
+    out = capsys.readouterr().out
+    assert "d.py --seed=1 has its result, and then: no samples (its forward takes no tokens)" in out
+
+
+def test_compare_has_the_checkpoints(scripts):
+    (scripts / "checkpoints").mkdir()
+    (scripts / "checkpoints/start").write_text("1")
+    Path("e.py").write_text(FAST + '(ROOT / "checkpoints/start").read_text()\n')
+    assert "B e.py: 50.0 %" in race(scripts, "a.py", "e.py", "--seeds=2")[0]
+
+
+def test_compare_in_folders_with_spaces(scripts, capsys):
+    Path("my runs").mkdir()
+    for name, text in ("a.py", SCRIPT), ("b.py", FAST):
+        Path("my runs", name).write_text(text)
+    compare.main(["my runs/a.py", "my runs/b.py", "'my runs/b.py' --pace=0.1", "--seeds=5", "--out=my runs"], scripts)
+    out = capsys.readouterr().out
+    assert "B b.py: 50.0 %" in out and "C b.py --pace=0.1: 80.0 %" in out
+    assert re.search(r"submit.py 'my runs/a-b-b-\w+/b-\w+-'\*.log --rival 'my runs/a-b-b-\w+/a-\w+-'\*.log --name", out)
+
+
 def test_compare_on_several_gpus(scripts, monkeypatch):
-    assert "--jobs=2 needs as many NVIDIA GPUs, and there are" in refusal(
-        compare.main, ["a.py", "b.py", "--jobs=2"], scripts) or shutil.which("nvidia-smi")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(compare.shutil, "which", lambda name: None)
+    assert "--jobs=2 needs as many NVIDIA GPUs, and there are 0" in refusal(
+        compare.main, ["a.py", "b.py", "--jobs=2"], scripts)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     _, folder = race(scripts, "a.py", "b.py", "--seeds=4", "--jobs=2")
     used = {}
