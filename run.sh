@@ -113,7 +113,7 @@ train() {  # train TASK [--field=value ...]
     even 1 "$task" "$@"
     echo "training: train_$task.py $*"
     if [[ $track != cpu ]] && [ "$gpus" -gt 0 ]; then
-        $PY -m torch.distributed.run --standalone --nproc_per_node="$gpus" "train_$task.py" "$@"
+        $PY -m torch.distributed.run --standalone --nproc_per_node="$gpus" --shutdown_timeout=120 "train_$task.py" "$@"
     else
         $PY -u "train_$task.py" "$@"
     fi

@@ -1249,7 +1249,7 @@ def main(argv):
         for block in (*model.encoder, *model.decoder):
             block.compile(fullgraph=True, dynamic=True)
     if config.shard:
-        blocks = (*model.encoder, model.local, *model.decoder, model.mix)
+        blocks = [*model.encoder, model.local, *model.decoder, model.mix, *([model.local_word] if model.timed else ())]
         import_ours("sharding").shard_blocks(model, blocks, run, init_weights)
     else:
         init_weights(model.to(run.device))

@@ -50,6 +50,11 @@ def model_sha256(script):
     return hashlib.sha256(code.encode()).hexdigest()
 
 
+def with_later_fields(script, config):
+    """A saved Config and what fields its script did not have yet: what it could not do was off."""
+    return {key: value for key, value in vars(script.Config()).items() if value == 0} | config
+
+
 def save_weights(run, model):
     """Write the weights of a model that is whole, in half precision, with what they need. Returns whether that worked."""
     path = run.script.ROOT / "checkpoints" / f"{run.run_id}.safetensors"
@@ -104,8 +109,7 @@ def read_checkpoint(script, path, config, given=()):
         check_file(file_path)
         with safe_open(file_path, "pt") as file:
             about = file.metadata()
-            off = {key: value for key, value in vars(script.Config()).items() if value == 0}
-            saved = off | json.loads(about["config"])  # what an older script could not do was off
+            saved = with_later_fields(script, json.loads(about["config"]))
             # of the fields' types and within their limits
             architecture = {key: options.parse(script, key, str(saved[key]), type(getattr(config, key)))
                             for key in script.ARCHITECTURE}
@@ -156,13 +160,15 @@ def label_drops(run):
 class Saver:
     """Saves the state of a run whenever save_every, which also means its end, or a signal says so.
 
-    SIGTERM, as SLURM sends it, and Ctrl-C also end the run; a second one does so at once.
+    SIGTERM, as SLURM sends it, and Ctrl-C also end the run; a second one does so at once, and so does the first where
+    nothing is trained.
     """
 
     def __init__(self, run):
         self.run, self.signals = run, []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.receive)
+        if run.config.num_steps:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self.receive)
         if run.file and run.options.load and run.weights.other_code:  # the log had not been opened when it was read
             run.file.write(warning(run.options.load) + "\n")
 
@@ -199,9 +205,9 @@ class Saver:
         run = self.run
         with run.paused():
             counters = {name: getattr(run, name) for name in COUNTERS}
-            state = {"config": vars(run.config), "data_sha256": run.data_sha256, "counters": counters,
-                     "model": get_model_state_dict(model, options=ON_RANK_0), "adam": adam.state_dict(),
-                     "muon": muon.momentum_buffers() if muon else [], "loader": loader.state_dict()}
+            state = {"config": vars(run.config), "precision": run.precision, "data_sha256": run.data_sha256,
+                     "counters": counters, "model": get_model_state_dict(model, options=ON_RANK_0),
+                     "adam": adam.state_dict(), "muon": muon.momentum_buffers() if muon else [], "loader": loader.state_dict()}
             path = run.script.ROOT / (run.options.resume or f"checkpoints/{run.run_id}.state.pt")
             problem = write_safely(path, torch.save, state) if run.rank == 0 else ""
             run.say(problem or f"state of step {run.step} in {path}")
@@ -222,14 +228,15 @@ def check_whole(path):
 
 
 def read_state(run):
-    """What a Saver wrote of this run. It may go on for more steps than planned, or be evaluated more often."""
+    """What a Saver wrote of this run, which goes on in its precision. It may go on for more steps than planned, or be
+    evaluated more often."""
     script, path, config = run.script, run.options.resume, vars(run.config)
     if not run.config.num_steps:
         raise script.Fault("--resume continues a run: pass its --num_steps, or --load to evaluate a checkpoint")
     try:
         check_whole(script.ROOT / path)
         state = torch.load(script.ROOT / path, map_location="cpu", weights_only=True)
-        saved = dict(state["config"])
+        saved = with_later_fields(script, dict(state["config"]))
         state["counters"] = {name: state["counters"][name] for name in COUNTERS}
         if missing := {"data_sha256", "model", "muon", "adam", "loader"} - state.keys():
             raise KeyError(missing.pop())
@@ -245,12 +252,23 @@ def read_state(run):
         raise script.Fault(f"--resume={path} is of a run on other training data")
     if (step := state["counters"]["step"]) > run.config.num_steps:
         raise script.Fault(f"--resume={path} is at step {step}, beyond --num_steps={run.config.num_steps}")
+    precision = state.get("precision", run.precision)  # older ones do not say
+    if run.options.precision not in ("auto", precision) or precision not in script.PRECISIONS:
+        raise script.Fault(f"--resume={path} is of a run with --precision={precision}: pass the same, or none")
+    run.precision = precision
     return state
 
 
 def load_state(run, model, muon, adam, loader):
     """Put what read_state found back to where it came from. The clock resumes where it was. Raises script.Fault."""
     state = run.state
+    if run.world > 1:  # each machine may have a file of its own
+        everyones = [None] * run.world
+        dist.all_gather_object(everyones, (state["counters"]["step"], state["counters"]["seconds"]))
+        if len(set(everyones)) > 1:
+            steps = ", ".join(str(step) for step, _ in everyones)
+            raise run.script.Fault(f"--resume={run.options.resume} is not the same state on all ranks, which have steps "
+                                   f"{steps}: copy that of rank 0 to the other machines")
     try:
         set_model_state_dict(model, state["model"], options=FULL_STATE)
         if muon:

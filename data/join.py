@@ -65,8 +65,9 @@ def main(names, val_only=False):
         own = list(read_frozen(name)[1])
         arrays, meta = shards.read(ROOT / name / "train", [*own, "scene"], {m: kinds[m] for m in own})
         sets.append(arrays)
-        content.append(meta.get("content_sha256"))
-    identity = {"name": folder.name, "version": VERSION, "content": content}
+        content.append(shards.sha256(ROOT / name / "train" / "meta.json"))  # has the sha256 of every array
+    frozen = [shards.sha256(shards.FROZEN / f"{name}.npz") for name in names]
+    identity = {"name": folder.name, "version": VERSION, "content": content, "frozen": frozen}
     place = f"data/{folder.name}"
     if val_only:
         folder.mkdir(exist_ok=True)

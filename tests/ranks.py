@@ -96,6 +96,17 @@ def keep_states(script):
     runs.keep_states(setattr)
 
 
+def other_state_on_rank_1(script):
+    """Have the second process find a state of another step, as on a machine that has kept an older file."""
+    read = checkpoints.read_state
+
+    def read_other(run):
+        state = read(run)
+        state["counters"]["step"] -= run.rank
+        return state
+    checkpoints.read_state = read_other
+
+
 def divided_weights(path):
     """Divide a small model among the ranks: how many weights each holds, and what it has of them all, in files."""
     dist.init_process_group("gloo")

@@ -72,7 +72,7 @@ def test_all_is_kept(joined):
             assert np.array_equal(tokens[:, layout.span[m]], arrays[m]), m
             assert np.array_equal(np.load(joined.folder / "train" / f"{m}.npy"), arrays[m][:ROWS])
     valid, kind = layout.valid(tokens).numpy(), layout.kind.numpy()
-    assert not valid[roles.numpy() > 0].all() or not roles[~torch.from_numpy(valid)].any(), "no role for padding"
+    assert (roles > 0).any() and valid[roles.numpy() > 0].all(), "no role for padding"
     assert np.array_equal(roles[0], draw_roles(valid[0], kind, np.random.default_rng(0)))
     whole = roles[1::2]
     for k, m in enumerate(layout.names):
@@ -126,6 +126,24 @@ def test_once_more(joined, make, capsys):
     make(*SETS)
     said = capsys.readouterr().out
     assert "is there and whole" in said and f"--frozen=data/{'-'.join(SETS)}/val.npz" in said
+
+
+def test_sets_that_were_made_again_are_noticed(joined, root, make, monkeypatch, tmp_path):
+    meta = root / SETS[1] / "train/meta.json"
+    before = meta.read_text()
+    meta.write_text(json.dumps(json.loads(before) | {"sha256": {"palette": "another"}}))
+    try:
+        with pytest.raises(SystemExit, match="was made with another content; delete it"):
+            make(*SETS)
+    finally:
+        meta.write_text(before)
+    for name in SETS:
+        (tmp_path / f"{name}.npz").write_bytes((shards.FROZEN / f"{name}.npz").read_bytes())
+    arrays, kinds = frozen_arrays(SETS[1])
+    hub.write_val(tmp_path / f"{SETS[1]}.npz", arrays | {"palette": arrays["palette"][::-1]}, kinds)
+    monkeypatch.setattr(shards, "FROZEN", tmp_path)
+    with pytest.raises(SystemExit, match="was made with another frozen; delete it"):
+        make(*SETS)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +232,13 @@ def test_a_model_without_weights_knows_the_times(layout):
     assert empty.local.weight.is_meta and not empty.cell.is_meta
     for name in ("time", "lasts", "timed_place", "cell", "word_cell"):
         assert torch.equal(getattr(empty, name), getattr(model, name)), name
+
+
+def test_a_divided_model_of_all_modalities(joined, tmp_path):
+    """--shard=true: every matrix that Muon moves is in a divided block."""
+    root = make_root(tmp_path / "root")
+    runs.run("4m", [*SMALL, *joined.argv, "--num_steps=2", "--eval_every=9", "--shard=true"], root, 2)
+    assert runs.footers(root)[0]["world_size"] == 2
 
 
 def test_every_link_is_trained(joined, layout, tmp_path, monkeypatch):
