@@ -963,9 +963,10 @@ def evaluate(model, stream, vocab, config, rank, world):
 # Training
 
 def flops_per_token(model, config):
-    """Matmul FLOPs of a training step per token, backward being twice forward; causal attention counts half."""
+    """Matmul FLOPs of a training step per token, backward being twice forward; causal attention counts half, and of the
+    head's clusters, which only their own tokens are multiplied with, nothing does."""
     hidden = sum(p.numel() for p in model.blocks.parameters()) + config.depth * config.context * config.dim
-    heads = model.head.weight.numel() * (1 + (config.second_token > 0))
+    heads = model.head.sizes[0] * config.dim * (1 + (config.second_token > 0))
     return 6 * (hidden + heads)
 
 

@@ -94,7 +94,7 @@ class Backbones:
             about, self.folders["vit"] = self.fetch(config.vit)
             about = about.get("vision_config", about)
             for theirs, (ours, default) in SIGLIP.items():
-                setattr(self.config, ours, about.get(theirs, default))
+                self.take("vit", ours, about.get(theirs, default))
         if config.lm:
             about, self.folders["lm"] = self.fetch(config.lm)
             self.read_llama(about)
@@ -116,13 +116,24 @@ class Backbones:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise self.script.Fault(f"cannot read the model {name}: {reason}") from None
 
+    def take(self, part, field, value):
+        """Set a field of Config to what a backbone has. Raises the script's Fault where another value was asked for."""
+        given, usual = getattr(self.config, field), getattr(self.script.CONFIGS[self.config.track], field)
+        if given not in (usual, value):
+            raise self.script.Fault(f"--{field}={given}: --{part}={getattr(self.config, part)} has {value}, leave it out")
+        setattr(self.config, field, value)
+
     def read_llama(self, about):
         kind, name = about.get("model_type"), self.config.lm
-        if kind != "llama" or about.get("rope_scaling") or not about.get("tie_word_embeddings"):
-            raise self.script.Fault(f"--lm={name} is a {kind}: only plain Llamas with tied embeddings load")
+        rope = about.get("rope_parameters") or {}  # where newer versions of transformers have rope_scaling
+        scaled = about.get("rope_scaling") or rope.get("rope_type", "default") != "default"
+        biased = about.get("attention_bias") or about.get("mlp_bias")
+        if kind != "llama" or scaled or biased or not about.get("tie_word_embeddings"):
+            raise self.script.Fault(f"--lm={name} is a {kind}: only plain Llamas with tied embeddings load, without "
+                                    "scaled positions or biases")
         try:
             for theirs, ours in LLAMA.items():
-                setattr(self.config, ours, about[theirs])
+                self.take("lm", ours, about[theirs])
             self.config.rope_theta = about.get("rope_theta") or about["rope_parameters"]["rope_theta"]
             self.vocab = about["vocab_size"]
         except KeyError as error:

@@ -11,19 +11,23 @@ import os
 
 import numpy as np
 
-from shards import EXACT, check_file, command_for, open_array, printable, read_json
+from shards import EXACT, changed_file, check_file, command_for, open_array, printable, read_json
 from streams import read_bin
 
 
 @contextlib.contextmanager
 def training_data(script, folder, make):
     """Whatever goes wrong with a folder of training data becomes one sentence, with the command that makes it, or the
-    track's own if it is none of ours."""
+    track's own if it is none of ours. In the end its arrays are those whose sha256 meta.json has, if it has any."""
     make = command_for(folder) or make
     if not (folder / "meta.json").exists():
         raise script.Fault(f"no training data in {folder}: our own is made with `{make}`")
     try:
-        yield read_json(folder / "meta.json")
+        meta = read_json(folder / "meta.json")
+        yield meta
+        hashes = {name: digest for name, digest in meta.get("sha256", {}).items() if not name.startswith("..")}
+        if name := changed_file(folder, hashes):
+            raise ValueError(f"{name} is not what was written: its sha256 is another than in meta.json")
     except script.Fault:
         raise
     except Exception as error:  # of many kinds where meta.json is of another shape

@@ -76,13 +76,14 @@ def find_samples(root, split):
 
 
 def fingerprint(root, samples):
-    """One hash of the names and sizes of all files; samples: {split: names}."""
+    """One hash of the names, sizes and times of change of all files; samples: {split: names}."""
     digest = hashlib.sha256()
     for split, names in samples.items():
         for m in FOLDERS:
             for name in names:
                 path = file_of(root, split, m, name)
-                digest.update(os.fsencode(f"{path.relative_to(root)} {path.stat().st_size}\n"))
+                about = path.stat()
+                digest.update(os.fsencode(f"{path.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 
@@ -217,7 +218,9 @@ def export(out, num, train=ROOT / "scenes128" / "train", frozen=FROZEN / "scenes
     """Write num of our training scenes (None: all) and the frozen validation scenes as the course's folder."""
     if out.exists():
         raise Fault(f"{out} is there already: name a folder that is not")
-    arrays, _ = shards.read(train, FOLDERS)
+    arrays, meta = shards.read(train, FOLDERS)
+    if num and num > meta["num"]:
+        raise Fault(f"{train} has {meta['num']:,} scenes, not {num:,}: delete it to have more made")
     with np.load(frozen, allow_pickle=False) as file:
         validation = {m: file[m] for m in FOLDERS}
     encoding = tokenizer.load_text()

@@ -16,7 +16,8 @@ def draw_pairs(run, model):
     labels = torch.randint(model.classes, (n,), generator=rng).to(run.device)
     noise = torch.randn(n, 3, model.side, model.side, generator=rng).to(run.device)
     parts = list(zip(labels.split(250), noise.split(250)))
-    guidance = show_flow.GUIDANCE if model.classes > 1 and checkpoints.loaded_label_drop(run) else 1.0
+    guided = model.classes > 1 and 0 < checkpoints.loaded_label_drop(run) < 1
+    guidance = show_flow.guidance_of(run.config) if guided else 1.0
     with run.autocast():
         made = [run.script.sample(model, label, guidance=guidance, noise=z)
                 for label, z in tqdm(parts, desc="pairs", leave=False)]

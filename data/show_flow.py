@@ -20,6 +20,11 @@ DIGITS = "data/frozen/mnist32.npz", "data/mnist/val.npz"  # which digits.py judg
 DIGITS_GUIDANCE = 3.0  # of 500 digits after 3,000 steps 92 % are right and the distance is 8.5, with 1.5 84 % and 12
 
 
+def guidance_of(config):
+    """How much the samples of a run are guided."""
+    return DIGITS_GUIDANCE if config.frozen in DIGITS else GUIDANCE
+
+
 def to_unit(images):
     """Images in [-1, 1] as floats in [0, 1] on the CPU."""
     return (images.float().cpu() + 1) / 2
@@ -43,18 +48,17 @@ class Show:
     def __init__(self, script, run, classes):
         self.script, self.seed = script, run.config.seed
         self.judge, self.names = None, class_names(script.ROOT / run.config.frozen, classes)
-        guidance = GUIDANCE
         if run.config.frozen in DIGITS:
-            self.judge, self.reference, guidance = digits.load(run.device), "exact", DIGITS_GUIDANCE
+            self.judge, self.reference = digits.load(run.device), "exact"
         elif run.config.frozen in [config.frozen for config in script.CONFIGS.values()]:
             self.judge, self.reference, self.names = judges.load(run.device), "objects_exact", world.CLASSES
         self.classes = torch.arange(classes, device=run.device)
         self.few = self.classes[::max(1, classes // 3)][:3]
         n = run.options.quality_pictures if self.judge else 0
         self.wanted = self.classes.repeat(-(-n // classes))[:n]
-        # without --label_drop a model never learns what images without a label look like; one class is all images
-        guided = classes > 1 and any(checkpoints.label_drops(run))
-        self.guidances = (1.0, guidance) if guided else (1.0,)
+        # a model that never, or always, saw labels has nothing to be guided by; one class is all images
+        guided = classes > 1 and any(0 < share < 1 for share in checkpoints.label_drops(run))
+        self.guidances = (1.0, guidance_of(run.config)) if guided else (1.0,)
 
     def show(self, model, folder):
         if len(self.classes) == 1:

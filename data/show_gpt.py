@@ -59,6 +59,7 @@ class Show:
             if self.is_pictures:
                 import studio
                 self.studio = studio.Studio(run.device, meta["encoding"])
+                self.glimpse = None
                 self.labels = torch.arange(meta["document_start"], meta["vocab"], device=run.device)
             else:
                 self.encode, self.decode = streams.codec(meta)
@@ -73,7 +74,9 @@ class Show:
         if run.options.quality_tokens and not self.is_pictures and not list(self.folder.glob("train*.bin")):
             raise script.Fault(f"quality numbers count the words of {self.folder}/train*.bin, and there are none: pass "
                                "--quality_tokens=0")
-        if run.options.draft and not self.is_pictures:
+        if self.is_pictures and (run.options.draft or run.options.prompt.strip()):
+            raise script.Fault(f"{run.config.data} is of pictures: --prompt and --draft are for texts")
+        if run.options.draft:
             self.draft = speculate.load_draft(script, run.options.draft, run.config, meta, run.device)
 
     def show(self, model, folder):
@@ -106,7 +109,8 @@ class Show:
     def glimpse(self, model):
         """Cells of a sheet: three texts that continue the prompt."""
         options = dataclasses.replace(self.options, temperature=TEMPERATURE, top_k=0, top_p=1.0, sample_tokens=320)
-        rows = torch.cat(list(self.generate(model, torch.tensor([self.prompt] * 3), options)), 1)
+        start = torch.tensor([self.prompt] * 3, device=self.device)
+        rows = torch.cat(list(self.generate(model, start, options)), 1)
         return [self.decode(row).decode(errors="replace") for row in rows.tolist()]
 
     def quality(self, model):

@@ -53,6 +53,7 @@ class Show:
         self.is_text = "text" in modalities
         if self.is_text:
             self.open_encoding(modalities["text"])
+            self.glimpse = None
             return
         self.classes = torch.arange(modalities["label"]["vocab"], device=run.device)
         own_names = modalities["label"].get("names")  # of the user's own pictures, which the judge does not know

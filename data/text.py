@@ -173,8 +173,8 @@ def read_all(paths, field, column):
 def split(texts):
     """Documents for training and for validation, each list in the order given.
 
-    A seeded draw holds out a tenth of the bytes, at least one document. Where that is next to nothing, as beside one
-    long document, or there is no other one, the last tenth of the longest is held out.
+    A seeded draw holds out whole documents, a tenth of the bytes at most. Where those that fit are next to nothing, or
+    none, as with a few long ones, the last tenth of the longest is held out as well.
     """
     sizes = [len(text.encode()) for text in texts]
     most, order = min(sum(sizes) // 10, MOST_VALIDATION), list(range(len(texts)))
@@ -184,9 +184,6 @@ def split(texts):
         if used + sizes[i] <= most:
             held.add(i)
             used += sizes[i]
-    if not held and len(texts) > 1:
-        smallest = min(order, key=sizes.__getitem__)
-        held, used = {smallest}, sizes[smallest]
     train = [text for i, text in enumerate(texts) if i not in held]
     val = [text for i, text in enumerate(texts) if i in held]
     if used < max(1, most / 10):

@@ -1,4 +1,5 @@
 """Text for train_maskgit.py: rows of tokens of a stream in data/<name>, in place of pictures and without labels."""
+import hashlib
 import math
 import os
 
@@ -46,7 +47,7 @@ def read_train(script, config):
     tokens, _ = read_rows(script, config, "train")
     fit_batch(script, config, len(tokens))
     check_batch(script, config, len(tokens), "examples")
-    return tokens, np.zeros(len(tokens), np.uint16), "none"
+    return tokens, np.zeros(len(tokens), np.uint16), hashlib.sha256(tokens).hexdigest()
 
 
 def read_frozen(script, config):
@@ -56,6 +57,7 @@ def read_frozen(script, config):
     rng = torch.Generator().manual_seed(0)
     masked = script.draw_masks(*tokens.shape, rng)
     masked = masked[torch.randperm(len(masked), generator=rng)]  # rows with few masked tokens come first
+    digest = hashlib.sha256(tokens.numpy().tobytes() + masked.numpy().tobytes()).hexdigest()
     base = math.isqrt(meta["vocab"] - 1) + 1  # tokens are pairs of digits: the ids above the vocabulary are no token's
     modalities = {"rgb": {"length": LENGTH, "vocab": base ** 2}, "label": {"length": 1, "vocab": 1}, "text": meta}
-    return tokens, torch.zeros(len(tokens), dtype=torch.long), masked, modalities, "none"
+    return tokens, torch.zeros(len(tokens), dtype=torch.long), masked, modalities, digest

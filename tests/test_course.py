@@ -106,6 +106,15 @@ def test_every_crop_is_an_example(small, data, tmp_path, capsys):
     assert "was made with another source; delete it" in refusal(root)
 
 
+def test_tokens_that_were_made_again_are_noticed(small, data, tmp_path):
+    """Of the same names and sizes."""
+    root = write_folder(tmp_path / "root", train=1, val=24)
+    convert(root)
+    path = course.file_of(root, "train", "rgb", "00000")
+    np.save(path, np.load(path)[::-1])
+    assert "was made with another source; delete it" in refusal(root)
+
+
 def test_masks_of_the_validation_rows(small, data, tmp_path):
     convert(write_folder(tmp_path / "root", train=1, val=24))
     with np.load(data / "course/val.npz") as file:
@@ -191,6 +200,8 @@ def test_export_and_back(data, tmp_path):
     (train / "meta.json").write_text(json.dumps({"num": 4, "modalities": modalities}))
     np.savez(tmp_path / "val.npz", **arrays)
     out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="has 4 scenes, not 5: delete it"):
+        course.export(out, 5, train, tmp_path / "val.npz")
     course.export(out, 3, train, tmp_path / "val.npz")
     assert sorted(path.name for path in out.iterdir()) == ["train", "val"]
     file = np.load(out / "train/tok_rgb@256/00002.npy")

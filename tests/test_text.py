@@ -132,7 +132,9 @@ def test_every_kind_of_file(root, tmp_path, capsys):
     e.touch()
     text.main([*paths, a], field="body", column="story")
     meta, train, val = read_set(root / "notes")
-    assert sorted(train + val) == sorted([DOCUMENTS[0], "é" + DOCUMENTS[1], *DOCUMENTS[2:5]]) and len(val) == 1
+    longest = "é" + DOCUMENTS[1]  # its last tenth is for validation
+    assert sorted(train) == sorted([DOCUMENTS[0], longest[:-len(val[0])], *DOCUMENTS[2:5]])
+    assert val == [longest[-(len(longest) // 10):]]
     assert "warning: 3 of 8 documents are empty" in capsys.readouterr().out
 
 
@@ -206,7 +208,7 @@ def test_split(monkeypatch):
     assert text.split([book]) == ([book[:1080]], [book[1080:]]), "its last tenth"
     assert text.split([note, book]) == ([book[:1080]], [note, book[1080:]]), "a note alone would be too little"
     train, val = text.split(DOCUMENTS[:3])
-    assert len(val) == 1 and sorted(train + val) == DOCUMENTS[:3], "at least one"
+    assert train[1:] == DOCUMENTS[1:3] and [train[0] + val[0]] == DOCUMENTS[:1], "a third would be too much"
     many = [f"{i:03}" for i in range(1000)]
     train, val = text.split(many)
     assert len(val) == 100 and sorted(train + val) == many
@@ -274,6 +276,11 @@ def test_maskgit(root, tmp_path, monkeypatch):
     assert first.startswith("<|endoftext|>Chapter ")
     lines = (tmp_path / "samples/maskgit.txt").read_text(encoding="utf-8").split("\n")
     assert f"true          {first}" in lines
+    text.main(write(tmp_path / "other", [*DOCUMENTS, "another one"] * 2), name="other", vocab="265")
+    runs.run_here("maskgit", monkeypatch, tmp_path, [*DIMS, "--data=other", "--seed=1"])
+    for key in "data_sha256", "eval_sha256":
+        mine, other = (footer[key] for footer in runs.footers(tmp_path))
+        assert mine != other and len(mine) == len(other) == 64, "a state of the one is none of the other"
 
 
 def test_maskgit_on_a_page(root, tmp_path, monkeypatch, capsys):

@@ -436,7 +436,7 @@ def test_guidance_is_shown_where_it_was_learned(tmp_path, monkeypatch):
     np.savez(tmp_path / "own.npz", modalities=np.frombuffer(json.dumps(about).encode(), np.uint8))
     no, both = {1.0}, {1.0, 1.5}
     for label_drop, loaded, num_steps, classes, expected in (
-            (0.0, None, 9, 2, no), (0.1, None, 9, 2, both), (0.1, 0.1, 0, 1, no),
+            (0.0, None, 9, 2, no), (1.0, None, 9, 2, no), (0.1, None, 9, 2, both), (0.1, 0.1, 0, 1, no),
             (0.0, 0.1, 0, 2, both), (0.1, 0.0, 0, 2, no), (0.1, 0.0, 9, 2, both), (0.0, 0.1, 9, 2, both)):
         asked.clear()
         fields = {"label_drop": label_drop, "num_steps": num_steps, "frozen": str(tmp_path / "own.npz")}
@@ -444,11 +444,13 @@ def test_guidance_is_shown_where_it_was_learned(tmp_path, monkeypatch):
         assert set(asked) == expected and shown.names == ["0", "1"][:classes]
 
 
-@pytest.mark.parametrize("label_drop, guidance", [("0.0", 1.0), ("0.1", 1.5)])
-def test_pairs_of_reflow(label_drop, guidance):
-    """They are drawn as samples are: guided, if the model knows images without a label."""
+@pytest.mark.parametrize("label_drop, guidance, track", [("0.0", 1.0, "cpu"), ("0.1", 1.5, "cpu"), ("1.0", 1.0, "cpu"),
+                                                         ("0.1", 3.0, "cpu-mnist")])
+def test_pairs_of_reflow(label_drop, guidance, track):
+    """They are drawn as samples are: guided, if the model knows images with and without a label."""
     model = small_model(std=0.1)
-    run = types.SimpleNamespace(script=train_flow, config=train_flow.Config(reflow=300), device=torch.device("cpu"),
+    config = dataclasses.replace(train_flow.CONFIGS[track], reflow=300)
+    run = types.SimpleNamespace(script=train_flow, config=config, device=torch.device("cpu"),
                                 autocast=contextlib.nullcontext,
                                 weights=types.SimpleNamespace(config={"label_drop": label_drop}))
     pictures, labels, noise = reflow.draw_pairs(run, model)

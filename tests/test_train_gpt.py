@@ -107,6 +107,36 @@ def test_nothing_looks_ahead(model):
         assert not torch.allclose(before[:, place], after[:, place])
 
 
+def test_loss_is_of_both_heads(model):
+    """Of the next token, and of the one after it half as much."""
+    rng = torch.Generator().manual_seed(0)
+    tokens, targets = (torch.randint(256, (2, 12), generator=rng) for _ in range(2))
+    with torch.no_grad():
+        y = model(tokens, model.mask(tokens))
+        first, second = (head.log_probs(y) for head in (model.head, model.head_second))
+        expected = -sum(first[b, t, targets[b, t]].item() for b in range(2) for t in range(12))
+        expected -= 0.5 * sum(second[b, t, targets[b, t + 1]].item() for b in range(2) for t in range(11))
+        assert train_gpt.total_nats(model, tokens, targets, 0.5).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_ngrams_are_of_the_last_tokens():
+    """The row of order n + 1 at a place follows from its token and the n before it, and each order has a table of its own."""
+    model, seen = small_model(orders=4, grams=1 << 16), []
+    model.embed_ngrams.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    tokens = torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[0, 9] += 1
+    for each in tokens, changed:
+        model.embedding(each % 256, 0)
+    before, after = seen
+    assert before.shape == (20, 3)
+    for n in (1, 2, 3):
+        assert (before[:, n - 1] // model.grams == n - 1).all() and before[:, n - 1].unique().numel() > 15
+        assert (before != after)[:, n - 1].nonzero()[:, 0].tolist() == list(range(9, 10 + n))
+    later = torch.cat([model.embedding(tokens, 0)[:, 12:], model.embedding(tokens, 12)])
+    assert torch.equal(later[0], later[1]), "also where a cache has the first ones"
+
+
 def test_window_and_documents():
     model = small_model({**META, "document_start": 255}, window=4)
     tokens = torch.zeros(1, 12, dtype=torch.long)
@@ -627,7 +657,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same_run(tiny, tmp_path, monk
     for key in ("val_loss", "steps", "tokens"):
         assert found[key] == expected[key], key
     assert all(torch.equal(value, same[name]) for name, value in weights.items())
-    assert found["train_seconds"] > 0
+    assert found["train_seconds"] > torch.load(state, weights_only=True)["counters"]["seconds"] > 0
 
 
 def test_training_on(tiny, tmp_path, monkeypatch, capsys):
@@ -708,3 +738,6 @@ def test_pictures_of_labels(tmp_path, monkeypatch):
     run_here(monkeypatch, root, [*SMALL, f"--data={folder}", "--num_steps=1"], samples=True)
     assert (root / "samples/gpt.png").read_bytes().startswith(b"\x89PNG")
     assert not (root / "samples/gpt.txt").exists()
+    for option in "--prompt=KING", "--draft=none.safetensors":
+        with pytest.raises(Fault, match="is of pictures: --prompt and --draft are for texts"):
+            run_here(monkeypatch, root, [*SMALL, f"--data={folder}", "--num_steps=1", option], samples=True)

@@ -164,7 +164,7 @@ def test_some_conversations_lose_their_description(frozen):
         for tokens, answer, picture in conversations(batch, pad):
             i, whole, wanted, number = known[tuple(tokens.tolist())]
             assert torch.equal(answer, wanted) and torch.equal(picture, frozen[0][i])
-            weights += [1.0 if mark == number else loader.weights.max() for mark in answer.tolist() if mark]
+            weights += [1.0 if mark == number else small_config().question_weight for mark in answer.tolist() if mark]
             draws[i] += 1
             described.append(whole)
         assert batch["weights"].tolist() == weights and batch["weight"] == sum(weights)
@@ -592,7 +592,7 @@ def backbones(tmp_path_factory):
 
 
 def open_backbones(vit="", lm=""):
-    return hub.Backbones(train_vlm, small_config(vit=str(vit), lm=str(lm)))
+    return hub.Backbones(train_vlm, dataclasses.replace(train_vlm.CONFIGS["cpu"], vit=str(vit), lm=str(lm)))
 
 
 def load(backbones):
@@ -638,6 +638,16 @@ def test_backbones_that_do_not_fit(backbones, tmp_path):
     (folder / "config.json").write_text(json.dumps(about))
     with pytest.raises(Fault, match="without 'intermediate_size'"):
         open_backbones(lm=folder)
+    plain = json.loads((backbones[0] / "lm/config.json").read_text())
+    for more in ({"rope_scaling": {"rope_type": "llama3", "factor": 32}}, {"attention_bias": True},
+                 {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32}}):
+        (folder / "config.json").write_text(json.dumps(plain | more))
+        with pytest.raises(Fault, match="without scaled positions or biases"):
+            open_backbones(lm=folder)
+    for field, value, part in ("side", 32, "vit"), ("lm_depth", 9, "lm"):
+        config = dataclasses.replace(train_vlm.CONFIGS["cpu"], **{field: value, part: str(backbones[0] / part)})
+        with pytest.raises(Fault, match=f"--{field}={value}: --{part}=.* has .*, leave it out"):
+            hub.Backbones(train_vlm, config)
     shutil.copy(backbones[0] / "lm/config.json", folder / "config.json")
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(Fault, match="tokenizer.json cannot be read"):

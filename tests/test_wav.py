@@ -82,7 +82,7 @@ def damage(path, kind):
         path.mkdir()
 
 
-SENTENCES = {"silent": "is silent", "empty": "is silent", "ten minutes": "lasts 600 s", "too large": "67 MB",
+SENTENCES = {"silent": "is silent", "empty": "is silent", "ten minutes": "lasts 600 s", "too large": "files of up to 268 MB are read",
              "slow": "100 samples per second", "nan": "no numbers", "cut off": "damaged", "header alone": "damaged",
              "text": "not a WAV file", "mp3": "not a WAV file", "no bytes": "not a WAV file", "folder": "no file",
              "missing": "no file"}
