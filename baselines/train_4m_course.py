@@ -9,6 +9,8 @@ The course's own numbers are those of the gpu track. What the cpu track has inst
     heads     of 32 channels, not 64, of which so narrow a model would have one
     rate      6e-4 at dim 512, at others times 512 / dim, as width asks for (muP, arXiv:2203.03466)
     batch     32 scenes, not 512: sixteen times as many steps in the same time
+    steps     40,000, 1.3 million scenes, not 19.5 million: a baseline has two hours
+    samples   by the sampler of train_4m.py, with that model's steps and temperatures, so that their quality compares
 
 On both tracks a text's padding is neither input nor target. The course counts it, but the frozen evaluation does not
 ask for it. Only true targets go through the head, which is the same loss at half the price.

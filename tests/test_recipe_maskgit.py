@@ -87,7 +87,7 @@ def test_the_courses_numbers():
         assert (config.init_std, config.mlp_ratio) == (0.02, 4)
     gpu = course.CONFIGS["gpu"]
     assert (gpu.dim, gpu.depth, gpu.head_dim, gpu.batch) == (512, 8, 64, 256)
-    assert gpu.num_steps * gpu.batch * 257 == pytest.approx(500e6, rel=0.001)
+    assert gpu.num_steps * gpu.batch * 256 == pytest.approx(1e9, rel=0.001)
     with torch.device("meta"):
         model = course.MaskGIT(gpu, course.read_frozen(gpu)[3])
         ids = torch.zeros(2, 257, dtype=torch.long)
