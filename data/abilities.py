@@ -25,6 +25,7 @@ from texts import parse_boxes, parse_desc
 PICTURES = ("normal", "depth", "seg", "inst")
 ROWS = ("bbox", "desc", "pose", "feat_global")
 DRAWS = 10  # of an ensemble
+TASK_SCENES, FINE_SCENES = 150, 50  # that numbers are taken on
 LESSONS = 1000  # steps of a specialist
 FINE = ("rgb", "depth", "normal", "seg")  # that the fine set has with twice as many pixels across
 SPECIALIST = ("4m_finer", ("scenes64", "fine64"))  # of rgb > fine_rgb
@@ -119,7 +120,7 @@ def most_frequent(ready, truth):
     return made
 
 
-def tasks(ready, n=150):
+def tasks(ready, n=TASK_SCENES):
     """{row: {task: number}}: the table of 4M-21 in our world."""
     truth = Truth(ready, n)
     draws = [told_of_rgb(ready, truth, 8, 1.0, seed=1 + i) for i in range(DRAWS)]
@@ -131,7 +132,7 @@ def tasks(ready, n=150):
     return {name: truth.measure(made) for name, made in rows.items()}
 
 
-def specialists(ready, n=150, steps=LESSONS):
+def specialists(ready, n=TASK_SCENES, steps=LESSONS):
     """The same of models of the same size that have learned one of its columns and nothing else."""
     truth, tokens = Truth(ready, n), lessons.training_tokens(ready)
     models = {m: lessons.learn(ready, lessons.fresh(ready), ((("rgb",), (m,)),), steps, tokens)
@@ -213,7 +214,7 @@ def guidance(ready, n=100):
 # ------------------------------------------------------------------------------------------------------------
 # Super-resolution
 
-def finer(ready, n=50):
+def finer(ready, n=FINE_SCENES):
     """{how: {modality: dB}} of pictures with twice as many pixels across: PSNR over that of the given tokens' enlarged."""
     tokens, true, found = ready.tokens[:n], ready.show.studio.truth(2 * ready.show.size, n), {}
     ways = {"the likeliest tokens, one step": (1, 1, 0.0), "eight steps": (1, 8, 0.3), "one draw": (1, 1, 1.0),

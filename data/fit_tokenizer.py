@@ -148,30 +148,7 @@ def entropy_at_place(ids):
     return total / ids.shape[1]
 
 
-REPORT = """# Frozen files
-
-What makes losses comparable everywhere; never edited, hash-checked by every run.
-
-| file | what it is |
-|---|---|
-| `scenes64.npz`, `scenes128.npz` | 2,000 validation scenes of one to three objects: their codes (`scene`), tokens of every modality, texts (`python data/scenes.py --frozen`) |
-| `eval_4m_64.npz`, `eval_4m_128.npz` | which of their tokens are inputs and which are targets: in even rows as the course masks, in odd rows whole modalities are inputs (`python data/eval_masks.py`) |
-| `objects64.npz`, `objects128.npz` | 2,000 validation close-ups of one object: codes, label and rgb tokens, pixels at half the size (`python data/scenes.py --objects --frozen`, with `--size=128`) |
-| `qa64.npz` | the scenes of `scenes64.npz` with questions: codes, pixels, tokens, where the answers are, families; everything is asked for last (`python data/scenes.py --qa --frozen`) |
-| `eval_maskgit_64.npz`, `eval_maskgit_128.npz` | which of the close-ups' rgb tokens are masked (`python data/eval_masks.py`) |
-| `eval_flow.npz` | picture, time and noise seed of every draw that the flow is evaluated on (`python data/eval_masks.py`) |
-| `judge.safetensors` | reads the objects back from a picture of 64 px, or of 32 (`python data/judge.py train`) |
-| `tokenizer.safetensors` | image tokenizer, {parameters:,} parameters in half precision (`python data/fit_tokenizer.py train --resume --minutes=11`, from that of an earlier world) |
-| `text.tiktoken`, `qa.tiktoken` | encodings of the scenes' texts and of questions in tiktoken's format (`python data/fit_tokenizer.py text`) |
-| `4m.safetensors` | a nano4M of dim 128 trained for an hour, that the sheet at the top of README is of (`python train_4m.py --dim=128 --num_steps=12000 --word_steps=600 --save=true`, in half precision) |
-| `gpt.safetensors`, `gpt_draft.safetensors` | GPTs trained longer than a record: four blocks of dim 192, and the record's shape (`python train_gpt.py --load=data/frozen/gpt.safetensors --draft=data/frozen/gpt_draft.safetensors --num_steps=0`) |
-
-A scene is a row of whole numbers, its codes (`data/world.py`): pictures, texts and questions follow from these, so two
-scenes of equal codes are the same. Codes are what training sets leave out (no scene of `scenes` or `qa` looks like a
-validation scene) and what the data hash is of, with texts, boxes and labels, which no machine rounds differently
-(`shards.content_sha256`); of tokens, 99.5 % must be the same on another machine (`python data/scenes.py --check`).
-
-## Image tokenizer
+REPORT = """## Image tokenizer
 
 Reconstruction of validation scenes: PSNR of the mean squared error in dB; Fréchet distance of the judge's features
 between pictures and their reconstructions; entropy in nats of a token at its place; share of the {vocab} codes in use.
@@ -185,7 +162,7 @@ that it reads right in full: {right:.2%} and {right_decoded:.2%}. Written by `py
 
 
 def report():
-    """Write data/frozen/README.md, and a sheet of reconstructions in samples/tokenizer.png."""
+    """Replace the tokenizer's section of data/frozen/README.md; a sheet of reconstructions in samples/tokenizer.png."""
     model, rows, numbers = load_tokenizer(), [], {}
     for size, n in ((64, 2000), (128, 500)):
         scenes = load_frozen_scenes(size, n)
@@ -204,7 +181,7 @@ def report():
         rows += [f"| {size} px, {name} | " + " | ".join(cells) + " |" for name, cells in table.items() if cells]
         if size == 64:
             draw_reconstructions(model, images)
-    text = REPORT.format(parameters=sum(p.numel() for p in model.parameters()), vocab=VOCAB, rows="\n".join(rows),
+    text = REPORT.format(vocab=VOCAB, rows="\n".join(rows),
                          names=" | ".join(IMAGES), rule="---|" * (len(IMAGES) - 1) + "---", **numbers)
     write_sections(text)
     print(text)

@@ -247,6 +247,7 @@ def page(found):
     def number(section, row, column="model"):
         return f"{found[section][row][column]:.3g}"
     tasks, draws = found["tasks"]["eight steps"], found["search"]["cycle, 1 step"]
+    more = [draws[str(count)] for count in search.COUNTS[1:]]
     sections = [
         "<h2>A picture from anything</h2>",
         figure("any_to_rgb.png", "scenes drawn from each modality alone", f"""Each row is drawn from one modality alone: the
@@ -276,7 +277,7 @@ another one: {number("edits", "color", "follows")} of the pictures follow in col
                "contradict each other: at 0 the geometry alone decides."),
         "<h2>Search</h2>",
         figure("search.png", "F1 against the number of draws", f"""Pictures from descriptions in a single hasty step, the best of
-several by what the model itself thinks of them: from {draws["1"]:.2g} to {draws["8"]:.2g} with eight draws."""),
+several by what the model itself thinks of them: {draws["1"]:.3f} with one, {min(more):.3f} to {max(more):.3f} with 2 to 16."""),
         "<h2>Retrieval</h2>",
         figure("retrieved.png", "captions and the nearest pictures", f"""A caption becomes eight tokens of features, and these
 find pictures: the right one of 2,000 comes first for {number("retrieval", "caption", "R@1")} of captions and

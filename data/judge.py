@@ -339,7 +339,8 @@ REPORT = """## Judge
 `judge.safetensors`, {parameters:,} parameters in half precision: F1 of the objects that it reads (place within {reach} % of
 the frame, shape, colour and material all right), with size as well, accuracy over the {classes} classes of close-ups, and
 Fréchet distances to the 2,000 validation pictures as rendered (exact) and as their tokens give them back (decoded).
-{n:,} new pictures show what {n:,} samples can have at best, the rows below them what faults cost. Written by
+{n:,} new pictures show what {n:,} samples can have at best, the rows below them what faults cost. The judge's own training
+scenes leave none out: some of the validation's and of the new ones with a single object look like one of them. Written by
 `python data/judge.py report`.
 
 | pictures | object F1 | with size | class accuracy | distance to exact | to decoded |
@@ -349,7 +350,7 @@ Fréchet distances to the 2,000 validation pictures as rendered (exact) and as t
 
 
 def new_pictures(kind, n, coder):
-    """Exact and decoded pictures of n scenes that no set has, their tokens and their objects."""
+    """Exact and decoded pictures of n scenes from another seed, their tokens and their objects."""
     codes = {"scenes": world.sample_scenes, "objects": world.sample_close_ups}[kind](n, (1 << 54))
     pictures, index = render(world.build(codes), SIDE, compile=False)
     ids = coder.encode(pictures["rgb"]).flatten(1)

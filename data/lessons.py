@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ready import train_4m
+from shards import Fault
 
 
 def fresh(ready, seed=0):
@@ -25,7 +26,10 @@ def fresh(ready, seed=0):
 def training_tokens(ready):
     """The tokens (N, size), int16, of the training scenes of a ready model's sets."""
     config = dataclasses.replace(ready.config, data=f"data/{ready.set}/train")
-    arrays, _ = train_4m.read_shards(config, ready.layout.modalities)
+    try:
+        arrays, _ = train_4m.read_shards(config, ready.layout.modalities)
+    except train_4m.Fault as fault:  # a script's own kind
+        raise Fault(str(fault)) from None
     return torch.cat([torch.from_numpy(array.astype("int16")) for array in arrays], 1)
 
 

@@ -11,6 +11,7 @@ import judge as judges
 import show_maskgit
 
 MOST, COUNTS = 16, (1, 2, 4, 8, 16)  # draws
+SCENES, BEAM_SCENES = 60, 100  # that they are taken on
 CHAINS = ((), ("desc",), ("bbox",), ("seg",), ("depth",), ("normal",), ("edge",), ("desc", "normal"))
 
 
@@ -20,7 +21,7 @@ def candidates(ready, n, given, steps, temperature=1.0):
     return torch.stack([ready.generate(ready.tokens[:n], (given,), [how], seed=1 + i) for i in range(MOST)])
 
 
-def best_of_many(ready, n=60):
+def best_of_many(ready, n=SCENES):
     """{verifier and steps: {draws: F1}} of pictures from descriptions, drawn hastily and less so.
 
     Of 1, 2, 4 .. 16 draws one is chosen: by the model's own log p(desc | rgb) or by the judge's probability of what was
@@ -61,7 +62,7 @@ def best_of(ready, n, steps):
 ROUNDS, WIDTH = 3, 4  # of a beam: rounds, and draws in each
 
 
-def beam(ready, n=100):
+def beam(ready, n=BEAM_SCENES):
     """{how: {verifier: F1}} of pictures from descriptions in one step at temperature 1: one draw, the best of as many as a
     beam takes, and a beam with look-ahead, all chosen by log p(desc | rgb) or by the F1 that is told."""
     tokens, meant = ready.tokens[:n], ready.show.described(ready.tokens[:n])

@@ -28,15 +28,16 @@ SHOWN = {"maskgit.png": "Four draws of every class, and validation pictures of w
          "maskgit_steps.gif": "Every class as it is filled in, in 16 steps.",
          "maskgit_orders.png": "The judge's numbers on samples, by steps and by the order in which places are filled.",
          "4m_showcase.png": "What the ready model, trained for an hour, makes of validation scenes it has never seen.",
-         "4m.png": "The same after a run of three minutes, the truth beside it.",
+         "4m.png": "The same after a short run, the truth beside it.",
          "flow_steps.png": "The judge's numbers on samples, by Euler's steps, before and after reflow.",
-         "flow.png": "Four draws of every class after a run of two and a half minutes, and the way from noise to picture.",
-         "vlm.png": "Questions about validation pictures and its answers after five minutes, the truth where it errs.",
+         "flow.png": "Four draws of every class after a short run, and the way from noise to picture.",
+         "vlm.png": "Questions about validation pictures and its answers, the truth where it errs.",
          "gpt.txt": 'What the ready model says after "ROMEO:".',
          "real/gpt.png": "Real data: handwritten digits of MNIST, of a GPT that learnt them as a stream of tokens.",
          "real/maskgit.png": "Real data: handwritten digits of MNIST, of a MaskGIT that learnt their tokens.",
          "real/flow.png": "Real data: handwritten digits of MNIST, of a flow that learnt their pixels.",
          "real/vlm.png": "Real data: questions of easy-VQA, and what it answers."}
+OF_SEVERAL_RUNS = "maskgit_orders.png", "flow_steps.png"
 
 HEAD = """<!doctype html>
 <html lang="en">
@@ -183,11 +184,11 @@ def family(root, task, tracks):
     links += [f'<a href="#{folder.name}">{folder.name}</a>' for folder, track, _ in tracks if track["task"] == task]
     out = [f'<h3 id="{task}">{html.escape(name)}</h3>', f"<p>{html.escape(what[:1].upper() + what[1:])}</p>",
            shell(f"./run.sh {task}"), f'<p class="quiet">{" · ".join(links)}</p>']
-    origin = run_of(root, f"{task}.log")
     for path in sorted(root.glob("docs/*"), key=lambda path: (path.stem, path.suffix != ".png", path.suffix)):
         what = SHOWN.get(path.name, f"Samples of {name}.")
         if not re.fullmatch(rf"{task}([_-].*)?", path.stem):
             continue
+        origin = "" if path.name in OF_SEVERAL_RUNS else run_of(root, f"{path.stem}.log") or run_of(root, f"{task}.log")
         if path.suffix in (".png", ".gif", ".jpg", ".webp"):
             out.append(picture(path, path.name, what, html.escape(what) + origin))
         elif path.suffix == ".txt":

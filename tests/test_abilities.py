@@ -198,6 +198,14 @@ def test_numbers_have_their_bounds():
             assert set(row) == {"model", "the same answer to all", "another scene's", "bound"}, name
 
 
+def test_sections_that_train_need_their_set(tmp_path, monkeypatch):
+    """It is said before the others take their hours."""
+    monkeypatch.setattr(capabilities, "ROOT", tmp_path)
+    monkeypatch.setattr(capabilities, "Ready", lambda *_: pytest.fail("too late"))
+    with pytest.raises(SystemExit, match="^capabilities.py: there is no .*scenes64-rich64/train"):
+        capabilities.main(["tasks", "transfer"])
+
+
 def test_unknown_sections_are_told():
     import subprocess
     import sys

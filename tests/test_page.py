@@ -183,10 +183,11 @@ def test_grows_with_records_and_samples(root, capsys):
     folder = root / "records/new-gpu"
     folder.mkdir()
     (folder / "track.json").write_text(json.dumps(TRACK | dict(task="new", track="gpu")))
-    for name in "new.png", "new_steps.gif":
+    for name in "new.png", "new_long.png", "new_steps.gif":
         shutil.copy(root / "records/4m-cpu/loss.png", root / "docs" / name)
     (root / "docs/new.txt").write_text("To <be> & not")
     (root / "docs/new.log").write_text(log_text(loss=2.5, seconds=61.0))
+    (root / "docs/new_long.log").write_text(log_text(loss=1.5, seconds=900.0))
     (root / "docs/plots/old.png").write_text("")
     assert page.main(["--check"], root) == 1
     said = capsys.readouterr().err
@@ -198,8 +199,9 @@ def test_grows_with_records_and_samples(root, capsys):
     assert check_tables(root, reader) == 2 and reader.tables["4m-cpu"][2][7] == "Muon | for all"
     assert "To <be> & not" in reader.texts and not (root / "docs/plots/old.png").exists()
     assert [picture["src"] for picture in reader.pictures] == [
-        "plots/history.png", "new.png", "new_steps.gif", "plots/4m-cpu-loss.png"]
+        "plots/history.png", "new.png", "new_long.png", "new_steps.gif", "plots/4m-cpu-loss.png"]
     assert " ".join(reader.texts).count("20 steps, 61 s on 2 cores of Some CPU. Validation loss 2.500") == 3
+    assert " ".join(reader.texts).count("20 steps, 900 s on 2 cores of Some CPU. Validation loss 1.500") == 1, "its own log"
 
 
 def test_check_and_faults(root, capsys):

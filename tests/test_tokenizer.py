@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import digits
 import fit_tokenizer
+import judge
+import questions
 import raycaster
 import scenes as maker
 import shards as sets
@@ -335,6 +338,14 @@ def test_the_gpu_tracks_take_more_scenes(words, num, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------
 # Frozen validation sets
+
+def test_report_is_one_section_of_the_readme():
+    readme = (tokenizer.FROZEN / "README.md").read_text()
+    for text in fit_tokenizer.REPORT, judge.REPORT, digits.REPORT, questions.REPORT:
+        assert text.startswith("## ") and "\n#" not in text, "what else is there stays"
+        fixed = [line for line in text.splitlines() if line and "{" not in line]
+        assert len(fixed) > 1 and not set(fixed) - set(readme.splitlines())
+
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_frozen_set(size, encoding):

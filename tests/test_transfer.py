@@ -57,6 +57,16 @@ def test_scores():
     assert transfer.score("shadow", told, meant) == 0.5
 
 
+def test_the_same_answer_may_be_yes(labels):
+    """Never saying yes has no F1 at all: what is beaten is the better of both."""
+    found = transfer.same_answer(labels, labels)
+    for task in "exist", "relation":
+        share = labels[task].mean().item()
+        assert found[transfer.NAMES[task]] == pytest.approx(2 * share / (1 + share)) and share > 0
+    assert found[transfer.NAMES["shadow"]] == pytest.approx(labels["shadow"].mean().item())
+    assert found[transfer.NAMES["count"]] == (labels["count"] == labels["count"].mode().values).float().mean().item()
+
+
 @pytest.mark.parametrize("way", transfer.WAYS)
 def test_what_is_trained(ready, labels, way, monkeypatch):
     """The frozen model stays as it is but for what its way may change, and the task is learned."""
