@@ -380,12 +380,12 @@ def test_missing_digits_name_their_script(tmp_path, monkeypatch):
     with pytest.raises(train_gpt.Fault, match="no data in .*mnist14: make it with `python data/mnist.py`"):
         runs.run_here("gpt", monkeypatch, tmp_path, ["--track=cpu", "--data=mnist14"])
     for name, script in (("mnist14", "mnist.py"), ("easy_vqa", "easy_vqa.py")):
-        folder = shards.ROOT / name / "train"
+        monkeypatch.setattr(shards, "ROOT", tmp_path)
+        folder = tmp_path / name / "train"
         assert shards.command_for(folder) == f"python data/{script}"
-        if not folder.exists():
-            with pytest.raises(train_gpt.Fault, match=f"our own is made with `python data/{script}`"):
-                with checks.training_data(train_gpt, folder, "python data/scenes.py"):
-                    pass
+        with pytest.raises(train_gpt.Fault, match=f"our own is made with `python data/{script}`"):
+            with checks.training_data(train_gpt, folder, "python data/scenes.py"):
+                pass
     assert shards.command_for("/") is shards.command_for("/x") is None
 
 

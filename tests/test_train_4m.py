@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -1054,6 +1055,17 @@ def test_a_result_outlives_its_samples(tiny, tmp_path, monkeypatch, capsys):
     assert rules.parse_log(log)["footer"]["steps"] == 2 and len(runs.footers(root)) == 1
     said = [line for line in capsys.readouterr().out.splitlines() if "no samples" in line]
     assert said == ["no samples (ZeroDivisionError: division by zero); the result above is filed"]
+
+
+def test_code_is_the_model_section(tmp_path):
+    text, path = train_4m.HERE.read_text(), tmp_path / "train_4m.py"
+
+    def digest(of):
+        path.write_text(text.replace(f"\n{of}", f"\n# another\n{of}", 1))
+        return checkpoints.model_sha256(types.SimpleNamespace(HERE=path))
+    whole = checkpoints.model_sha256(train_4m)
+    assert digest("no such line") == whole == digest("def masked_loss") == digest("class Muon")
+    assert whole != digest("class Nano4M") != digest("def init_weights") != whole
 
 
 def test_a_checkpoint_of_other_code_is_named(finished, tiny, tmp_path, monkeypatch, capsys):
