@@ -17,7 +17,8 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 RULE = "=" * 100
-FREE_OVERRIDES = ("seed", "track", "precision")  # precision: of the machine, what is faster on its CPU
+# precision: of the machine, what is faster on its CPU; save: weights are written once all is measured
+FREE_OVERRIDES = ("seed", "track", "precision", "save")
 ALPHA, MIN_TRIALS = 0.01, 5
 MAX_GROWTH = 4  # parameters and buffers over the baseline's
 MAX_EVALUATION = 10  # seconds of an evaluation over the baseline's

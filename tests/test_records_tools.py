@@ -358,6 +358,14 @@ def test_doctored_baseline(root, case):
     assert any(message in fault for fault in faults(root)), faults(root)
 
 
+def test_weights_may_be_saved(root):
+    """That is done once all is measured; to save states on the way is not."""
+    doctor(root, "all", [edit(r'("--seed=\d"\n)', r'"--save=true", \1'), edit(r"^overrides: ", "overrides: --save=true ")])
+    assert faults(root) == []
+    doctor(root, "all", [edit("--save=true", "--save_every=9")])
+    assert any("no override but seed, track, precision, save: --save_every=9" in fault for fault in faults(root)), faults(root)
+
+
 def test_seeds(root):
     """Trials are those of seeds 0 to n - 1: none may be left out."""
     folder = record_of(root)
