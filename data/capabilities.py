@@ -22,7 +22,7 @@ NUMBERS, REPORT = DOCS / "capabilities.json", DOCS / "CAPABILITIES.md"
 MODELS = {"scenes": ("4m", ("scenes64",)), **{kind: (f"4m_{kind}", ("scenes64", f"{kind}64"))
                                               for kind in ("rich", "audio", "fine")}}
 SCENES = 250
-TAUGHT = {"specialists", "transfer", "added"}  # sections that train, for which the rich set's training scenes have to be there
+TAUGHT = {"specialists", "transfer", "added"}  # sections that train: they need the rich set's training scenes
 LEAST = ("errors", "error", "l1", "degrees", "corner")  # names of numbers that are better when smaller
 
 
@@ -48,7 +48,7 @@ SECTIONS = {  # name: (set, function, heading, what it says)
 What `./run.sh` writes into its footer, of {SCENES} validation scenes, by the ready model of eight modalities: pictures and
 texts from rgb where the name does not say otherwise. The bound is what the true tokens would get. Names that end in
 {", ".join(LEAST)} are better when smaller. The three tables below begin with the same numbers. What more modalities cost
-these they tell roughly: this model and the rich set's had 12,000 steps, the audio set's 16,000, the fine set's 8,000."""),
+these they tell roughly: the four models had different numbers of steps, as `docs/4m_rich.log` and its like say."""),
     "rich": ("rich", numbers, "Modalities of the rich set", """
 The same of `./run.sh 4m --track=cpu-rich`. Features are compared with those that the true tokens decode to, masks of
 polygons are put into the true boxes."""),
@@ -61,7 +61,7 @@ is of pictures whose 64 pixels were drawn too."""),
     "finer": ("fine", abilities.finer, "Twice as many pixels across, in several ways", f"""
 The gain of the table above. Expected digits: the tokenizer decodes the four digits of a token that the model expects,
 which are no whole numbers. A draw has to choose where edges are, and PSNR punishes each that is not the true one. The
-specialist went on from the same model, 1,200 steps of 64 scenes with rgb given and nothing but fine rgb asked. Of
+specialist went on from the same model, 1,200 steps of 64 scenes with rgb given and nothing but fine rgb asked. All of
 {abilities.FINE_SCENES} scenes."""),
     "tasks": ("rich", abilities.tasks, "What it tells of a picture", f"""
 The table of 4M-21 in this world, of {abilities.TASK_SCENES} scenes: rgb is given. Boxes, description and pose are told word by
@@ -71,10 +71,12 @@ agree with most."""),
 Eight models of the same size, each trained for one column of that table and nothing else, {abilities.LESSONS:,} steps of 64
 scenes; the ready model shared its steps among all of its links. They need `data/scenes64-rich64`."""),
     "transfer": ("rich", transfer.transfer, "Transfer", f"""
-Tasks that no training asked for, though of the number of objects metadata tell, with a linear layer on the encoder's states of rgb: on the frozen model, with it and LoRA of
-rank {transfer.RANK}, with all of it trained, and from scratch. {transfer.STEPS} steps of {transfer.BATCH} each, which see
-some half of 20,000 labels, at one learning rate for each way, not tuned. The same answer: the better of yes and no. What is in the dark and how high surfaces are (error in world units) is asked pixel
-by pixel. 24 kinds of objects, which are rare, are learned by none in so few steps. It needs `data/scenes64-rich64`."""),
+Tasks that no training asked for, though metadata tell the number of objects, with a linear layer on the encoder's states
+of rgb: on the frozen model, with it and LoRA of rank {transfer.RANK}, with all of it trained, and from scratch.
+{transfer.STEPS} steps of {transfer.BATCH} each, which meet about half of 20,000 labels, at one learning rate for each way, not
+tuned. The same answer is the better one of yes and no. What is in the dark and how high surfaces are (error in world units)
+is asked pixel by pixel. 24 kinds of objects, which are rare, are learned by none in so few steps. It needs
+`data/scenes64-rich64`."""),
     "added": ("rich", transfer.added, "A modality added", f"""
 Shadows as a picture that the ready model is taught after its training, {transfer.ADDED_STEPS} steps of 64 scenes of
 {transfer.ADDED_SCENES:,}: how well it draws them, and what it has lost meanwhile of the rest, in nats a token. Alone, they
@@ -90,9 +92,9 @@ alone, which takes one for every pair."""),
 A picture from the caption of one scene and the normals of another, which contradict each other, over the weight of the
 caption, that of the normals being 1: u + sum of w (c - u). F1 of the caption's objects, and of the normals' shapes."""),
     "search": ("rich", search.best_of_many, "Search at test time", f"""
-Pictures from descriptions in few steps at temperature 1, the best of 1 to 16, of {search.SCENES} scenes, in which an object is
-0.008. Cycle: the mean log-probability that the model itself gives the description's words, each from rgb alone,
-chooses and the judge tells the F1. Judge: it chooses, and the model's own reading tells. Oracle: the judge does both.
+Pictures from descriptions in few steps at temperature 1, the best of 1 to 16, of {search.SCENES} scenes: an object is about a
+hundredth. Cycle: the mean log-probability that the model itself gives the description's words, each from rgb alone, chooses
+and the judge tells the F1. Judge: it chooses, and the model's own reading tells. Oracle: the judge does both.
 A single draw in one step is nearly always right, and where it is not a likelihood does not know it: search has little
 left to win here."""),
     "schedules": ("rich", search.schedules, "Order and temperature", """
@@ -135,9 +137,8 @@ def report(found):
 @sentences("capabilities.py")
 def main(names):
     found = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
-    if TAUGHT & set(names):  # said before the hours that the others take
-        folder = ROOT / "-".join(MODELS["rich"][1]) / "train"
-        shards.read_meta(folder)
+    if TAUGHT & set(names):
+        shards.read_meta(ROOT / "-".join(MODELS["rich"][1]) / "train")  # or it is said now, not after hours
     for kind, (weights, sets) in MODELS.items():
         chosen = [name for name in names if SECTIONS[name][0] == kind]
         ready = Ready(weights, sets, SCENES) if chosen else None

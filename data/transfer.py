@@ -149,9 +149,9 @@ def valid_codes(n):
 def same_answer(labels, truth):
     """{task: score} of one answer to all: the commonest number, the mean height; of yes and no, to all that is asked, the
     better one."""
-    answers = {task: (torch.ones_like(label[:1]), -torch.ones_like(label[:1])) for task, label in truth.items()}
-    answers["count"] = F.one_hot(labels["count"]).float().mean(0, keepdim=True),
-    answers["height"] = labels["height"].mean(0, keepdim=True),
+    answers = {task: [torch.ones_like(label[:1]), -torch.ones_like(label[:1])] for task, label in truth.items()}
+    answers["count"] = [F.one_hot(labels["count"]).float().mean(0, keepdim=True)]
+    answers["height"] = [labels["height"].mean(0, keepdim=True)]
     return {NAMES[task]: max(score(task, one.expand(len(truth[task]), *one.shape[1:]), truth[task]) for one in each)
             for task, each in answers.items()}
 

@@ -33,8 +33,7 @@ if __name__ == "__main__":
     try:
         found = {}
         for name, numbers in map(read, args.logs):
-            again = sum(other.split(" (")[0] == name for other in found)
-            found[f"{name} ({again + 1})" if again else name] = numbers
+            found[f"{name} ({len(found) + 1})" if name in found else name] = numbers
     except (ValueError, OSError) as error:
         parser.error(str(error))
     leaderboard.save_plot(PLOT, draw_orders, found, panels=(1, 2))
