@@ -53,7 +53,9 @@ these they tell roughly: the four models had different numbers of steps, as `doc
 The same of `./run.sh 4m --track=cpu-rich`. Features are compared with those that the true tokens decode to, masks of
 polygons are put into the true boxes."""),
     "audio": ("audio", numbers, "Modalities of the audio set", """
-The same of `./run.sh 4m --track=cpu-audio`. Words are counted by `data/recogniser.py`, impacts by `data/impacts.py`."""),
+The same of `./run.sh 4m --track=cpu-audio`, and of more steps for hearing, as `data/frozen/README.md` has them. Words are
+counted by `data/recogniser.py`, impacts by `data/impacts.py`. A picture from speech by caption is drawn from the words
+that were understood; directly, no training asked for it."""),
     "fine": ("fine", numbers, "Twice as many pixels across", """
 The same of `./run.sh 4m --track=cpu-fine`: pictures of 128 pixels from the tokens of those of 64, and from caption and
 rgb. PSNR in dB against what is rendered at 128; gain: over the given tokens' picture enlarged (bicubic). The last number

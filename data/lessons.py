@@ -33,10 +33,21 @@ def training_tokens(ready):
     return torch.cat([torch.from_numpy(array.astype("int16")) for array in arrays], 1)
 
 
-def learn(ready, model, links, steps, tokens, seed=0, **changes):
+def blurred(tokens, span, most, rng):
+    """Tokens (B, size) of which some of a modality's are another row's: of each row another share, up to `most`."""
+    part = tokens[:, span]
+    share = most * torch.rand(len(part), 1, generator=rng, device=rng.device)
+    other = torch.rand(part.shape, generator=rng, device=rng.device) < share
+    tokens = tokens.clone()
+    tokens[:, span] = torch.where(other, part.roll(1, 0), part)
+    return tokens
+
+
+def learn(ready, model, links, steps, tokens, seed=0, blur=None, **changes):
     """Train a model by steps of train_4m.py on links in turn: pairs of modalities given and asked. The same model.
 
-    tokens (N, size): of training scenes. changes: of its Config.
+    tokens (N, size): of training scenes. blur: a modality, and the share of its tokens that is wrong at most where it is
+    given, so that it is not learnt by heart. changes: of its Config.
     """
     config = dataclasses.replace(ready.config, num_steps=steps, word_steps=0, **changes)
     device = ready.tokens.device
@@ -48,6 +59,9 @@ def learn(ready, model, links, steps, tokens, seed=0, **changes):
     with patch.object(train_4m, "LINKS", links), torch.enable_grad():
         for step in (bar := tqdm(range(steps), name)):
             batch = loader()[0].long() & 0xFFFF  # as the script has them
+            link = links[step % len(links)]
+            if blur and link and blur[0] in link[0]:
+                batch = blurred(batch, ready.layout.span[blur[0]], blur[1], loader.rng)
             loss, _, _ = train_4m.train_step(step, batch, loader.rng, model, muon, adam, ready.layout, config, run)
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")

@@ -100,3 +100,23 @@ def test_a_modality_is_added(ready):
     grown.model = lessons.learn(grown, model, (transfer.NEW,), 12, grown.tokens, batch=8, **transfer.RATES)
     assert grown.likelihood(grown.tokens, ("rgb",), "shadow").mean() > first + 1 and train_4m.LINKS == links
     assert transfer.shadow_iou(ready, rows.long(), masks) > 0.5
+
+
+def test_what_is_given_is_blurred(ready, monkeypatch):
+    """Where it is given some tokens of a modality are another row's, at most the share asked for; where not, none."""
+    tokens, span = torch.arange(40 * ready.layout.size).view(40, -1), ready.layout.span["rgb"]
+    found = lessons.blurred(tokens, span, 0.5, torch.Generator().manual_seed(0))
+    changed = found != tokens
+    share = changed[:, span].float().mean(1)
+    assert share.max() < 0.7 and 0.15 < share.mean() < 0.35 and share.min() < 0.1 < share.std()
+    assert torch.equal(found[changed], tokens.roll(1, 0)[changed])
+    changed[:, span] = False
+    assert not changed.any()
+
+    seen = []
+    monkeypatch.setattr(train_4m, "train_step", lambda step, batch, *more: seen.append(batch) or (batch.sum(), 0, 0))
+    links = ((("rgb",), ("desc",)), (("desc",), ("rgb",)), None)
+    for blur in None, ("rgb", 0.5):
+        lessons.learn(ready, copy.deepcopy(ready.model).requires_grad_(True), links, 3, ready.tokens, batch=8, blur=blur)
+    same = [torch.equal(a, b) for a, b in zip(seen[:3], seen[3:])]
+    assert same == [False, True, True]
