@@ -191,7 +191,7 @@ def sounds(ready):
 PAGE = """<h1>Any modality from any other</h1>
 <p class="lead">What three small nano4Ms of {parameters} million parameters, trained for {minutes} minutes on one core of a CPU, make of
 scenes that they have never seen. One knows pictures, geometry, outlines, poses, palettes and features, one speech and
-sounds, and one more pixels. The second one has a quarter as many steps more, for hearing.</p>
+sounds, which then learned to hear for some more, and one more pixels.</p>
 <nav><a href="../index.html">Leaderboard</a> <a href="../CAPABILITIES.md">Every number</a>
 <a href="../RICH.md">The modalities</a> <a href="../SOUND.md">The sounds</a></nav>
 {sections}

@@ -59,7 +59,7 @@ def learn(ready, model, links, steps, tokens, seed=0, blur=None, **changes):
     with patch.object(train_4m, "LINKS", links), torch.enable_grad():
         for step in (bar := tqdm(range(steps), name)):
             batch = loader()[0].long() & 0xFFFF  # as the script has them
-            link = links[step % len(links)]
+            link, _ = train_4m.step_shape(step, config, ready.layout)
             if blur and link and blur[0] in link[0]:
                 batch = blurred(batch, ready.layout.span[blur[0]], blur[1], loader.rng)
             loss, _, _ = train_4m.train_step(step, batch, loader.rng, model, muon, adam, ready.layout, config, run)
